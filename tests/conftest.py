@@ -1,0 +1,59 @@
+"""Fixtures of all tests: golden arrays, a tiny data set in the true layout, the real slides where they exist."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    """golden(name): the recorded arrays of one piece, from GENE_DML_GOLDEN (default tests/golden)."""
+    folder = Path(os.environ.get("GENE_DML_GOLDEN", ROOT / "tests" / "golden"))
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def her2st_raw() -> Path:
+    """The public HER2ST download (GENE_DML_HER2ST); tests on real slides skip without it."""
+    folder = os.environ.get("GENE_DML_HER2ST")
+    if not folder:
+        pytest.skip("real slides: set GENE_DML_HER2ST to the folder of the public HER2ST download")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A data folder with a tiny simulated set `demo`: 4 patients x 2 slides of about 30 spots, 24 genes. Read only."""
+    from preprocess.simulate_demo import simulate
+
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    simulate(folder, patients=("A", "B", "C", "D"), slides_per_patient=2, grid=(6, 5), patch_size=64, num_genes=24)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _few_threads():
+    """Tests are small: more threads only fight each other."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
