@@ -1,0 +1,268 @@
+"""Configuration: frozen dataclasses, filled by defaults < YAML < command line; an unknown key is an error.
+
+The defaults are the paper's values for HER2ST; a YAML file holds only what differs from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from utils.files import write_text
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
+
+
+@dataclass(frozen=True)
+class General:
+    seed: int = 2021
+    log_path: str = "logs"
+    exp_id: int = 0
+
+
+@dataclass(frozen=True)
+class Data:
+    type: str = "her2st"
+    data_dir: str = "data"
+    patch_size: int = 224  # px at level 0
+    num_neighbors: int = 5  # tiles a side
+    num_genes: int = 250
+    encoder: str = "uni"
+    weights: str | None = None  # file of the encoder's weights; None: looked for (weights/README.md)
+    tokens: str = "auto"  # auto | cache | online: where the target tokens come from
+    residence: str = "auto"  # auto | device | host: where features and tokens are held
+    num_workers: int = 2  # threads that read tokens
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = "gene_dml"
+    projection_dim: int = 512
+    neighbor_depth: int = 4
+    neighbor_heads: int = 4
+    neighbor_mlp_ratio: float = 4.0
+    neighbor_dropout: float = 0.3
+    global_depth: int = 5
+    global_heads: int = 8
+    global_mlp_ratio: float = 4.0
+    global_dropout: float = 0.3
+    fusion_heads: int = 1
+    fusion_mlp_dim: int = 1024
+    fusion_dropout: float = 0.1
+    gene_dropout: float = 0.3
+    gene_mlp_dim: int = 1024
+    gene_mlp_dropout: float = 0.1
+    predictor_dim: int = 1536
+    predictor_dropout: float = 0.1
+    use_neighbor: bool = True
+    use_global: bool = True
+
+
+@dataclass(frozen=True)
+class Loss:
+    instance_weight: float = 1.0  # 0 leaves the instance-level term out
+    group_weight: float = 0.8  # lambda of the paper; 0 leaves the instance-group term out
+    instance_temperature: float = 0.07
+    group_temperature: float = 0.07
+    k: int = 18
+    use_kmeans: bool = False  # False: spectral clustering, as without --use_kmeans on the command line
+    kmeans_init: str = "first"  # first | kmeans++
+    normalize_fused: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    batch_size: int = 512
+    epochs: int = 200
+    patience: int = 20
+    learning_rate: float = 1e-4
+    lr_step_epochs: int = 20
+    lr_decay: float = 0.95
+    precision: str = "auto"  # auto | float32 | bf16 | fp16
+    compile: bool = False
+    slides_per_batch: int = 0  # 0: spots of all slides are mixed, as in the paper
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    protocol: str = "clean"  # clean | paper
+    fixed_epochs: int | None = None  # a number of epochs set beforehand, instead of choosing one
+    chunk_size: int = 1024  # spots that pass the model at a time
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on; sections in capitals as in the YAML files."""
+
+    GENERAL: General = field(default_factory=General)
+    DATA: Data = field(default_factory=Data)
+    MODEL: Model = field(default_factory=Model)
+    LOSS: Loss = field(default_factory=Loss)
+    TRAINING: Training = field(default_factory=Training)
+    EVALUATION: Evaluation = field(default_factory=Evaluation)
+
+    def to_dict(self) -> dict[str, dict[str, object]]:
+        return dataclasses.asdict(self)
+
+
+SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+_CHOICES = {
+    "DATA.tokens": ("auto", "cache", "online"),
+    "DATA.residence": ("auto", "device", "host"),
+    "LOSS.kmeans_init": ("first", "kmeans++"),
+    "TRAINING.precision": ("auto", "float32", "bf16", "fp16"),
+    "EVALUATION.protocol": ("clean", "paper"),
+    "MODEL.name": ("gene_dml", "mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_probe", "triplex"),
+}
+_MAY_BE_ZERO = {
+    "GENERAL.seed",
+    "GENERAL.exp_id",
+    "DATA.num_workers",
+    "LOSS.instance_weight",
+    "LOSS.group_weight",
+    "TRAINING.slides_per_batch",
+}
+
+
+def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read `config/<name>.yaml` (or a YAML file by path) over the defaults, then `SECTION.key=value` overrides.
+
+    Raises ValueError that lists every problem at once: unknown keys with the nearest valid key, wrong types, values
+    out of range.
+    """
+    path = _config_path(name_or_path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected sections ({', '.join(SECTIONS)}), found {type(content).__name__}.")
+    values, problems = _flatten(content, str(path))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            problems.append(f"--set {override}: expected SECTION.key=value")
+            continue
+        values[key.strip()] = (yaml.safe_load(text) if text.strip() else "", f"--set {key.strip()}")
+    return _build(values, problems)
+
+
+def config_from_dict(content: Mapping, source: str) -> Config:
+    """The configuration saved in a checkpoint or in a run's `config.yaml`; `source` names it in errors."""
+    values, problems = _flatten(content, source)
+    return _build(values, problems)
+
+
+def read_config(path: str | Path) -> Config:
+    """The resolved configuration that a run has saved."""
+    return load_config(Path(path).resolve())
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML, whole or not at all."""
+    write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def _config_path(name_or_path: str | Path) -> Path:
+    candidates = [Path(name_or_path), CONFIG_DIR / f"{name_or_path}.yaml", CONFIG_DIR / str(name_or_path)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in CONFIG_DIR.rglob("*.yaml"))
+    raise FileNotFoundError(
+        f"There is no configuration {str(name_or_path)!r}: neither a file of that path nor config/{name_or_path}.yaml. "
+        f"Known: {', '.join(known)}."
+    )
+
+
+def _flatten(content: Mapping, source: str) -> tuple[dict[str, tuple[object, str]], list[str]]:
+    """{"SECTION.key": (value, where it was found)} and the problems of the structure."""
+    values, problems = {}, []
+    for section, entries in content.items():
+        if section not in SECTIONS:
+            problems.append(f"{source}: unknown section {section!r}{_nearest(str(section), SECTIONS)}")
+        elif not isinstance(entries, Mapping):
+            problems.append(f"{source}: section {section} should hold keys, found {entries!r}")
+        else:
+            for key, value in entries.items():
+                values[f"{section}.{key}"] = (value, f"{source}: ")
+    return values, problems
+
+
+def _build(values: Mapping[str, tuple[object, str]], problems: list[str]) -> Config:
+    known = {f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section)}
+    sections: dict[str, dict[str, object]] = {name: {} for name in SECTIONS}
+    for key, (value, source) in values.items():
+        if key not in known:
+            problems.append(f"{source}{'' if source.endswith(' ') else ' '}unknown key {key!r}{_nearest(key, known)}")
+            continue
+        section, name = key.split(".", 1)
+        try:
+            sections[section][name] = _typed(key, value)
+        except ValueError as error:
+            problems.append(f"{source}{'' if source.endswith(' ') else ' '}{error}")
+    if problems:
+        raise ValueError("\n  ".join(["the configuration is not valid:", *problems]) if problems[1:] else problems[0])
+    return Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _typed(key: str, value: object) -> object:
+    """`value` in the type that the dataclass declares, or ValueError saying what was expected and found."""
+    section, name = key.split(".", 1)
+    declared = typing.get_type_hints(SECTIONS[section])[name]
+    allowed = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
+    if value is None and type(None) in allowed:
+        return None
+    expected = next(kind for kind in allowed if kind is not type(None))
+    if expected is float and isinstance(value, str):
+        value = _number(value)  # YAML 1.1 reads 1e-4 as text
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not expected:
+        raise ValueError(f"{key} should be {_describe(expected)}, found {value!r}")
+    _check_value(key, value)
+    return value
+
+
+def _number(text: str) -> object:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _describe(kind: type) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names[kind]
+
+
+def _check_value(key: str, value: object) -> None:
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise ValueError(f"{key} should be one of {', '.join(_CHOICES[key])}, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value) or value < 0 or (value == 0 and not _zero_is_valid(key)):
+        raise ValueError(
+            f"{key} should be {'zero or more' if _zero_is_valid(key) else 'more than zero'}, found {value!r}"
+        )
+    if key.endswith("dropout") and value >= 1:
+        raise ValueError(f"{key} should be below 1, found {value!r}")
+    if key == "DATA.num_neighbors" and value % 2 == 0:
+        raise ValueError(f"{key} should be odd (the spot's own tile is in the middle), found {value!r}")
+
+
+def _zero_is_valid(key: str) -> bool:
+    return key in _MAY_BE_ZERO or key.endswith("dropout")
