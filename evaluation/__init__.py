@@ -1,0 +1,1 @@
+"""Numbers in, numbers and pictures out: metrics, protocols, statistics, figures and reports."""

@@ -1,0 +1,210 @@
+"""Prediction files: one AnnData `.h5ad` per slide that scanpy and squidpy plot without conversion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from utils.files import require_file, safe_name, write_atomically
+
+SCALES = ("target", "neighbor", "global")
+MEASURED = "measured"
+MEASURED_UNSMOOTHED = "measured_unsmoothed"
+# Space Ranger's own size of the smaller image; the viewers that ask for "lowres" expect about this.
+LOWRES_PIXELS = 600
+PLACEHOLDER = "none: a white sheet"
+
+
+def write_prediction(
+    path: Path,
+    *,
+    slide: str,
+    spot_ids: Sequence[str],
+    genes: Sequence[str],
+    predictions: Mapping[str, np.ndarray | None],
+    spatial_px: np.ndarray,
+    grid_xy: np.ndarray | None,
+    measured: np.ndarray | None,
+    measured_unsmoothed: np.ndarray | None,
+    image: np.ndarray | None,
+    image_scale: float,
+    spot_diameter_px: float,
+    unit: str,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write the predictions of one slide, whole or not at all.
+
+    predictions: "fused" (N, G), which becomes X, and optionally "target", "neighbor", "global" (layers); a scale
+        that is None is left out.
+    spatial_px: (N, 2) spot centres (x, y) in full-resolution pixels -> obsm["spatial"].
+    grid_xy: (N, 2) integer array positions (x, y) -> obsm["grid"].
+    measured, measured_unsmoothed: (N, G) in the same unit -> layers of the same names.
+    image: (H, W, 3) uint8, down-scaled; image_scale: its pixels per full-resolution pixel. None when there is no
+        image at hand (published features only): a white sheet below the spots takes its place, because scanpy plots
+        nothing without an image; image_scale is then ignored.
+    spot_diameter_px: diameter of a spot in full-resolution pixels: the size at which scanpy draws it.
+    provenance: plain values (text, numbers, lists, dicts) -> uns["gene_dml"]; None values are left out.
+
+    Raises ValueError naming every array whose shape or content does not fit the spots and genes.
+    """
+    safe_name(slide, "slide")
+    arrays = {"fused": predictions.get("fused"), **{scale: predictions.get(scale) for scale in SCALES}}
+    arrays[MEASURED], arrays[MEASURED_UNSMOOTHED] = measured, measured_unsmoothed
+    arrays = {name: np.asarray(values) for name, values in arrays.items() if values is not None}
+    spatial_px = np.asarray(spatial_px, dtype=np.float64)
+    problems = _names_problems(spot_ids, genes, predictions)
+    problems += _array_problems(arrays, spatial_px, grid_xy, (len(spot_ids), len(genes)))
+    problems += _image_problems(image, image_scale, spot_diameter_px)
+    if problems:
+        raise ValueError(f"Cannot write the prediction of slide {slide} to {path}: " + "; ".join(problems))
+
+    library = pd.Categorical([slide] * len(spot_ids))
+    adata = anndata.AnnData(
+        X=arrays.pop("fused").astype(np.float32),
+        obs=pd.DataFrame({"library_id": library, "slide": library}, index=pd.Index(list(spot_ids), dtype=str)),
+        var=pd.DataFrame(index=pd.Index(list(genes), dtype=str)),
+        layers={name: values.astype(np.float32) for name, values in arrays.items()},
+        obsm={"spatial": spatial_px},
+    )
+    if grid_xy is not None:
+        adata.obsm["grid"] = np.asarray(grid_xy).astype(np.int64)
+    adata.uns["spatial"] = {slide: _spatial_entry(image, image_scale, spot_diameter_px, spatial_px)}
+    adata.uns["unit"] = unit
+    adata.uns["gene_dml"] = _storable(provenance)
+    # Level 1: on expression values the higher levels cost three times the time for a few percent of size.
+    write_atomically(path, lambda temporary: adata.write_h5ad(temporary, compression="gzip", compression_opts=1))
+
+
+def read_prediction(path: Path) -> anndata.AnnData:
+    """Read a file of `write_prediction`; FileNotFoundError or ValueError when it is none."""
+    path = require_file(
+        path, "Predictions are written by: python main.py --config_name CONFIG --mode test --model_path RUN"
+    )
+    try:
+        adata = anndata.read_h5ad(path)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as .h5ad ({error}). It may be truncated: predict again.") from error
+    missing = [f"uns['{key}']" for key in ("spatial", "unit", "gene_dml") if key not in adata.uns]
+    missing += ["obsm['spatial']"] if "spatial" not in adata.obsm else []
+    if missing:
+        raise ValueError(
+            f"{path} is an AnnData file but not a prediction of this program: it has no {', '.join(missing)}. "
+            "Make one with: python main.py --mode predict --image SLIDE --model_path RUN --out FILE.h5ad"
+        )
+    return adata
+
+
+def slide_of(adata: anndata.AnnData) -> str:
+    """The name of the one slide of a prediction file."""
+    names = list(adata.uns["spatial"])
+    if len(names) != 1:
+        raise ValueError(f"A prediction file holds one slide; this one holds {len(names)}: {', '.join(names)}.")
+    return names[0]
+
+
+def tissue_image(adata: anndata.AnnData) -> tuple[np.ndarray | None, float, float]:
+    """(uint8 image or None, image pixels per full-resolution pixel, spot diameter in full-resolution pixels)."""
+    entry = adata.uns["spatial"][slide_of(adata)]
+    factors = entry["scalefactors"]
+    return (
+        None if entry["metadata"].get("image") == PLACEHOLDER else entry["images"]["hires"],
+        float(factors["tissue_hires_scalef"]),
+        float(factors["spot_diameter_fullres"]),
+    )
+
+
+def _names_problems(spot_ids: Sequence[str], genes: Sequence[str], predictions: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for what, names in (("spot ids", spot_ids), ("genes", genes)):
+        counts = pd.Series(list(names), dtype=object).value_counts()
+        repeated = sorted(str(name) for name in counts.index[counts > 1])
+        if repeated:
+            problems.append(f"{what} are not unique: {', '.join(repeated[:5])}")
+    unknown = sorted(set(predictions) - {"fused", *SCALES})
+    if unknown:
+        problems.append(f"unknown scales {', '.join(unknown)}; known are fused, {', '.join(SCALES)}")
+    if predictions.get("fused") is None:
+        problems.append('predictions["fused"] is missing')
+    return problems
+
+
+def _array_problems(
+    arrays: Mapping[str, np.ndarray], spatial_px: np.ndarray, grid_xy: np.ndarray | None, shape: tuple[int, int]
+) -> list[str]:
+    problems = [
+        f"{name} has shape {values.shape}, expected {shape} (spots, genes)"
+        for name, values in arrays.items()
+        if values.shape != shape
+    ]
+    positions = {"spatial_px": spatial_px} | ({} if grid_xy is None else {"grid_xy": np.asarray(grid_xy)})
+    for name, values in positions.items():
+        if values.shape != (shape[0], 2):
+            problems.append(f"{name} has shape {values.shape}, expected {(shape[0], 2)}")
+        elif not np.isfinite(values).all():
+            problems.append(f"{name} holds values that are not finite")
+    return problems
+
+
+def _image_problems(image: np.ndarray | None, image_scale: float, spot_diameter_px: float) -> list[str]:
+    problems = []
+    if image is not None and (image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8):
+        problems.append(f"image is {image.dtype} {image.shape}, expected uint8 (height, width, 3)")
+    if not image_scale > 0:
+        problems.append(f"image_scale is {image_scale}, expected a positive number")
+    if not spot_diameter_px > 0:
+        problems.append(f"spot_diameter_px is {spot_diameter_px}, expected a positive number")
+    return problems
+
+
+def _spatial_entry(
+    image: np.ndarray | None, image_scale: float, spot_diameter_px: float, spatial_px: np.ndarray
+) -> dict[str, Any]:
+    """The Space Ranger-like entry that scanpy and squidpy look for in uns["spatial"]."""
+    metadata = {}
+    if image is None:
+        metadata["image"] = PLACEHOLDER
+        width, height = spatial_px.max(axis=0, initial=1.0) + spot_diameter_px
+        image_scale = LOWRES_PIXELS / max(width, height)
+        image = np.full((math.ceil(height * image_scale), math.ceil(width * image_scale), 3), 255, dtype=np.uint8)
+    height, width = image.shape[:2]
+    shrink = min(1.0, LOWRES_PIXELS / max(height, width))
+    size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+    lowres = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+    return {
+        "images": {"hires": np.ascontiguousarray(image), "lowres": lowres},
+        "scalefactors": {
+            "tissue_hires_scalef": float(image_scale),
+            # Rounding moves the true factor a little; the longer side rounds relatively less.
+            "tissue_lowres_scalef": float(image_scale) * max(size) / max(height, width),
+            "spot_diameter_fullres": float(spot_diameter_px),
+            # Only viewers of whole Visium slides use it; they require the key.
+            "fiducial_diameter_fullres": float(spot_diameter_px),
+        },
+        "metadata": metadata,
+    }
+
+
+def _storable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as HDF5 can hold them: text, numbers, arrays and dicts; what is None is left out."""
+    stored: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("/", "_")
+        if value is None:
+            continue
+        if isinstance(value, Mapping):
+            stored[name] = _storable(value)
+        elif isinstance(value, (bool, int, float, str, np.generic, np.ndarray)):
+            stored[name] = value
+        elif isinstance(value, (list, tuple)):
+            same_kind = all(isinstance(item, (bool, int, float)) for item in value)
+            stored[name] = np.asarray(value if same_kind else [str(item) for item in value])
+        else:
+            stored[name] = str(value)
+    return stored
