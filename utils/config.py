@@ -151,7 +151,7 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
         if not separator:
             problems.append(f"--set {override}: expected SECTION.key=value")
             continue
-        values[key.strip()] = (yaml.safe_load(text) if text.strip() else "", f"--set {key.strip()}")
+        values[key.strip()] = (_parsed(text, problems), "--set: ")
     return _build(values, problems)
 
 
@@ -202,21 +202,34 @@ def _build(values: Mapping[str, tuple[object, str]], problems: list[str]) -> Con
     sections: dict[str, dict[str, object]] = {name: {} for name in SECTIONS}
     for key, (value, source) in values.items():
         if key not in known:
-            problems.append(f"{source}{'' if source.endswith(' ') else ' '}unknown key {key!r}{_nearest(key, known)}")
+            problems.append(f"{source}unknown key {key!r}{_nearest(key, known)}")
             continue
         section, name = key.split(".", 1)
         try:
             sections[section][name] = _typed(key, value)
         except ValueError as error:
-            problems.append(f"{source}{'' if source.endswith(' ') else ' '}{error}")
+            problems.append(f"{source}{error}")
     if problems:
         raise ValueError("\n  ".join(["the configuration is not valid:", *problems]) if problems[1:] else problems[0])
     return Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
 
 
+def _parsed(text: str, problems: list[str]) -> object:
+    try:
+        return yaml.safe_load(text) if text.strip() else ""
+    except yaml.YAMLError as error:
+        problems.append(f"--set: {text!r} is not a value: {str(error).splitlines()[0]}")
+        return text
+
+
 def _nearest(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+    """The closest valid key, also for a key without its section; all keys of the section when nothing is close."""
+    by_last_part = {name: name for name in known} | {name.split(".")[-1]: name for name in known}
+    close = difflib.get_close_matches(key, sorted(by_last_part), n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {by_last_part[close[0]]!r}?"
+    section = key.split(".")[0]
+    return f"; known: {', '.join(sorted(name for name in known if name.startswith(section)) or sorted(SECTIONS))}"
 
 
 def _typed(key: str, value: object) -> object:

@@ -1,0 +1,148 @@
+"""The folder of a run: seeds, versions, the epoch log, TensorBoard."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import random
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.config import Config, read_config, save_config
+from utils.files import write_text
+
+VERSION = "1.0.0"
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "anndata", "scanpy", "scikit-learn", "h5py", "pillow")
+# What may change between the start of a run and its continuation, since no result depends on it.
+_MAY_CHANGE = {"DATA.data_dir", "DATA.weights", "DATA.residence", "DATA.num_workers", "GENERAL.log_path"}
+
+
+def seed_for(*keys: object) -> int:
+    """A 63-bit seed that depends on the keys alone: the same in every process, on every machine."""
+    digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_everything(*keys: object) -> None:
+    """Seed Python, NumPy and PyTorch (all devices) from the keys, for instance (seed, fold, epoch)."""
+    seed = seed_for(*keys)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def generator_for(*keys: object) -> torch.Generator:
+    """An explicit CPU generator seeded from the keys."""
+    return torch.Generator().manual_seed(seed_for(*keys))
+
+
+def open_run(folder: Path, config: Config, resume: bool) -> None:
+    """Make the run folder with its resolved configuration and versions, or check that it may be continued.
+
+    A folder that holds a run is continued only on request and only with the configuration it was started with.
+    """
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        if resume and folder.exists():
+            raise ValueError(f"--resume: {folder} holds no config.yaml, so no run was started there.")
+        save_config(config, saved)
+        write_json(folder / "versions.json", versions())
+        return
+    if not resume:
+        raise ValueError(
+            f"{folder} already holds a run. Continue it with --resume, or start another with --run_name NAME "
+            "(or --exp_id N)."
+        )
+    differences = _differences(read_config(saved), config)
+    if differences:
+        listed = "\n  ".join(differences)
+        raise ValueError(
+            f"--resume: {saved} differs from what is asked for:\n  {listed}\n"
+            "Repeat the command of the run as it was, or start another run with --run_name NAME."
+        )
+
+
+def _differences(old: Config, new: Config) -> list[str]:
+    before, now = old.to_dict(), new.to_dict()
+    return [
+        f"{section}.{key}: the run has {before[section][key]!r}, asked for {value!r}"
+        for section, values in now.items()
+        for key, value in values.items()
+        if before[section][key] != value and f"{section}.{key}" not in _MAY_CHANGE
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the program, its commit where it is a git checkout, the packages and the device."""
+    found = {
+        "gene_dml": VERSION,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+    found |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    found["cuda"] = torch.version.cuda or "none"
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[1]
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    return answer.stdout.strip() or "unknown"
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write JSON atomically; NaN becomes null, so that every reader can read it."""
+    write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def write_epochs(path: Path, records: Iterable[Mapping[str, float]]) -> None:
+    """Write `metrics.jsonl`, one line an epoch, whole: a crash can never leave half a line or an epoch too many."""
+    write_text(path, "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records))
+
+
+def read_epochs(path: Path) -> list[dict[str, float]]:
+    """The records of `metrics.jsonl` in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Board:
+    """TensorBoard beside `metrics.jsonl`; epochs that are trained again after an interruption replace the old ones."""
+
+    def __init__(self, folder: Path, first_epoch: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_epoch)
+
+    def add(self, record: Mapping[str, float]) -> None:
+        for name, value in record.items():
+            if name != "epoch" and value is not None:
+                self._writer.add_scalar(name, value, int(record["epoch"]))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
