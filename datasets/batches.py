@@ -1,0 +1,254 @@
+"""Batches on the device: any spots for training (SpotBatch), one whole slide for evaluation (SlideBatch)."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from datasets.spots import SlideRecord, SpotStore
+from utils.cli import say
+
+
+class TargetSource(Protocol):
+    """Where the target patches' tokens come from (datasets/tokens.py)."""
+
+    num_views: int
+    gives_tokens: bool  # False: it gives patches, and the step runs the frozen encoder on them
+
+    def get(self, rows: Tensor, views: Tensor) -> Tensor:
+        """Tokens (B, T, D) or turned uint8 patches (B, 3, P, P) of spot `rows` in dihedral `views`, on the device."""
+        ...
+
+
+@dataclass(frozen=True)
+class SpotBatch:
+    """B spots with everything the model may ask for; R rows are all spots of the S slides they lie on.
+
+    rows (B,) places in the SpotStore (CPU); target_tokens (B, T, D) or patches (B, 3, P, P) uint8, already turned;
+    target_features (B, D) pooled; neighbor_features (B, M, D), neighbor_is_valid (B, M); expression (B, G) or None;
+    slide_features (R, D), grid_xy (R, 2), lengths: S numbers adding up to R, slide_rows (B,) places in the R rows.
+    """
+
+    rows: Tensor
+    target_tokens: Tensor | None
+    patches: Tensor | None
+    target_features: Tensor
+    neighbor_features: Tensor | None
+    neighbor_is_valid: Tensor
+    expression: Tensor | None
+    slide_features: Tensor | None = None
+    grid_xy: Tensor | None = None
+    lengths: Sequence[int] = ()
+    slide_rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class SlideBatch:
+    """One whole slide: all its rows for the global encoder, and its spots in chunks for everything else."""
+
+    record: SlideRecord
+    slide_features: Tensor  # (N, D)
+    grid_xy: Tensor  # (N, 2)
+    chunks: Callable[[int], Iterator[SpotBatch]]  # chunks(size) -> SpotBatch of at most `size` spots, in order
+
+    def __len__(self) -> int:
+        return len(self.slide_features)
+
+
+class BatchMaker:
+    """Gathers batches from a SpotStore on one device.
+
+    Small arrays go to the device once; the neighbor features too if they fit (residence "auto"), otherwise they stay in
+    host memory and the rows of a batch are copied. The choice is printed.
+    """
+
+    def __init__(self, store: SpotStore, source: TargetSource | None, device: torch.device, residence: str = "auto"):
+        self.store, self.source, self.device = store, source, device
+        self.target_features = store.target_features.to(device)
+        self.neighbor_is_valid = store.neighbor_is_valid.to(device)
+        self.grid_xy = store.grid_xy.to(device)
+        self.neighbor_features = store.neighbor_features
+        if self.neighbor_features is not None and goes_to_device(
+            "neighbor features", self.neighbor_features.nbytes, device, residence
+        ):
+            self.neighbor_features = self.neighbor_features.to(device)
+        self._starts = torch.tensor([slide.start for slide in store.slides])
+        self._lengths = [slide.stop - slide.start for slide in store.slides]
+
+    def spots(self, rows: Tensor, views: Tensor, expression: Tensor | None, with_slides: bool) -> SpotBatch:
+        """The batch of `rows` (CPU, any order) with the target patch in `views`; expression (R, G) on the device."""
+        on_device = rows.to(self.device, non_blocking=True)
+        given = self.source.get(rows, views) if self.source else None
+        tokens, patches = (given, None) if self.source and self.source.gives_tokens else (None, given)
+        return SpotBatch(
+            rows=rows,
+            target_tokens=tokens,
+            patches=patches,
+            target_features=self.target_features[on_device].float(),
+            neighbor_features=self._neighbors(rows, on_device),
+            neighbor_is_valid=self.neighbor_is_valid[on_device],
+            expression=None if expression is None else expression[on_device],
+            **(self._slides(rows) if with_slides else {}),
+        )
+
+    def _neighbors(self, rows: Tensor, on_device: Tensor) -> Tensor | None:
+        if self.neighbor_features is None:
+            return None
+        if self.neighbor_features.device == self.device:
+            return self.neighbor_features[on_device].float()
+        return to_device(self.neighbor_features[rows], self.device).float()
+
+    def _slides(self, rows: Tensor) -> dict[str, object]:
+        """All rows of the slides that the batch touches, one slide after the other, and where the batch lies in them."""
+        slides, slide_of_spot = torch.unique(self.store.slide_of_row[rows], return_inverse=True)
+        lengths = [self._lengths[i] for i in slides.tolist()]
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # of each slide within the R rows
+        slide_rows = starts[slide_of_spot] + rows - self._starts[slides][slide_of_spot]
+        all_rows = torch.cat([self.store.slides[i].rows for i in slides.tolist()]).to(self.device, non_blocking=True)
+        return {
+            "slide_features": self.target_features[all_rows].float(),
+            "grid_xy": self.grid_xy[all_rows],
+            "lengths": lengths,
+            "slide_rows": slide_rows.to(self.device, non_blocking=True),
+        }
+
+    def slide(self, record: SlideRecord) -> SlideBatch:
+        """One slide for evaluation: patches unturned (view 0), spots in the order of its table."""
+
+        def chunks(size: int) -> Iterator[SpotBatch]:
+            for rows in record.rows.split(size):
+                yield self.spots(rows, torch.zeros_like(rows), expression=None, with_slides=False)
+
+        whole = slice(record.start, record.stop)
+        return SlideBatch(record, self.target_features[whole].float(), self.grid_xy[whole], chunks)
+
+
+def goes_to_device(what: str, nbytes: int, device: torch.device, residence: str, share: float = 0.6) -> bool:
+    """Whether an array is held in device memory: by `residence`, or when it takes at most `share` of what is free."""
+    if device.type != "cuda":
+        return True  # device memory is host memory
+    free = torch.cuda.mem_get_info(device)[0]
+    fits = nbytes <= share * free
+    if residence == "device" and nbytes > free:
+        raise ValueError(
+            f"DATA.residence=device: the {what} take {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}. "
+            "Use DATA.residence=auto."
+        )
+    on_device = residence == "device" or (residence == "auto" and fits)
+    say(
+        f"{what}: {nbytes / 1e9:.2f} GB in {'device' if on_device else 'host'} memory ({free / 1e9:.1f} GB free on {device})"
+    )
+    return on_device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device through pinned memory, without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def split_rows(rows: Tensor, batch_size: int, minimum: int) -> list[Tensor]:
+    """Cut an epoch's rows into batches; a last one smaller than `minimum` joins the one before it."""
+    batches = list(rows.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) < minimum:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def check_batch_sizes(num_spots: int, batch_size: int, k: int) -> None:
+    """k clusters need k spots in every batch; ValueError with both numbers and the remedy, before the first epoch."""
+    sizes = [len(batch) for batch in split_rows(torch.arange(num_spots), batch_size, minimum=k)]
+    if k > min(sizes):
+        raise ValueError(
+            f"k = {k} clusters, but the smallest batch has {min(sizes)} spots ({num_spots} training spots in batches of "
+            f"{batch_size}). Choose --k {min(sizes)} or less, or a larger --batch_size."
+        )
+
+
+def epoch_rows(
+    store: SpotStore, rows: Tensor, *, batch_size: int, minimum: int, slides_per_batch: int, generator: torch.Generator
+) -> list[Tensor]:
+    """The batches of one epoch: every row once, shuffled.
+
+    slides_per_batch = 0: spots of all slides are mixed (the paper). N > 0: every batch is drawn from N slides, so that
+    the global encoder runs over N slides only; a named change of the sampling.
+    """
+    if slides_per_batch == 0:
+        return split_rows(rows[torch.randperm(len(rows), generator=generator)], batch_size, minimum)
+    slide_of_row = store.slide_of_row[rows]
+    slides = torch.unique(slide_of_row)
+    slides = slides[torch.randperm(len(slides), generator=generator)]
+    batches = []
+    for group in slides.split(slides_per_batch):
+        members = rows[torch.isin(slide_of_row, group)]
+        members = members[torch.randperm(len(members), generator=generator)]
+        batches += split_rows(members, batch_size, minimum)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class TrainingBatches:
+    """The batches of one epoch, gathered ahead of the step by a thread where that overlaps with it (CUDA)."""
+
+    def __init__(self, maker: BatchMaker, batches: list[Tensor], expression: Tensor, generator: torch.Generator):
+        num_views = maker.source.num_views if maker.source else 1
+        self._views = [torch.randint(num_views, (len(rows),), generator=generator) for rows in batches]
+        self._maker, self._batches, self._expression = maker, batches, expression
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[SpotBatch]:
+        made = (
+            self._maker.spots(rows, views, self._expression, with_slides=True)
+            for rows, views in zip(self._batches, self._views)
+        )
+        return ahead_on_stream(made, self._maker.device) if self._maker.device.type == "cuda" else made
+
+
+def ahead_on_stream(batches: Iterator[SpotBatch], device: torch.device, depth: int = 2) -> Iterator[SpotBatch]:
+    """Make batches in a thread on a CUDA stream of its own; the step waits for a batch's copies, never for its files."""
+    stream, made, stop = torch.cuda.Stream(device), queue.Queue(maxsize=depth), threading.Event()
+
+    def work() -> None:
+        try:
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                for batch in batches:
+                    made.put((batch, stream.record_event()))
+                    if stop.is_set():
+                        return
+            made.put((None, None))
+        except BaseException as error:  # handed to the consumer, which raises it
+            made.put((error, None))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, ready = made.get()
+            if batch is None:
+                return
+            if isinstance(batch, BaseException):
+                raise batch
+            current = torch.cuda.current_stream(device)
+            current.wait_event(ready)
+            for value in vars(batch).values():
+                if isinstance(value, Tensor) and value.is_cuda:
+                    value.record_stream(current)
+            yield batch
+    finally:
+        stop.set()
+        while thread.is_alive():  # free a worker that waits for room in the queue
+            with_room = made.empty()
+            if not with_room:
+                made.get()
+            thread.join(timeout=0.01)

@@ -1,0 +1,237 @@
+"""Slides read once, checked once and held as flat arrays over all spots, so that no file is opened inside an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from datasets.expression import expression_targets
+from datasets.feature_cache import read_features, read_identity, read_published, verify_cache
+from datasets.geometry import neighbor_validity
+from datasets.layout import Layout
+from datasets.slides import open_slide
+from datasets.tables import check_inside, load_slide
+from utils.cli import progress
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """Which frozen encoder made the features: name and SHA-256 of its weights ("unknown" for the published files)."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SlideRecord:
+    """One slide: its checked table and where its spots lie in the flat arrays of a SpotStore."""
+
+    table: AnnData
+    start: int
+    stop: int
+    image_size: tuple[int, int]  # width, height in px at level 0
+
+    @property
+    def name(self) -> str:
+        return self.table.uns["slide"]
+
+    @property
+    def patient(self) -> str:
+        return self.table.uns["patient"]
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.arange(self.start, self.stop)
+
+
+@dataclass
+class SpotStore:
+    """All spots of all slides, row by row in the order of the slides.
+
+    target_features (R, D), neighbor_features (R, M, D) or None, neighbor_is_valid (R, M), grid_xy (R, 2),
+    slide_of_row (R,).
+    """
+
+    slides: list[SlideRecord]
+    encoder: EncoderIdentity
+    target_features: Tensor
+    neighbor_features: Tensor | None
+    neighbor_is_valid: Tensor
+    grid_xy: Tensor
+    slide_of_row: Tensor
+
+    def rows_of(self, slides: Iterable[str]) -> Tensor:
+        """Rows of the named slides, in the order of the store."""
+        wanted = set(slides)
+        chosen = [slide.rows for slide in self.slides if slide.name in wanted]
+        return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.long)
+
+    def named(self, slides: Iterable[str]) -> list[SlideRecord]:
+        """The named slides in the order of the store."""
+        wanted = set(slides)
+        return [slide for slide in self.slides if slide.name in wanted]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.target_features, self.neighbor_features) if t is not None)
+
+
+def load_store(
+    layout: Layout,
+    slides: Sequence[str],
+    *,
+    encoder: str,
+    sha256: str | None,
+    config_name: str,
+    with_neighbors: bool = True,
+) -> SpotStore:
+    """Read tables and features of the slides and verify every cache before anything is computed.
+
+    sha256: weights that the features must come from; None takes those of the first slide, and all must agree.
+    config_name: for the command that repairs a cache.
+    Raises ValueError / FileNotFoundError listing every slide that cannot be used and the command that repairs it.
+    """
+    reader = _FeatureReader(layout, encoder, sha256, config_name)
+    records, problems, start = [], [], 0
+    for slide in slides:
+        try:
+            table = load_slide(layout, slide)
+            image_size = reader.verify(slide, table, with_neighbors)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        records.append(SlideRecord(table, start, start + table.n_obs, image_size))
+        start += table.n_obs
+    if problems:
+        raise ValueError(_joined(problems))
+    assert records, "load_store needs at least one slide"
+    return reader.read(records, with_neighbors)
+
+
+def _joined(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    shown = [f"- {problem}" for problem in problems[:12]]
+    if len(problems) > 12:
+        shown.append(f"- ... and {len(problems) - 12} more of the kind")
+    return "\n".join([f"{len(problems)} slides cannot be used:", *shown])
+
+
+class _FeatureReader:
+    """Finds each slide's features (our caches, else the published .pt), verifies and reads them."""
+
+    def __init__(self, layout: Layout, encoder: str, sha256: str | None, config_name: str):
+        self.layout, self.encoder, self.sha256, self.config_name = layout, encoder, sha256, config_name
+
+    def verify(self, slide: str, table: AnnData, with_neighbors: bool) -> tuple[int, int]:
+        """Check the slide's features against its spots and image; returns the image size (width, height)."""
+        image_size = None
+        for kind in ("target", "neighbor") if with_neighbors else ("target",):
+            path = self.layout.cache_path(kind, slide)
+            if path.exists():
+                image_size = self._verify_cache(kind, slide, table)
+            elif self.layout.published_path(kind, slide) is None:
+                raise FileNotFoundError(
+                    f"{path} does not exist: slide {slide} has no {kind} features. Run: {self._command(kind, slide)}"
+                )
+        if image_size is None:
+            with open_slide(self.layout.image_path(slide)) as image:
+                image_size = image.size
+        check_inside(table, image_size)
+        return image_size
+
+    def _verify_cache(self, kind: str, slide: str, table: AnnData) -> tuple[int, int]:
+        path = self.layout.cache_path(kind, slide)
+        expected = {"kind": kind, "encoder": self.encoder, "patch_size": self.layout.patch_size}
+        if kind == "neighbor":
+            expected["num_neighbors"] = self.layout.num_neighbors
+        if self.sha256 is not None:
+            expected["encoder_sha256"] = self.sha256
+        if self.layout.has_image(slide):
+            with open_slide(self.layout.image_path(slide)) as image:
+                expected["image_fingerprint"] = image.fingerprint()
+        command = self._command(kind, slide, overwrite=True)
+        verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair=command)
+        identity = read_identity(path)
+        self.sha256 = self.sha256 or identity.encoder_sha256
+        return tuple(identity.image_size)
+
+    def _command(self, kind: str, slide: str, overwrite: bool = False) -> str:
+        external = self.layout.test_name
+        where = (
+            f"--mode external --test_name {external}" if external else f"--config {self.config_name} --mode internal"
+        )
+        return (
+            f"python preprocess/extract_features_uni.py {where} --extract_mode {kind} --encoder {self.encoder} "
+            f"--data_dir {self.layout.data_dir} --slides {slide}{' --overwrite' if overwrite else ''}"
+        )
+
+    def read(self, records: list[SlideRecord], with_neighbors: bool) -> SpotStore:
+        tables = [record.table for record in records]
+        validity = [
+            neighbor_validity(
+                record.table.obsm["center"], record.image_size, self.layout.patch_size, self.layout.num_neighbors
+            )
+            for record in records
+        ]
+        lengths = torch.tensor([table.n_obs for table in tables])
+        return SpotStore(
+            slides=records,
+            encoder=EncoderIdentity(self.encoder, self.sha256 or "unknown"),
+            target_features=self._read_kind("target", records),
+            neighbor_features=self._read_kind("neighbor", records) if with_neighbors else None,
+            neighbor_is_valid=torch.from_numpy(np.concatenate(validity)),
+            grid_xy=torch.from_numpy(np.concatenate([table.obsm["grid"] for table in tables])),
+            slide_of_row=torch.repeat_interleave(torch.arange(len(records)), lengths),
+        )
+
+    def _read_kind(self, kind: str, records: list[SlideRecord]) -> Tensor:
+        """One array over all slides, filled slide by slide: never more than one slide is held twice."""
+        flat = None
+        for record in progress(records, description=f"{kind} features", unit="slide", leave=False):
+            features = torch.from_numpy(self._read_slide(kind, record))
+            if flat is None:
+                flat = torch.empty((records[-1].stop, *features.shape[1:]), dtype=features.dtype)
+            if features.shape[1:] != flat.shape[1:]:
+                raise ValueError(
+                    f"{kind} features of slide {record.name} have the shape {tuple(features.shape[1:])} a spot, those of "
+                    f"slide {records[0].name} {tuple(flat.shape[1:])}. Run: {self._command(kind, record.name, True)}"
+                )
+            flat[record.start : record.stop] = features
+        return flat
+
+    def _read_slide(self, kind: str, record: SlideRecord) -> np.ndarray:
+        path = self.layout.cache_path(kind, record.name)
+        if path.exists():
+            return read_features(path)
+        return read_published(self.layout.published_path(kind, record.name), record.table.n_obs)
+
+
+def slide_targets(table: AnnData, genes: Sequence[str], smoothing: bool = True) -> np.ndarray:
+    """Targets of a slide for a gene panel (SPEC 2): float32 (N, G), log10(1 + counts per 10 000 of the panel).
+
+    Raises ValueError that names the slide and the panel genes it does not hold.
+    """
+    missing = [gene for gene in genes if gene not in table.var_names]
+    if missing:
+        raise ValueError(
+            f"slide {table.uns['slide']} has no counts for {len(missing)} of the {len(genes)} panel genes "
+            f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}). Make a panel of the genes that all slides "
+            "have: python preprocess/select_genes.py --config NAME --overwrite"
+        )
+    counts = table[:, list(genes)].X
+    counts = counts.toarray() if hasattr(counts, "toarray") else np.asarray(counts)
+    return expression_targets(counts, table.obsm["grid"], smoothing=smoothing)
+
+
+def store_targets(store: SpotStore, slides: Iterable[str], genes: Sequence[str], smoothing: bool = True) -> Tensor:
+    """(R, G) targets of the named slides at their rows; NaN at the rows of all others, so that none is used by mistake."""
+    targets = torch.full((store.slides[-1].stop, len(genes)), torch.nan)
+    for slide in store.named(slides):
+        targets[slide.start : slide.stop] = torch.from_numpy(slide_targets(slide.table, genes, smoothing))
+    return targets
