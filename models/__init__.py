@@ -1,0 +1,97 @@
+"""Models: tensors in, tensors out. `build_model` and `build_loss` are the only places that know the numbers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from models.attention import FeedForward, TransformerLayer
+from models.encoders import FusionEncoder, GeneEncoder, GlobalEncoder, NeighborEncoder
+from models.gene_dml import Embeddings, GeneDML, Prediction
+from models.losses import build_loss
+from models.position import GridConvolution
+
+BASELINES = ("mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_probe", "triplex")
+
+__all__ = ["BASELINES", "Embeddings", "GeneDML", "Prediction", "build_loss", "build_model"]
+
+
+def build_model(config: Any, *, feature_dim: int, num_genes: int, num_neighbors: int = 5) -> nn.Module:
+    """The model that `config.name` asks for, with random weights.
+
+    config:        Config.MODEL. feature_dim: D of the patch encoder. num_genes: G of the panel.
+    num_neighbors: side of the square of neighbor tiles.
+    Raises ValueError for an unknown name, and where heads do not divide a width.
+    """
+    if config.name == "gene_dml":
+        return _build_gene_dml(config, feature_dim=feature_dim, num_genes=num_genes, num_neighbors=num_neighbors)
+    if config.name in BASELINES:
+        from models.baselines import build_baseline
+
+        return build_baseline(config, feature_dim=feature_dim, num_genes=num_genes)
+    raise ValueError(f"Unknown model '{config.name}'. Set MODEL.name to one of: gene_dml, {', '.join(BASELINES)}.")
+
+
+def _build_gene_dml(config: Any, *, feature_dim: int, num_genes: int, num_neighbors: int) -> GeneDML:
+    width = config.projection_dim
+    scales = ["target"] + ["neighbor"] * config.use_neighbor + ["global"] * config.use_global
+    return GeneDML(
+        projection=nn.Linear(feature_dim, width),
+        neighbor_encoder=_build_neighbor(config, feature_dim, num_neighbors) if config.use_neighbor else None,
+        global_encoder=_build_global(config, feature_dim) if config.use_global else None,
+        fusion=FusionEncoder(
+            layer=TransformerLayer(
+                dim=width,
+                heads=config.fusion_heads,
+                hidden_dim=config.fusion_mlp_dim,
+                dropout=config.fusion_dropout,
+            ),
+            feed_forward=FeedForward(dim=width, hidden_dim=config.fusion_mlp_dim, dropout=config.fusion_dropout),
+        ),
+        gene_encoder=GeneEncoder(
+            num_genes=num_genes,
+            dim=width,
+            dropout=config.gene_dropout,
+            feed_forward=FeedForward(dim=width, hidden_dim=config.gene_mlp_dim, dropout=config.gene_mlp_dropout),
+        ),
+        cluster_head=nn.Linear(width, width),
+        fused_predictor=_predictor([width, config.predictor_dim, width, num_genes], config.predictor_dropout),
+        scale_predictors={scale: _predictor([width, width, num_genes], config.predictor_dropout) for scale in scales},
+    )
+
+
+def _build_neighbor(config: Any, feature_dim: int, num_neighbors: int) -> NeighborEncoder:
+    layers = [
+        TransformerLayer(
+            dim=feature_dim,
+            heads=config.neighbor_heads,
+            hidden_dim=int(config.neighbor_mlp_ratio * feature_dim),
+            dropout=config.neighbor_dropout,
+            grid_side=num_neighbors,
+        )
+        for _ in range(config.neighbor_depth)
+    ]
+    return NeighborEncoder(layers=layers, dim=feature_dim)
+
+
+def _build_global(config: Any, feature_dim: int) -> GlobalEncoder:
+    layers = [
+        TransformerLayer(
+            dim=feature_dim,
+            heads=config.global_heads,
+            hidden_dim=int(config.global_mlp_ratio * feature_dim),
+            dropout=config.global_dropout,
+        )
+        for _ in range(config.global_depth)
+    ]
+    return GlobalEncoder(layers=layers, position=GridConvolution(dim=feature_dim), dim=feature_dim)
+
+
+def _predictor(widths: list[int], dropout: float) -> nn.Sequential:
+    """Linear layers with ReLU and dropout between them."""
+    parts: list[nn.Module] = []
+    for width_in, width_out in pairwise(widths):
+        parts += [nn.Linear(width_in, width_out), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*parts[:-2])

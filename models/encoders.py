@@ -1,0 +1,121 @@
+"""Encoders of the three inputs that are learned: the neighbors of a spot, the whole slide, the expression."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.attention import FeedForward, TransformerLayer
+from models.packing import SlidePacking
+from models.position import GridConvolution, grid_neighbors
+
+
+class NeighborEncoder(nn.Module):
+    """Transformer with relative position bias over the square of tiles around a spot."""
+
+    def __init__(self, *, layers: list[TransformerLayer], dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, is_valid: Tensor | None) -> Tensor:
+        """Encode the neighbors of each spot.
+
+        tokens:   (B, n*n, D) features of the tiles, row-major.
+        is_valid: (B, n*n) bool, False for a tile that leaves the image: it is seen by no other tile but still gets an
+                  output; None when all are valid.
+        returns:  (B, n*n, D).
+        """
+        tokens = tokens.to(self.norm.weight.dtype)
+        for layer in self.layers:
+            tokens = layer(tokens, key_is_valid=is_valid)
+        return self.norm(tokens)
+
+
+class GlobalEncoder(nn.Module):
+    """Transformer over all spots of a slide with a positional convolution after its first layer."""
+
+    def __init__(self, *, layers: list[TransformerLayer], position: GridConvolution, dim: int) -> None:
+        super().__init__()
+        if not layers:
+            raise ValueError(
+                "MODEL.global_depth is 0; the global encoder needs at least one layer. Set use_global=False to leave it out."
+            )
+        self.layers = nn.ModuleList(layers)
+        self.position = position
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self,
+        features: Tensor,
+        grid_xy: Tensor,
+        lengths: list[int],
+        rows: Tensor | None = None,
+        *,
+        padded: bool | None = None,
+    ) -> Tensor:
+        """Encode the spots of several slides, each spot seeing all spots of its slide.
+
+        features: (R, D), all spots of slide 0, then all of slide 1, ...; any order inside a slide.
+        grid_xy:  (R, 2) integer grid position (x, y) of the same rows, no duplicates inside a slide.
+        lengths:  spots of each slide.
+        rows:     (B,) index into the R rows whose result is wanted, or None for all. The last layer computes queries
+                  and feed-forward for these only, which changes no number.
+        padded:   see `SlidePacking`.
+        returns:  (B, D) in the order of `rows`, or (R, D) in the order of `features`.
+        Positions and rows may lie on the host while the features lie on a device; then nothing waits for the device.
+        """
+        device = features.device
+        neighbors = grid_neighbors(grid_xy, lengths).to(device, non_blocking=True)
+        everything = SlidePacking(lengths, device=device, padded=padded)
+        tokens = self.layers[0].forward_packed(features.to(self.norm.weight.dtype), everything)
+        tokens = self.position(tokens, neighbors)
+        for layer in self.layers[1:-1]:
+            tokens = layer.forward_packed(tokens, everything)
+        if len(self.layers) > 1:
+            asked = everything if rows is None else SlidePacking(lengths, device=device, rows=rows, padded=padded)
+            tokens = self.layers[-1].forward_packed(tokens, asked)
+        elif rows is not None:
+            tokens = tokens.index_select(0, rows.to(device))
+        return self.norm(tokens)
+
+
+class GeneEncoder(nn.Module):
+    """Expression of a spot to a vector of the width of the image tokens."""
+
+    def __init__(self, *, num_genes: int, dim: int, dropout: float, feed_forward: FeedForward) -> None:
+        super().__init__()
+        self.projection = nn.Linear(num_genes, dim)
+        self.hidden = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.feed_forward = feed_forward
+
+    def embed(self, expression: Tensor) -> Tensor:
+        """LN(Dropout(W2 GELU(p) + b2) + p) with p = W1 e + b1; (B, G) to (B, P)."""
+        projected = self.projection(expression)
+        hidden = self.dropout(self.hidden(functional.gelu(projected)))
+        return self.norm(hidden + projected)
+
+    def forward(self, expression: Tensor) -> Tensor:
+        """expression: (B, G) in the unit of the targets. Returns (B, P), not normalised."""
+        return self.feed_forward(self.embed(expression))
+
+
+class FusionEncoder(nn.Module):
+    """One pre-norm layer over the tokens of all scales, then a feed-forward without residual or normalisation."""
+
+    def __init__(self, *, layer: TransformerLayer, feed_forward: FeedForward) -> None:
+        super().__init__()
+        self.layer = layer
+        self.feed_forward = feed_forward
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, T, P) of all scales. Returns (B, T, P)."""
+        return self.feed_forward(self.layer(tokens))
+
+
+def mean_tokens(tokens: Tensor) -> Tensor:
+    """Mean over the tokens (B, T, P) of a scale, in float32 at least: half precision would lose the small differences."""
+    return tokens.mean(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))

@@ -1,0 +1,157 @@
+"""The losses of Gene-DML (SPEC 4): tensors in, named terms out; computed in float32 also under autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from models.clustering import Clusters, EmptyPolicy, kmeans, spectral
+from models.gene_dml import Embeddings, Prediction, full_precision, unit
+
+
+def instance_loss(image: Tensor, gene: Tensor, temperature: float) -> Tensor:
+    """Soft contrastive alignment of one image scale with the expression, for each spot.
+
+    image, gene: (B, P) unit vectors v and g of the same spots.
+    With L = g v^T / tau and Q = softmax over rows of (v v^T + g g^T) / (2 tau), entry i is half the cross entropy of
+    row i of L with row i of Q plus half that of column i of L with column i of Q (those columns need not add up to 1).
+    Gradients flow through Q as well. Returns (B,).
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        image, gene = full_precision(image), full_precision(gene)
+        logits = gene @ image.t() / temperature
+        targets = torch.softmax((image @ image.t() + gene @ gene.t()) / (2 * temperature), dim=1)
+        gene_rows = -(targets * torch.log_softmax(logits, dim=1)).sum(dim=1)
+        image_rows = -(targets * torch.log_softmax(logits, dim=0)).sum(dim=0)
+        return (gene_rows + image_rows) / 2
+
+
+def multi_scale_instance_loss(scales: dict[str, Tensor], gene: Tensor, temperature: float) -> Tensor:
+    """Mean of `instance_loss` over spots and over the scales there are; a scalar."""
+    return torch.stack([instance_loss(image, gene, temperature).mean() for image in scales.values()]).mean()
+
+
+def centroid_cross_entropy(vectors: Tensor, clusters: Clusters, labels: Tensor, temperature: float) -> Tensor:
+    """Mean cross entropy of vectors . centroids / t with the labels of the *other* modality; unused clusters are left out.
+
+    vectors: (B, P). clusters: of the modality the vectors are compared with. labels: (B,) hard labels.
+    """
+    logits = vectors @ clusters.centroids.t() / temperature
+    return functional.cross_entropy(logits.masked_fill(~clusters.is_used, float("-inf")), labels)
+
+
+def group_loss(
+    fused: Tensor,
+    gene: Tensor,
+    *,
+    image_clusters: Clusters,
+    gene_clusters: Clusters,
+    temperature: float,
+) -> Tensor:
+    """Cross-level instance-group alignment, a scalar.
+
+    fused, gene: (B, P) fused and gene vectors. l = (CE(fused . c_gene / t, y_gene) + CE(gene . c_image / t, y_image)) / 2
+    with the centroids c and labels y of each modality; gradients flow through the vectors and through the centroids.
+    """
+    with torch.autocast(fused.device.type, enabled=False):
+        fused, gene = full_precision(fused), full_precision(gene)
+        image_term = centroid_cross_entropy(fused, gene_clusters, gene_clusters.labels, temperature)
+        gene_term = centroid_cross_entropy(gene, image_clusters, image_clusters.labels, temperature)
+        return (image_term + gene_term) / 2
+
+
+def prediction_loss(predicted: Tensor, expression: Tensor) -> Tensor:
+    """Mean square error over spots and genes, in the squared unit of the targets."""
+    with torch.autocast(predicted.device.type, enabled=False):
+        return functional.mse_loss(full_precision(predicted), full_precision(expression))
+
+
+class GeneDMLLoss:
+    """Total = prediction + instance_weight * instance + group_weight * group + auxiliary.
+
+    The auxiliary heads see detached vectors, so their term trains them and changes no other gradient.
+    """
+
+    def __init__(
+        self,
+        *,
+        instance_weight: float,
+        group_weight: float,
+        instance_temperature: float,
+        group_temperature: float,
+        k: int,
+        use_kmeans: bool = True,
+        kmeans_init: str = "first",
+        normalize_fused: bool = False,
+        empty: EmptyPolicy = "drop",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """normalize_fused: the fused vector that meets the gene centroids is brought to length 1 (what is clustered has
+        length 1 in either case). generator: draws of k-means++; given, or a fresh one with PyTorch's default seed."""
+        self.instance_weight = instance_weight
+        self.group_weight = group_weight
+        self.instance_temperature = instance_temperature
+        self.group_temperature = group_temperature
+        self.k = k
+        self.use_kmeans = use_kmeans
+        self.kmeans_init = kmeans_init
+        self.normalize_fused = normalize_fused
+        self.empty = empty
+        self.generator = torch.Generator() if generator is None else generator
+
+    def __call__(self, prediction: Prediction, expression: Tensor) -> dict[str, Tensor]:
+        """Named, unweighted terms and "total", all scalars.
+
+        prediction: of B spots; expression: (B, G) measured. Terms: "prediction"; "instance" and "group" if the
+        prediction has embeddings and their weight is not zero; "auxiliary" if it has predictions of single scales.
+        Raises ValueError if B is smaller than k.
+        """
+        terms = {"prediction": prediction_loss(prediction.fused, expression)}
+        weights = {"prediction": 1.0, "auxiliary": 1.0, "instance": self.instance_weight, "group": self.group_weight}
+        if prediction.embeddings is not None:
+            terms.update(self._alignment(prediction.embeddings))
+        scales = prediction.scales()
+        if scales:
+            terms["auxiliary"] = torch.stack([prediction_loss(values, expression) for values in scales.values()]).sum()
+        terms["total"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return terms
+
+    def _alignment(self, embeddings: Embeddings) -> dict[str, Tensor]:
+        terms = {}
+        if self.instance_weight != 0:
+            terms["instance"] = multi_scale_instance_loss(
+                embeddings.scales(), embeddings.gene, self.instance_temperature
+            )
+        if self.group_weight != 0:
+            terms["group"] = group_loss(
+                unit(embeddings.fused) if self.normalize_fused else embeddings.fused,
+                embeddings.gene,
+                image_clusters=self.cluster(embeddings.fused_cluster),
+                gene_clusters=self.cluster(embeddings.gene_cluster),
+                temperature=self.group_temperature,
+            )
+        return terms
+
+    def cluster(self, vectors: Tensor) -> Clusters:
+        """Group the rows (B, P) of one modality as configured."""
+        if not self.use_kmeans:
+            return spectral(vectors, self.k, empty=self.empty)
+        return kmeans(vectors, self.k, init=self.kmeans_init, empty=self.empty, generator=self.generator)
+
+
+def build_loss(config: Any, *, generator: torch.Generator | None = None) -> GeneDMLLoss:
+    """The loss of a run. config: Config.LOSS. generator: see `GeneDMLLoss`."""
+    return GeneDMLLoss(
+        instance_weight=config.instance_weight,
+        group_weight=config.group_weight,
+        instance_temperature=config.instance_temperature,
+        group_temperature=config.group_temperature,
+        k=config.k,
+        use_kmeans=config.use_kmeans,
+        kmeans_init=config.kmeans_init,
+        normalize_fused=config.normalize_fused,
+        generator=generator,
+    )
