@@ -1,0 +1,120 @@
+"""From genes to slides, patients, folds and the run: the order of the means is what tells the protocols apart.
+
+All functions take the long table of `score_slide` (columns slide, patient, scale, truth, gene and one per metric).
+
+paper: per gene within one slide -> mean over genes -> mean over the slides of the fold -> mean over folds
+clean: per gene within one slide -> mean over the slides of a patient -> (mean over genes) -> mean over patients
+
+Undefined values are skipped by every mean and counted (`undefined_pearson`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from evaluation.fold_files import FoldRecord
+from evaluation.gene_lists import ranked_on_test_list
+from evaluation.metrics import METRIC_NAMES
+
+SLIDE_KEYS = ["slide", "patient", "scale", "truth"]
+PATIENT_KEYS = ["patient", "scale", "truth"]
+FOLD_KEYS = ["scale", "truth"]
+
+# The list behind "pcc_h", PCC(H), in each protocol.
+HEADLINE_LIST = {"paper": "ranked_on_test", "clean": "highly_predictive"}
+
+
+def with_headline_list(gene_lists: Mapping[str, Sequence[str]], protocol: str) -> dict[str, list[str]]:
+    """The lists plus "h", the one behind PCC(H); empty (PCC(H) undefined) where the protocol's list is missing."""
+    return {"h": list(gene_lists.get(HEADLINE_LIST[protocol], [])), **{k: list(v) for k, v in gene_lists.items()}}
+
+
+def mean_over_genes(
+    per_gene: pd.DataFrame, keys: Sequence[str], gene_lists: Mapping[str, Sequence[str]]
+) -> pd.DataFrame:
+    """One row per `keys`: pcc_all, pcc_<list> for every list, the other metrics, undefined_pearson, num_genes."""
+    keys = list(keys)
+    groups = per_gene.groupby(keys, sort=False)
+    table = groups[list(METRIC_NAMES)].mean().rename(columns={"pearson": "pcc_all"})
+    for name, genes in gene_lists.items():
+        listed = per_gene[per_gene["gene"].isin(list(genes))]
+        table[f"pcc_{name}"] = listed.groupby(keys, sort=False)["pearson"].mean().reindex(table.index)
+    table["undefined_pearson"] = groups.size() - groups["pearson"].count()
+    table["num_genes"] = groups.size()
+    return table.reset_index()
+
+
+def slide_table(per_gene_slide: pd.DataFrame, gene_lists: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """One row per slide, scale and truth."""
+    return mean_over_genes(per_gene_slide, SLIDE_KEYS, gene_lists)
+
+
+def patient_gene_table(per_gene_slide: pd.DataFrame) -> pd.DataFrame:
+    """One row per patient, scale, truth and gene: mean over the slides of the patient."""
+    keys = [*PATIENT_KEYS, "gene"]
+    return per_gene_slide.groupby(keys, sort=False)[list(METRIC_NAMES)].mean().reset_index()
+
+
+def patient_table(per_gene_slide: pd.DataFrame, gene_lists: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """One row per patient, scale and truth; undefined_pearson counts genes undefined on every slide of the patient."""
+    return mean_over_genes(patient_gene_table(per_gene_slide), PATIENT_KEYS, gene_lists)
+
+
+def gene_table(per_gene_slide: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """One row per scale, truth and gene: mean over the slides (paper), or over patients' means over slides (clean)."""
+    values = per_gene_slide if protocol == "paper" else patient_gene_table(per_gene_slide)
+    return values.groupby([*FOLD_KEYS, "gene"], sort=False)[list(METRIC_NAMES)].mean().reset_index()
+
+
+def fold_table(per_gene_slide: pd.DataFrame, gene_lists: Mapping[str, Sequence[str]], protocol: str) -> pd.DataFrame:
+    """One row per scale and truth: mean over the slides (paper) or over the patients (clean) of the fold.
+
+    undefined_pearson is the number of (slide, gene) pairs without a PCC.
+    """
+    slides = slide_table(per_gene_slide, gene_lists)
+    rows = slides if protocol == "paper" else patient_table(per_gene_slide, gene_lists)
+    undefined = slides.groupby(FOLD_KEYS, sort=False)["undefined_pearson"].sum()
+    table = rows.groupby(FOLD_KEYS, sort=False)[value_columns(rows)].mean()
+    table["undefined_pearson"] = undefined
+    table["num_genes"] = rows.groupby(FOLD_KEYS, sort=False)["num_genes"].max()
+    return table.reset_index()
+
+
+def fused_gene_pcc(per_gene_slide: pd.DataFrame) -> pd.Series:
+    """gene -> PCC of the fused prediction against the smoothed target, mean over the slides of the fold."""
+    table = gene_table(select(per_gene_slide), "paper")
+    return table.set_index("gene")["pearson"]
+
+
+def select(table: pd.DataFrame, scale: str = "fused", truth: str = "smoothed") -> pd.DataFrame:
+    """The rows of one scale and one truth."""
+    return table[(table["scale"] == scale) & (table["truth"] == truth)]
+
+
+def value_columns(table: pd.DataFrame) -> list[str]:
+    """The columns that hold scores, i.e. may be averaged."""
+    counts = {"undefined_pearson", "num_genes", "num_spots"}
+    return [name for name in table.columns if name not in (*SLIDE_KEYS, "gene", "fold") and name not in counts]
+
+
+def lists_of_run(records: Sequence[FoldRecord]) -> tuple[list[dict[str, list[str]]], list[str]]:
+    """For every fold its gene lists, "h" included, with "ranked_on_test" from the ranks averaged over all the folds.
+
+    The second value: sentences about panels that differ between folds (clean protocol).
+    """
+    notes = []
+    common = set.intersection(*(set(record.genes) for record in records))
+    if common:
+        ranked = ranked_on_test_list([fused_gene_pcc(record.per_gene_slide) for record in records])
+        if any(set(record.genes) != common for record in records):
+            notes.append(
+                f"The folds have panels of their own; {len(common)} genes are in every one, and only those can be "
+                "ranked over folds for the paper's PCC(H)."
+            )
+    else:
+        ranked = []
+        notes.append("The panels of the folds share no gene: the paper's PCC(H) is undefined.")
+    lists = [{**record.gene_lists, "ranked_on_test": ranked} for record in records]
+    return [with_headline_list(fold_lists, records[0].protocol) for fold_lists in lists], notes

@@ -1,0 +1,201 @@
+"""What a fold leaves in its folder, written and read.
+
+    split.json           fold, name, protocol, selection, the patients and slides of each part     (main)
+    metrics.jsonl        one JSON object per epoch: epoch, train/.., validation/.., test/..        (main)
+    genes.txt            the panel, one gene a line, in order
+    per_gene_slide.csv   slide, patient, scale, truth, gene, metrics: everything else follows from it
+    per_gene.csv, per_slide.csv, per_patient.csv
+    result.json          the summary of the fold and the epoch; written last: where it is, the fold is complete
+
+Undefined values are empty cells in CSV and null in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from utils.files import require_file, write_atomically, write_text
+
+_TABLES = ("per_gene_slide", "per_gene", "per_slide", "per_patient")
+_RERUN = "Run the fold again: python main.py --mode train ... --resume (or --mode test for a trained fold)."
+
+
+@dataclass(frozen=True, eq=False)
+class FoldRecord:
+    """A complete fold as read from disk. epochs: one row per line of metrics.jsonl; empty where there was none."""
+
+    path: Path
+    index: int
+    name: str
+    protocol: str
+    split: dict[str, Any]
+    genes: list[str]
+    result: dict[str, Any]
+    per_gene_slide: pd.DataFrame
+    epochs: pd.DataFrame
+
+    @property
+    def gene_lists(self) -> dict[str, list[str]]:
+        return self.result["gene_lists"]
+
+
+def write_fold(scores, fold_dir: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write the tables of a FoldScores and, last, result.json = its summary + `extra`; returns the path of that.
+
+    extra: plain values that belong to the result, e.g. {"epoch": 12}; "notes" are added to those of the summary.
+    A result.json of an earlier evaluation is removed first, so that it never stands beside newer tables.
+    Raises ValueError when the folder holds the panel of other genes, or `extra` would hide a key of the summary.
+    """
+    fold_dir, extra = Path(fold_dir), dict(extra or {})
+    notes = [*scores.summary["notes"], *extra.pop("notes", [])]
+    if clash := sorted(set(extra) & set(scores.summary)):
+        raise ValueError(f"extra values {clash} have the names of summary values; expected other names.")
+    genes_path = fold_dir / "genes.txt"
+    if genes_path.is_file() and read_genes(genes_path) != scores.genes:
+        raise ValueError(
+            f"{genes_path} lists another panel than the {len(scores.genes)} genes scored. The folder belongs to "
+            "another run; choose another --run_name."
+        )
+    result_path = fold_dir / "result.json"
+    result_path.unlink(missing_ok=True)
+    write_text(genes_path, "".join(f"{gene}\n" for gene in scores.genes))
+    for name in _TABLES:
+        _write_table(getattr(scores, name), fold_dir / f"{name}.csv")
+    result = plain({**scores.summary, **extra, "notes": notes})
+    return write_text(result_path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def read_fold(fold_dir: str | Path) -> FoldRecord:
+    """Read a complete fold. FileNotFoundError / ValueError name the file and what makes it whole again."""
+    fold_dir = Path(fold_dir)
+    result = _read_json(fold_dir / "result.json")
+    split = _read_json(fold_dir / "split.json")
+    if missing := sorted({"fold", "name", "protocol", "test_patients"} - set(split)):
+        raise ValueError(f"{fold_dir / 'split.json'} lacks {missing}. {_RERUN}")
+    if result.get("protocol") != split["protocol"]:
+        raise ValueError(
+            f"{fold_dir}: split.json was made for the protocol {split['protocol']!r}, result.json for "
+            f"{result.get('protocol')!r}; expected the same. {_RERUN}"
+        )
+    table_path = require_file(fold_dir / "per_gene_slide.csv", _RERUN)
+    table = pd.read_csv(
+        table_path,
+        dtype={name: str for name in ("slide", "patient", "scale", "truth", "gene")},
+        keep_default_na=False,
+        na_values={name: [""] for name in _numeric_columns(table_path)},
+    )
+    return FoldRecord(
+        path=fold_dir,
+        index=int(split["fold"]),
+        name=str(split["name"]),
+        protocol=split["protocol"],
+        split=split,
+        genes=read_genes(fold_dir / "genes.txt"),
+        result=result,
+        per_gene_slide=table,
+        epochs=read_epochs(fold_dir / "metrics.jsonl"),
+    )
+
+
+def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
+    """The folders of complete folds in the order of their index, and sentences about what is not there.
+
+    Raises FileNotFoundError when the folder does not exist and ValueError when no fold of it is complete.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"{run_dir} does not exist; expected the folder of a run, with fold_<i> folders in it.")
+    found = {}
+    for path in run_dir.iterdir():
+        if (match := re.fullmatch(r"fold_(\d+)", path.name)) and path.is_dir():
+            found[int(match[1])] = path
+    complete = {index: found[index] for index in sorted(found) if (found[index] / "result.json").is_file()}
+    if not complete:
+        raise ValueError(
+            f"{run_dir} holds {len(found)} fold folders and none is complete (no result.json). "
+            "Train or continue it: python main.py --mode train ... --resume"
+        )
+    notes = []
+    if unfinished := [index for index in sorted(found) if index not in complete]:
+        notes.append(f"Not complete, left out: fold {_enumerate(unfinished)}. Continue the run with --resume.")
+    if absent := [index for index in range(max(found)) if index not in found]:
+        notes.append(f"Not in this run (skipped or not asked for): fold {_enumerate(absent)}.")
+    return list(complete.values()), notes
+
+
+def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
+    """All complete folds of a run and the notes of `find_folds`. ValueError when the folds follow other protocols."""
+    paths, notes = find_folds(run_dir)
+    records = [read_fold(path) for path in paths]
+    protocols = {record.protocol: record.path.name for record in records}
+    if len(protocols) > 1:
+        raise ValueError(
+            f"{run_dir} mixes protocols: "
+            + ", ".join(f"{name} is {protocol}" for protocol, name in sorted(protocols.items()))
+            + ". Expected one protocol per run; train the other one under its own --run_name."
+        )
+    return records, notes
+
+
+def read_epochs(path: Path) -> pd.DataFrame:
+    """metrics.jsonl as a table, one row per epoch; empty when there is no such file (models fitted in one step)."""
+    if not path.is_file():
+        return pd.DataFrame()
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}). {_RERUN}") from error
+    return pd.DataFrame(rows)
+
+
+def read_genes(path: Path) -> list[str]:
+    """One gene a line."""
+    return require_file(path, _RERUN).read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: dicts, lists, text and finite numbers; NaN and infinities become None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | np.ndarray | pd.Series):
+        return [plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> None:
+    # Ten digits: beyond the float32 of the predictions, and the file stays readable.
+    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.10g"))
+
+
+def _numeric_columns(path: Path) -> list[str]:
+    header = pd.read_csv(path, nrows=0).columns
+    return [name for name in header if name not in ("slide", "patient", "scale", "truth", "gene")]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(require_file(path, _RERUN).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno}). {_RERUN}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object. {_RERUN}")
+    return content
+
+
+def _enumerate(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

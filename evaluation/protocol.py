@@ -1,0 +1,232 @@
+"""The two protocols: what is scored, in which order it is averaged, and which number chooses the epoch.
+
+paper   per gene within one slide -> mean over genes -> over the slides of the fold -> over folds. PCC(H): genes ranked
+        by PCC in every fold, ranks averaged over folds, first 50. The epoch with the best PCC(A) *on the test fold*.
+clean   per gene within one slide -> mean over the slides of a patient -> over patients. PCC(H): one list fixed from
+        training data of a reference model, shared by every method. The epoch is chosen on an inner held-out patient,
+        or fixed beforehand.
+
+PCC(A) is over all genes. `evaluation.gene_lists`, `.fold_files` and `.summary` hold the other halves; their public
+names can be imported from here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evaluation import aggregation
+from evaluation.fold_files import FoldRecord, find_folds, read_fold, read_run, write_fold
+from evaluation.gene_lists import highly_predictive_list, highly_variable_list, list_size, ranked_on_test_list
+from evaluation.metrics import mae, mse, pearson
+from evaluation.slide_scores import SCALES, TRAINING_MEAN, SlideResult, long_table, score_slide, score_training_mean
+from evaluation.summary import summarise
+
+__all__ = [
+    "PROTOCOLS",
+    "SCALES",
+    "TRAINING_MEAN",
+    "FoldRecord",
+    "FoldScores",
+    "SlideResult",
+    "epoch_scores",
+    "find_folds",
+    "highly_predictive_list",
+    "highly_variable_list",
+    "list_size",
+    "ranked_on_test_list",
+    "read_fold",
+    "read_run",
+    "score_fold",
+    "score_slide",
+    "select_score",
+    "summarise",
+    "write_fold",
+]
+
+PROTOCOLS = ("paper", "clean")
+PCC_H_NOTES = {
+    "paper": (
+        "the genes are ranked on the test predictions of this fold alone, which are then scored: biased upward, more so "
+        "than with ranks averaged over folds"
+    ),
+    "clean": "the genes were fixed from training data of a reference model",
+}
+SELECTION_KEYS = {"paper": "test/pcc_all", "clean": "validation/pcc_all"}
+
+
+@dataclass(frozen=True, eq=False)
+class FoldScores:
+    """All scores of one fold; `score_fold` makes it, `write_fold` writes it.
+
+    per_gene_slide: long: slide, patient, scale, truth, gene, METRIC_NAMES; scale "training_mean" is the constant
+        prediction of the mean over the training spots, scored like a model.
+    per_gene: scale, truth, gene, METRIC_NAMES, averaged over the fold in the order of the protocol.
+    per_slide, per_patient: means over genes: pcc_all, pcc_h, pcc_<list>, the other metrics, undefined_pearson.
+    summary: what result.json holds (`score_fold` lists the keys).
+    """
+
+    protocol: str
+    genes: list[str]
+    gene_lists: dict[str, list[str]]
+    per_gene_slide: pd.DataFrame
+    per_gene: pd.DataFrame
+    per_slide: pd.DataFrame
+    per_patient: pd.DataFrame
+    summary: dict[str, Any]
+
+
+def score_fold(
+    results: Sequence[SlideResult],
+    *,
+    training_mean: np.ndarray,
+    training_mean_unsmoothed: np.ndarray | None = None,
+    gene_lists: Mapping[str, Sequence[str]],
+    protocol: str = "clean",
+) -> FoldScores:
+    """Score the test slides of one fold.
+
+    training_mean: (G,) mean target over the training spots; training_mean_unsmoothed: the same of the unsmoothed one.
+    gene_lists: name -> genes, fixed before the predictions were seen: "highly_predictive", "highly_variable". The
+        list "ranked_on_test" (paper, from this fold alone) is added; over several folds `summarise` makes its own.
+
+    summary: protocol, num_slides, num_spots, num_genes, slides {slide: spots}, patients, pcc_all, pcc_h, mse, mae
+    (fused, smoothed), pcc_h_note, training_mean and training_mean_unsmoothed {mse, mae},
+    scores {truth: {scale: {metric: value}}}, gene_lists {name: genes}, gene_list_sizes, undefined_pearson, notes. Undefined values are NaN.
+    Raises ValueError for no slide, a slide given twice, slides of other panels, lists with unknown genes.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is unknown; expected one of {PROTOCOLS}.")
+    genes = _shared_panel(results)
+    if unknown := sorted({gene for names in gene_lists.values() for gene in names} - set(genes)):
+        raise ValueError(f"gene lists name {len(unknown)} genes outside the panel ({', '.join(unknown[:5])}).")
+    means = {"smoothed": training_mean, "unsmoothed": training_mean_unsmoothed}
+    tables = []
+    for result in results:
+        tables += [score_slide(result), score_training_mean(result, means)]
+    per_gene_slide = pd.concat(tables, ignore_index=True)
+    lists = {name: list(names) for name, names in gene_lists.items()}
+    lists["ranked_on_test"] = ranked_on_test_list([aggregation.fused_gene_pcc(per_gene_slide)])
+    with_headline = aggregation.with_headline_list(lists, protocol)
+    per_slide = aggregation.slide_table(per_gene_slide, with_headline)
+    num_spots = {result.slide: len(result.spot_ids) for result in results}
+    per_slide.insert(2, "num_spots", per_slide["slide"].map(num_spots))
+    return FoldScores(
+        protocol=protocol,
+        genes=genes,
+        gene_lists=lists,
+        per_gene_slide=per_gene_slide,
+        per_gene=aggregation.gene_table(per_gene_slide, protocol),
+        per_slide=per_slide,
+        per_patient=aggregation.patient_table(per_gene_slide, with_headline),
+        summary=_fold_summary(results, genes, lists, per_gene_slide, protocol),
+    )
+
+
+def epoch_scores(results: Sequence[SlideResult], protocol: str = "clean") -> dict[str, float]:
+    """The few numbers of an epoch, cheaply: pcc_all, mse, mae of the fused prediction, and <name>_<scale> of each scale.
+
+    Against the smoothed target; averaged in the order of the protocol. Undefined values are NaN.
+    """
+    rows = []
+    for result in results:
+        for scale, predicted in result.predictions.items():
+            columns = {"pearson": pearson, "mse": mse, "mae": mae}
+            values = {name: metric(result.measured, predicted) for name, metric in columns.items()}
+            rows.append(long_table(result, scale, "smoothed", values))
+    table = aggregation.fold_table(pd.concat(rows, ignore_index=True), {}, protocol).set_index("scale")
+    scores = {}
+    for scale, row in table.iterrows():
+        suffix = "" if scale == "fused" else f"_{scale}"
+        scores.update({f"{name}{suffix}": float(row[name]) for name in ("pcc_all", "mse", "mae")})
+    return scores
+
+
+def select_score(record: Mapping[str, Any], protocol: str) -> float:
+    """The number that chooses the epoch, greatest best: mean PCC(A) of the fused prediction.
+
+    record: one epoch as in metrics.jsonl. paper: over the test slides ("test/pcc_all"), which makes the result look
+    better than it is; clean: over the slides of the inner held-out patient ("validation/pcc_all").
+    An undefined PCC (null or NaN: the prediction is constant) counts as -inf: any epoch with a PCC is better.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is unknown; expected one of {PROTOCOLS}.")
+    key = SELECTION_KEYS[protocol]
+    if key not in record:
+        raise ValueError(
+            f"the epoch record has no {key!r}, which chooses the epoch in the protocol {protocol!r} (it has "
+            f"{', '.join(sorted(record))}). Hold a validation patient out, or fix the number: --fixed_epochs N."
+        )
+    value = record[key]
+    return -math.inf if value is None or math.isnan(value) else float(value)
+
+
+def _shared_panel(results: Sequence[SlideResult]) -> list[str]:
+    if not results:
+        raise ValueError("there is no test slide to score; expected at least one.")
+    slides = [result.slide for result in results]
+    if len(set(slides)) != len(slides):
+        raise ValueError(f"a slide is given twice among {slides}; expected each once.")
+    for result in results[1:]:
+        if list(result.genes) != list(results[0].genes):
+            raise ValueError(
+                f"slides {results[0].slide} ({len(results[0].genes)} genes) and {result.slide} ({len(result.genes)} "
+                "genes) have different panels; expected one panel, in one order, within a fold."
+            )
+    return list(results[0].genes)
+
+
+def _fold_summary(
+    results: Sequence[SlideResult],
+    genes: list[str],
+    lists: dict[str, list[str]],
+    per_gene_slide: pd.DataFrame,
+    protocol: str,
+) -> dict[str, Any]:
+    table = aggregation.fold_table(per_gene_slide, aggregation.with_headline_list(lists, protocol), protocol)
+    columns = [*aggregation.value_columns(table), "undefined_pearson"]
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for row in table.to_dict("records"):
+        scores.setdefault(row["truth"], {})[row["scale"]] = {name: float(row[name]) for name in columns}
+    errors = {truth: by_scale.pop(TRAINING_MEAN, None) for truth, by_scale in scores.items()}
+    means = {truth: {name: row[name] for name in ("mse", "mae")} for truth, row in errors.items() if row}
+    fused = scores["smoothed"]["fused"]
+    return {
+        "protocol": protocol,
+        "num_slides": len(results),
+        "num_spots": sum(len(result.spot_ids) for result in results),
+        "num_genes": len(genes),
+        "slides": {result.slide: len(result.spot_ids) for result in results},
+        "patients": list(dict.fromkeys(result.patient for result in results)),
+        **{name: fused[name] for name in ("pcc_all", "pcc_h", "mse", "mae")},
+        "pcc_h_note": PCC_H_NOTES[protocol],
+        "undefined_pearson": int(fused["undefined_pearson"]),
+        "training_mean": means["smoothed"],
+        "training_mean_unsmoothed": means.get("unsmoothed"),
+        "scores": scores,
+        "gene_lists": lists,
+        "gene_list_sizes": {name: len(names) for name, names in lists.items()},
+        "notes": _fold_notes(per_gene_slide, lists, fused, protocol),
+    }
+
+
+def _fold_notes(
+    per_gene_slide: pd.DataFrame, lists: dict[str, list[str]], fused: dict[str, float], protocol: str
+) -> list[str]:
+    notes = []
+    fused_rows = aggregation.select(per_gene_slide)
+    if protocol == "clean" and not lists.get("highly_predictive"):
+        notes.append("No highly predictive list was fixed from training data: pcc_h is undefined.")
+    if undefined := int(fused["undefined_pearson"]):
+        notes.append(
+            f"PCC undefined for {undefined} of {len(fused_rows)} (slide, gene) pairs, where the measured or the "
+            "predicted gene is constant within the slide; means skip them."
+        )
+    if broken := int(fused_rows["mse"].isna().sum()):
+        notes.append(f"{broken} (slide, gene) pairs hold values that are not finite and are left out of every mean.")
+    return notes

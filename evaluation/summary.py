@@ -1,0 +1,230 @@
+"""A run in one dictionary: its folds together, in the order of its protocol, with every bias named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evaluation import aggregation
+from evaluation.fold_files import FoldRecord, plain, read_run
+from evaluation.inference import bootstrap_interval
+
+HEADLINE = ("pcc_all", "pcc_h", "mse", "mae")
+DESCRIPTIONS = {
+    "paper": (
+        "paper protocol: PCC per gene within a slide, mean over genes, slides of the fold, folds; PCC(H) on genes "
+        "ranked by test PCC over the folds; epoch chosen on the test fold"
+    ),
+    "clean": (
+        "clean protocol: PCC per gene within a slide, mean over slides of a patient, patients; PCC(H) on a list fixed "
+        "from training data; epoch not chosen on test data"
+    ),
+}
+PAPER_NOTES = (
+    "The epoch is chosen on the test fold, as in the published code: all scores are optimistic.",
+    "PCC(H): the genes are ranked on the same test predictions that are scored. It is biased upward (random "
+    "predictions score above zero), and every model is scored on its own list.",
+    "The gene panel is chosen from all slides, those of the test patients included.",
+)
+
+
+def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Read what the folds of a run wrote and put it together. Plain values; None where a value is undefined.
+
+    notes: sentences the run itself cannot know, e.g. which folds were skipped for want of slides.
+
+    The dictionary, in this order:
+    protocol, protocol_description, run
+    num_folds, num_patients, num_slides, num_spots, num_genes
+    headline            {pcc_all, pcc_h, mse, mae, training_mean_mse, training_mean_mae: {mean, std}} fused against the
+                        smoothed target. mean: over folds (paper) or patients (clean); std: over folds, divisor n - 1
+    folds               rows: fold, name, test_patients, num_slides, num_spots, num_genes, selection, epoch, pcc_all,
+                        pcc_h, pcc_highly_variable ..., mse, mae, the other metrics, training_mean_mse,
+                        training_mean_mae, undefined_pearson
+    patients            rows: patient, fold, num_slides, num_spots and the same scores (PCC per gene within each slide
+                        -> mean over the patient's slides -> over genes, whatever the protocol)
+    intervals           {pcc_all, pcc_h, pcc_<list>, mse, mae: {mean, low, high, num_patients}}: bootstrap 95 % interval of
+                        the mean over patients
+    scales              rows: truth, scale, then mean and <name>_std of every score; scale "training_mean" included
+    pcc_h               {"paper": .., "clean": ..}: PCC(H) under both lists, {mean, std, size, genes}; genes is a list
+                        (paper) or {fold: list} (clean)
+    gene_list_sizes     {list: [size in each fold]}
+    selection_price     what choosing the epoch on the test fold would have gained: {mean, folds: rows of fold,
+                        chosen_epoch, chosen, best_epoch, best, price}; None when no fold recorded "test/pcc_all"
+    notes               sentences: biases, skipped folds, undefined genes
+    """
+    records, found_notes = read_run(run_dir)
+    protocol = records[0].protocol
+    lists, list_notes = aggregation.lists_of_run(records)
+    tables = [
+        aggregation.fold_table(record.per_gene_slide, fold_lists, protocol).assign(fold=record.index)
+        for record, fold_lists in zip(records, lists)
+    ]
+    patients = [
+        aggregation.patient_table(record.per_gene_slide, fold_lists).assign(fold=record.index)
+        for record, fold_lists in zip(records, lists)
+    ]
+    per_fold, per_patient = pd.concat(tables, ignore_index=True), pd.concat(patients, ignore_index=True)
+    scales = _scale_rows(per_fold, per_fold if protocol == "paper" else per_patient)
+    price = selection_price(records)
+    summary = {
+        "protocol": protocol,
+        "protocol_description": DESCRIPTIONS[protocol],
+        "run": Path(run_dir).resolve().name,
+        "num_folds": len(records),
+        "num_patients": int(per_patient["patient"].nunique()),
+        "num_slides": sum(record.result["num_slides"] for record in records),
+        "num_spots": sum(record.result["num_spots"] for record in records),
+        "num_genes": max(len(record.genes) for record in records),
+        "headline": _headline(scales),
+        "folds": [_fold_row(record, per_fold) for record in records],
+        "patients": _patient_rows(records, per_patient),
+        "intervals": _intervals(aggregation.select(per_patient)),
+        "scales": scales,
+        "pcc_h": _both_lists(scales, records, lists),
+        "gene_list_sizes": _list_sizes(lists),
+        "selection_price": price,
+        "notes": _notes(records, protocol, [*notes, *found_notes, *list_notes], price),
+    }
+    return plain(summary)
+
+
+def selection_price(records: Sequence[FoldRecord]) -> dict[str, Any] | None:
+    """Best test PCC(A) of any epoch minus that of the chosen epoch, for every fold that recorded "test/pcc_all"."""
+    rows = []
+    for record in records:
+        if "test/pcc_all" not in record.epochs or record.result.get("epoch") is None:
+            continue
+        scores = pd.to_numeric(record.epochs.drop_duplicates("epoch", keep="last").set_index("epoch")["test/pcc_all"])
+        epoch = record.result["epoch"]
+        if epoch not in scores.index or scores.isna().all():
+            continue
+        chosen, best = float(scores[epoch]), float(scores.max())
+        rows.append(
+            {
+                "fold": record.index,
+                "chosen_epoch": epoch,
+                "chosen": chosen,
+                "best_epoch": int(scores.idxmax()),
+                "best": best,
+                "price": best - chosen,
+            }
+        )
+    return {"mean": float(np.mean([row["price"] for row in rows])), "folds": rows} if rows else None
+
+
+def _scale_rows(per_fold: pd.DataFrame, averaged: pd.DataFrame) -> list[dict[str, Any]]:
+    """One row per truth and scale: mean over the rows of `averaged`, standard deviation over folds."""
+    columns = aggregation.value_columns(per_fold)
+    means = averaged.groupby(["truth", "scale"], sort=False)[columns].mean()
+    deviations = per_fold.groupby(["truth", "scale"], sort=False)[columns].std(ddof=1)
+    rows = []
+    for (truth, scale), mean in means.iterrows():
+        row = {"truth": truth, "scale": scale}
+        for name in columns:
+            row[name] = mean[name]
+            row[f"{name}_std"] = deviations.loc[(truth, scale), name]
+        rows.append(row)
+    return rows
+
+
+def _headline(scales: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    rows = {row["scale"]: row for row in scales if row["truth"] == "smoothed"}
+    headline = {name: {"mean": rows["fused"][name], "std": rows["fused"][f"{name}_std"]} for name in HEADLINE}
+    for name in ("mse", "mae"):
+        mean = rows["training_mean"]
+        headline[f"training_mean_{name}"] = {"mean": mean[name], "std": mean[f"{name}_std"]}
+    return headline
+
+
+def _fold_row(record: FoldRecord, per_fold: pd.DataFrame) -> dict[str, Any]:
+    table = per_fold[per_fold["fold"] == record.index]
+    fused, mean = (aggregation.select(table, scale).iloc[0] for scale in ("fused", "training_mean"))
+    return {
+        "fold": record.index,
+        "name": record.name,
+        "test_patients": record.split["test_patients"],
+        "num_slides": record.result["num_slides"],
+        "num_spots": record.result["num_spots"],
+        "num_genes": len(record.genes),
+        "selection": record.split.get("selection"),
+        "epoch": record.result.get("epoch"),
+        **{name: fused[name] for name in aggregation.value_columns(per_fold)},
+        "training_mean_mse": mean["mse"],
+        "training_mean_mae": mean["mae"],
+        "undefined_pearson": int(fused["undefined_pearson"]),
+    }
+
+
+def _patient_rows(records: Sequence[FoldRecord], per_patient: pd.DataFrame) -> list[dict[str, Any]]:
+    counts: dict[str, list[int]] = {}
+    for record in records:
+        slides = aggregation.select(record.per_gene_slide)[["slide", "patient"]].drop_duplicates()
+        for slide, patient in slides.itertuples(index=False):
+            counts.setdefault(patient, []).append(record.result["slides"][slide])
+    fused = aggregation.select(per_patient)
+    means = aggregation.select(per_patient, "training_mean").set_index("patient")
+    rows = []
+    for row in fused.to_dict("records"):
+        spots = counts[row["patient"]]
+        scores = {name: row[name] for name in aggregation.value_columns(fused)}
+        errors = {f"training_mean_{name}": means.loc[row["patient"], name] for name in ("mse", "mae")}
+        keys = {"patient": row["patient"], "fold": row["fold"], "num_slides": len(spots), "num_spots": sum(spots)}
+        rows.append({**keys, **scores, **errors, "undefined_pearson": int(row["undefined_pearson"])})
+    return rows
+
+
+def _intervals(fused: pd.DataFrame) -> dict[str, dict[str, float]]:
+    intervals = {}
+    for name in aggregation.value_columns(fused):
+        if not (name.startswith("pcc_") or name in ("mse", "mae")):
+            continue
+        values = fused[name].dropna().to_numpy()
+        low, high = bootstrap_interval(values)
+        mean = values.mean() if len(values) else np.nan
+        intervals[name] = {"mean": mean, "low": low, "high": high, "num_patients": len(values)}
+    return intervals
+
+
+def _list_sizes(lists: Sequence[dict[str, list[str]]]) -> dict[str, list[int]]:
+    names = dict.fromkeys(name for fold_lists in lists for name in fold_lists if name != "h")
+    return {name: [len(fold_lists.get(name, [])) for fold_lists in lists] for name in names}
+
+
+def _both_lists(
+    scales: list[dict[str, Any]], records: Sequence[FoldRecord], lists: Sequence[dict[str, list[str]]]
+) -> dict[str, Any]:
+    fused = next(row for row in scales if row["scale"] == "fused" and row["truth"] == "smoothed")
+    both = {}
+    for protocol, name in aggregation.HEADLINE_LIST.items():
+        by_fold = {record.index: fold_lists.get(name, []) for record, fold_lists in zip(records, lists)}
+        both[protocol] = {
+            "mean": fused.get(f"pcc_{name}", np.nan),
+            "std": fused.get(f"pcc_{name}_std", np.nan),
+            "size": max(len(genes) for genes in by_fold.values()),
+            "genes": next(iter(by_fold.values())) if protocol == "paper" else by_fold,
+        }
+    return both
+
+
+def _notes(
+    records: Sequence[FoldRecord], protocol: str, found: Sequence[str], price: dict[str, Any] | None
+) -> list[str]:
+    notes = list(PAPER_NOTES) if protocol == "paper" else []
+    if protocol == "clean" and any(record.split.get("selection") == "test" for record in records):
+        notes.append("The split says that the epoch was chosen on the test fold: these scores are not clean.")
+    if price is not None and protocol == "clean":
+        notes.append(
+            f"Choosing the epoch on the test fold instead would have raised PCC(A) by {price['mean']:.4f} on average."
+        )
+    if len(records) == 1:
+        notes.append("One fold only: no standard deviation over folds.")
+    notes += found
+    for record in records:
+        extra = [*record.split.get("notes", []), *record.result["notes"]]
+        notes += [f"Fold {record.name}: {note}" for note in extra]
+    return list(dict.fromkeys(notes))
