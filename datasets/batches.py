@@ -165,13 +165,12 @@ def split_rows(rows: Tensor, batch_size: int, minimum: int) -> list[Tensor]:
     return batches
 
 
-def check_batch_sizes(num_spots: int, batch_size: int, k: int) -> None:
+def check_batch_sizes(sizes: Sequence[int], k: int, fold: str) -> None:
     """k clusters need k spots in every batch; ValueError with both numbers and the remedy, before the first epoch."""
-    sizes = [len(batch) for batch in split_rows(torch.arange(num_spots), batch_size, minimum=k)]
     if k > min(sizes):
         raise ValueError(
-            f"k = {k} clusters, but the smallest batch has {min(sizes)} spots ({num_spots} training spots in batches of "
-            f"{batch_size}). Choose --k {min(sizes)} or less, or a larger --batch_size."
+            f"k = {k} clusters, but the smallest batch of fold {fold} has {min(sizes)} spots ({sum(sizes)} training spots in "
+            f"{len(sizes)} batches). Choose --k {min(sizes)} or less, or a larger --batch_size."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -122,6 +123,19 @@ def _joined(problems: Sequence[str]) -> str:
     return "\n".join([f"{len(problems)} slides cannot be used:", *shown])
 
 
+def extraction_command(
+    layout: Layout, kind: str, slides: str | None, encoder: str | None, config_name: str, overwrite: bool = False
+) -> str:
+    """The command that makes a cache; slides: comma separated, None for all."""
+    external = layout.name if layout.root.parent.name == "test" else None
+    where = f"--mode external --test_name {external}" if external else f"--config {config_name} --mode internal"
+    flags = [f"--extract_mode {kind}", f"--data_dir {layout.data_dir}"]
+    flags += [f"--encoder {encoder}"] if encoder else []
+    flags += [f"--slides {slides}"] if slides else []
+    flags += ["--overwrite"] if overwrite else []
+    return f"python preprocess/extract_features_uni.py {where} {' '.join(flags)}"
+
+
 class _FeatureReader:
     """Finds each slide's features (our caches, else the published .pt), verifies and reads them."""
 
@@ -152,8 +166,9 @@ class _FeatureReader:
             expected["num_neighbors"] = self.layout.num_neighbors
         if self.sha256 is not None:
             expected["encoder_sha256"] = self.sha256
-        if self.layout.has_image(slide):
-            with open_slide(self.layout.image_path(slide)) as image:
+        image_path = self._image_path(slide)
+        if image_path is not None:
+            with open_slide(image_path) as image:
                 expected["image_fingerprint"] = image.fingerprint()
         command = self._command(kind, slide, overwrite=True)
         verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair=command)
@@ -161,21 +176,24 @@ class _FeatureReader:
         self.sha256 = self.sha256 or identity.encoder_sha256
         return tuple(identity.image_size)
 
+    def _image_path(self, slide: str) -> Path | None:
+        """The image, or None where only features are at hand; several images are still an error."""
+        try:
+            return self.layout.image_path(slide)
+        except FileNotFoundError:
+            return None
+
     def _command(self, kind: str, slide: str, overwrite: bool = False) -> str:
-        external = self.layout.test_name
-        where = (
-            f"--mode external --test_name {external}" if external else f"--config {self.config_name} --mode internal"
-        )
-        return (
-            f"python preprocess/extract_features_uni.py {where} --extract_mode {kind} --encoder {self.encoder} "
-            f"--data_dir {self.layout.data_dir} --slides {slide}{' --overwrite' if overwrite else ''}"
-        )
+        return extraction_command(self.layout, kind, slide, self.encoder, self.config_name, overwrite)
 
     def read(self, records: list[SlideRecord], with_neighbors: bool) -> SpotStore:
         tables = [record.table for record in records]
         validity = [
             neighbor_validity(
-                record.table.obsm["center"], record.image_size, self.layout.patch_size, self.layout.num_neighbors
+                record.table.obsm["center"],
+                record.image_size,
+                self.layout.patch_size,
+                self.layout.num_neighbors,
             )
             for record in records
         ]

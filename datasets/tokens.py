@@ -1,0 +1,154 @@
+"""Where the target tokens of a batch come from: the token cache, or uint8 patches for the frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.batches import goes_to_device, to_device
+from datasets.feature_cache import CacheIdentity, read_features, verify_cache
+from datasets.geometry import NUM_VIEWS, dihedral_views, patch_corner
+from datasets.layout import Layout
+from datasets.slides import open_slide
+from datasets.spots import SlideRecord, SpotStore, extraction_command
+from datasets.token_store import TokenStore
+from utils.cli import progress, say
+
+
+class CachedTokens:
+    """Tokens of the frozen encoder as they were extracted: from device memory where they fit, from the files otherwise."""
+
+    gives_tokens = True
+
+    def __init__(self, store: TokenStore, device: torch.device, residence: str):
+        self.store, self.device = store, device
+        self.num_views, self.dim = store.num_views, store.dim
+        self._resident = None
+        # On the CPU the page cache of the system is the memory that tokens are held in.
+        if device.type == "cuda" and goes_to_device("target tokens", store.nbytes, device, residence):
+            self._resident = self._read_all()
+
+    def _read_all(self) -> Tensor:
+        shape = (self.store.num_rows, self.num_views, self.store.num_tokens, self.dim)
+        resident = torch.empty(shape, dtype=self.store.dtype, device=self.device)
+        for rows in progress(list(torch.arange(self.store.num_rows).split(64)), description="tokens", leave=False):
+            for view in range(self.num_views):
+                resident[rows.to(self.device), view] = to_device(
+                    self.store.read(rows, torch.full_like(rows, view)), self.device
+                )
+        return resident
+
+    def get(self, rows: Tensor, views: Tensor) -> Tensor:
+        """(B, T, D) float32 tokens on the device."""
+        if self._resident is not None:
+            return self._resident[rows.to(self.device), views.to(self.device)].float()
+        return self.store.read(rows, views).to(self.device, non_blocking=True).float()
+
+
+class CutPatches:
+    """uint8 patches of all spots, turned on the device; the step runs the frozen encoder on them."""
+
+    gives_tokens = False
+    num_views = NUM_VIEWS
+
+    def __init__(self, patches: Tensor, device: torch.device, residence: str):
+        """patches: (R, P, P, 3) uint8."""
+        self.device = device
+        on_device = device.type == "cuda" and goes_to_device("patches", patches.nbytes, device, residence)
+        self._patches = patches.to(device) if on_device else patches
+
+    def get(self, rows: Tensor, views: Tensor) -> Tensor:
+        """(B, 3, P, P) uint8 patches in their dihedral views, on the device."""
+        if self._patches.device == self.device:
+            patches = self._patches[rows.to(self.device)]
+        else:
+            patches = to_device(self._patches[rows], self.device)
+        return dihedral_views(patches.permute(0, 3, 1, 2), views.to(self.device))
+
+
+def open_tokens(
+    layout: Layout,
+    store: SpotStore,
+    device: torch.device,
+    *,
+    choice: str,
+    residence: str,
+    num_workers: int,
+    config_name: str,
+) -> CachedTokens | CutPatches:
+    """The token caches if every slide has one (choice "auto" or "cache"), else the patches (choice "online").
+
+    All caches are verified against the spots and the encoder of the features. The choice is printed.
+    """
+    missing = [slide.name for slide in store.slides if not layout.cache_path("token", slide.name).exists()]
+    if choice == "cache" and missing:
+        raise FileNotFoundError(
+            f"DATA.tokens=cache: slides {', '.join(missing[:5])} have no token cache. Run: "
+            f"{extraction_command(layout, 'token', ','.join(missing), store.encoder.name, config_name)}"
+        )
+    if choice == "online" or missing:
+        say("Target tokens: the frozen encoder runs in every step (a token cache makes an epoch many times faster: "
+            f"{extraction_command(layout, 'token', None, store.encoder.name, config_name)})")  # fmt: skip
+        return CutPatches(_all_patches(layout, store.slides, config_name), device, residence)
+    identity = _verify_tokens(layout, store, config_name)
+    tokens = TokenStore(
+        [layout.cache_path("token", slide.name) for slide in store.slides], num_threads=num_workers or 1
+    )
+    pooled = f", pooled by {identity.token_pool}" if identity.token_pool > 1 else ""
+    say(
+        f"Target tokens: from the token cache ({identity.views} of {NUM_VIEWS} views, {identity.dtype}{pooled}, "
+        f"{tokens.nbytes / 1e9:.2f} GB)"
+    )
+    return CachedTokens(tokens, device, residence)
+
+
+def _verify_tokens(layout: Layout, store: SpotStore, config_name: str) -> CacheIdentity:
+    problems, identity = [], None
+    for slide in store.slides:
+        expected = {"kind": "token", "encoder": store.encoder.name, "patch_size": layout.patch_size}
+        if store.encoder.sha256 != "unknown":
+            expected["encoder_sha256"] = store.encoder.sha256
+        try:
+            identity = verify_cache(
+                layout.cache_path("token", slide.name),
+                expected,
+                list(slide.table.obs_names),
+                slide.table.obsm["center"],
+                repair=extraction_command(layout, "token", slide.name, store.encoder.name, config_name, overwrite=True),
+            )
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    assert identity is not None
+    return identity
+
+
+def _all_patches(layout: Layout, slides: Sequence[SlideRecord], config_name: str) -> Tensor:
+    """(R, P, P, 3) uint8: from the patch cache where a slide has one, else cut from its image, decoded once."""
+    size = layout.patch_size
+    patches = torch.empty((slides[-1].stop, size, size, 3), dtype=torch.uint8)
+    for slide in progress(slides, description="patches", unit="slide", leave=False):
+        path = layout.cache_path("patch", slide.name)
+        if path.exists():
+            command = extraction_command(layout, "patch", slide.name, None, config_name, overwrite=True)
+            centers = slide.table.obsm["center"]
+            verify_cache(
+                path, {"kind": "patch", "patch_size": size}, list(slide.table.obs_names), centers, repair=command
+            )
+            found = read_features(path)
+        else:
+            found = cut_patches(layout, slide)
+        patches[slide.start : slide.stop] = torch.from_numpy(found)
+    return patches
+
+
+def cut_patches(layout: Layout, slide: SlideRecord) -> np.ndarray:
+    """(N, P, P, 3) uint8 patches centred on the spots, white outside the image."""
+    size = layout.patch_size
+    corners = patch_corner(slide.table.obsm["center"], size)
+    with open_slide(layout.image_path(slide.name)) as image:
+        return np.stack([image.read_region(int(x), int(y), size, size) for x, y in corners])

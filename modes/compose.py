@@ -1,0 +1,144 @@
+"""Model, loss, data and frozen encoder put together: the closures that the engine calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from datasets.batches import BatchMaker, SlideBatch, SpotBatch
+from datasets.layout import Layout
+from datasets.spec import get_spec
+from engine import Precision, Step
+from models import build_loss, build_model
+from models.backbones import build_backbone
+from utils.config import Config
+
+SCALES = {"fused": "fused", "target": "target", "neighbor": "neighbor", "global": "global_"}
+Encode = Callable[[SpotBatch], Tensor | None]
+
+
+def open_layout(config: Config, test_name: str | None = None) -> Layout:
+    """The data folder that the configuration names; with `test_name` the external set below it."""
+    spec = get_spec(test_name or config.DATA.type, config.DATA.data_dir)
+    return Layout(
+        config.DATA.data_dir,
+        spec,
+        test_name=test_name,
+        patch_size=config.DATA.patch_size,
+        num_neighbors=config.DATA.num_neighbors,
+    )
+
+
+def load_encoder(config: Config, device: torch.device, *, allow_download: bool = False) -> nn.Module:
+    """The frozen patch encoder, on the device."""
+    return build_backbone(config.DATA.encoder, config.DATA.weights, allow_download=allow_download).to(device)
+
+
+def make_encode(encoder: nn.Module | None) -> Encode:
+    """batch -> target tokens (B, T, D): those of the cache, or the frozen encoder on the batch's turned patches."""
+
+    def encode(batch: SpotBatch) -> Tensor | None:
+        if batch.target_tokens is not None or batch.patches is None:
+            return batch.target_tokens
+        assert encoder is not None, "patches without an encoder"
+        with torch.no_grad():
+            return encoder(batch.patches).tokens
+
+    return encode
+
+
+def make_model(config: Config, *, feature_dim: int, token_dim: int, num_genes: int) -> nn.Module:
+    """The model of the configuration for features of `feature_dim` and target tokens of `token_dim`."""
+    return build_model(
+        config.MODEL,
+        feature_dim=token_dim,
+        pooled_dim=feature_dim,
+        num_genes=num_genes,
+        num_neighbors=config.DATA.num_neighbors,
+    )
+
+
+def make_step(model: nn.Module, config: Config, encode: Encode, generator: torch.Generator | None = None) -> Step:
+    """The training step: batch -> named loss terms."""
+    loss = build_loss(config.LOSS, model=config.MODEL.name, generator=generator)
+
+    def step(batch: SpotBatch) -> dict[str, Tensor]:
+        global_tokens = None
+        if model.needs_slides:
+            global_tokens = model.encode_slides(batch.slide_features, batch.grid_xy, batch.lengths, batch.slide_rows)
+        prediction = model(**_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
+        return loss(prediction, batch.expression)
+
+    return step
+
+
+def make_predict(
+    model: nn.Module, encode: Encode, precision: Precision, chunk_size: int
+) -> Callable[[SlideBatch], dict[str, Tensor]]:
+    """slide -> {scale: (N, G) float32 on the CPU}: the global encoder over the whole slide, the rest in chunks."""
+
+    def predict(slide: SlideBatch) -> dict[str, Tensor]:
+        model.eval()
+        with torch.inference_mode(), precision.autocast():
+            global_tokens = None
+            if model.needs_slides:
+                global_tokens = model.encode_slides(slide.slide_features, slide.grid_xy, [len(slide)], None)
+            parts, start = [], 0
+            for batch in slide.chunks(chunk_size):
+                chunk = None if global_tokens is None else global_tokens[start : start + len(batch)]
+                parts.append(_scales(model(**_inputs(batch, encode), global_tokens=chunk)))
+                start += len(batch)
+        return {scale: torch.cat([part[scale] for part in parts]) for scale in parts[0]}
+
+    return predict
+
+
+def _inputs(batch: SpotBatch, encode: Encode) -> dict[str, Tensor | None]:
+    return {
+        "target_tokens": encode(batch),
+        "target_features": batch.target_features,
+        "neighbor_features": batch.neighbor_features,
+        "neighbor_is_valid": batch.neighbor_is_valid,
+    }
+
+
+def _scales(prediction: object) -> dict[str, Tensor]:
+    found = {scale: getattr(prediction, name) for scale, name in SCALES.items()}
+    return {scale: value.float().cpu() for scale, value in found.items() if value is not None}
+
+
+@dataclass
+class Optimization:
+    """Adam and its schedule, with everything of them that a checkpoint holds."""
+
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    precision: Precision
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Config, precision: Precision) -> Optimization:
+        training = config.TRAINING
+        optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, training.lr_step_epochs, gamma=training.lr_decay)
+        return cls(optimizer, scheduler, precision)
+
+    def state_dict(self) -> dict:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"] and self.precision.scaler.is_enabled():
+            self.precision.scaler.load_state_dict(state["scaler"])
+
+
+def maker_for(store, source, device: torch.device, config: Config) -> BatchMaker:
+    """Batches of a store on the device, features held where the configuration says."""
+    return BatchMaker(store, source, device, config.DATA.residence)

@@ -1,0 +1,140 @@
+"""A trained fold on its test slides: predictions, tables, figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from datasets.expression import UNIT
+from datasets.slides import open_slide
+from datasets.spots import SlideRecord, slide_targets
+from engine import evaluate
+from evaluation.predictions import write_prediction
+from evaluation.protocol import SlideResult, score_fold, write_fold
+from evaluation.report import write_figures
+from modes.compose import make_model, make_predict
+from modes.study import Study
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.config import config_from_dict
+
+THUMBNAIL_PX = 2000
+
+
+def score_checkpoint(study: Study, checkpoint: Path, folder: Path) -> dict:
+    """Evaluate a checkpoint on the test slides of its fold and write everything into `folder`; returns the summary.
+
+    result.json is written last: its presence means that the fold is complete.
+    """
+    content = load_checkpoint(checkpoint)
+    check_encoder(content, study, checkpoint)
+    records = study.store.named(content["fold"]["test_slides"])
+    predict = restored_predict(study, content, checkpoint)
+    predictions = evaluate((study.maker.slide(record) for record in records), predict, "test slides")
+    results = [slide_result(record, content["genes"], prediction) for record, prediction in zip(records, predictions)]
+    for record, result in zip(records, results):
+        write_slide(study, record, result, folder / "predictions" / f"{record.name}.h5ad", content, checkpoint)
+    smoothed, unsmoothed = content["training_mean"].numpy()
+    scores = score_fold(
+        results,
+        training_mean=smoothed,
+        training_mean_unsmoothed=unsmoothed,
+        gene_lists=content["gene_lists"],
+        protocol=content["fold"]["protocol"],
+    )
+    write_figures(folder, per_gene=scores.per_gene)
+    write_fold(scores, folder, extra={"epoch": content["epoch"], "unit": UNIT})
+    return scores.summary
+
+
+def restored_predict(study: Study, content: dict, checkpoint: Path):
+    """`predict(slide)` with the weights of a checkpoint."""
+    config = config_from_dict(content["config"], str(checkpoint))
+    model = make_model(
+        config,
+        feature_dim=content["encoder"]["dim"],
+        token_dim=content["encoder"]["token_dim"],
+        num_genes=len(content["genes"]),
+    ).to(study.device)
+    load_weights(model, content["model"], checkpoint)
+    return make_predict(model, study.encode, study.precision, study.config.EVALUATION.chunk_size)
+
+
+def check_encoder(content: dict, study: Study, checkpoint: Path) -> None:
+    """A checkpoint made with one encoder refuses the features of another."""
+    made, found = content["encoder"], study.store.encoder
+    if made["name"] != found.name or (
+        made["sha256"] != found.sha256 and "unknown" not in (made["sha256"], found.sha256)
+    ):
+        raise ValueError(
+            f"{checkpoint} was trained on features of {made['name']} (weights {made['sha256'][:12]}...), the features in "
+            f"{study.layout.root} are of {found.name} ({found.sha256[:12]}...). Extract those of the checkpoint's encoder: "
+            f"python preprocess/extract_features_uni.py --encoder {made['name']} --overwrite (with its other flags)"
+        )
+
+
+def slide_result(record: SlideRecord, genes: list[str], prediction: dict[str, Tensor]) -> SlideResult:
+    """The predictions of a slide beside what was measured."""
+    return SlideResult(
+        slide=record.name,
+        patient=record.patient,
+        spot_ids=list(record.table.obs_names),
+        grid_xy=record.table.obsm["grid"],
+        genes=genes,
+        measured=slide_targets(record.table, genes),
+        measured_unsmoothed=slide_targets(record.table, genes, smoothing=False),
+        predictions={scale: values.numpy() for scale, values in prediction.items()},
+    )
+
+
+def write_slide(
+    study: Study, record: SlideRecord, result: SlideResult, path: Path, content: dict, checkpoint: Path
+) -> None:
+    """The prediction `.h5ad` of one test slide, with a down-scaled image where the image is at hand."""
+    image, scale = thumbnail(study, record)
+    write_prediction(
+        path,
+        slide=record.name,
+        spot_ids=result.spot_ids,
+        genes=result.genes,
+        predictions=result.predictions,
+        spatial_px=record.table.obsm["spatial"],
+        grid_xy=record.table.obsm["grid"],
+        measured=result.measured,
+        measured_unsmoothed=result.measured_unsmoothed,
+        image=image,
+        image_scale=scale,
+        spot_diameter_px=spot_diameter(record.table.obsm["spatial"], study.layout.patch_size),
+        unit=UNIT,
+        provenance={
+            "checkpoint": checkpoint.name,
+            "encoder": content["encoder"]["name"],
+            "encoder_sha256": content["encoder"]["sha256"],
+            "fold": content["fold"]["fold"],
+            "protocol": content["fold"]["protocol"],
+            "epoch": content["epoch"],
+            "smoothing": "mean over the 3x3 array neighborhood",
+            "log_base": 10,
+        },
+    )
+
+
+def thumbnail(study: Study, record: SlideRecord) -> tuple[np.ndarray | None, float]:
+    """(image, its pixels per full-resolution pixel); (None, 1) where only features are at hand."""
+    try:
+        path = study.layout.image_path(record.name)
+    except FileNotFoundError:
+        return None, 1.0
+    with open_slide(path) as slide:
+        return slide.thumbnail(THUMBNAIL_PX)
+
+
+def spot_diameter(spatial_px: np.ndarray, patch_size: int) -> float:
+    """Half the usual distance to the nearest spot, in full-resolution px: the ST arrays' 100 um spots on a 200 um pitch."""
+    if len(spatial_px) < 2:
+        return float(patch_size)
+    from scipy.spatial import KDTree
+
+    nearest = KDTree(spatial_px).query(spatial_px, k=2)[0][:, 1]
+    return float(np.median(nearest)) / 2

@@ -1,0 +1,107 @@
+"""What a fold trains on, chooses its epoch on and is tested on; which genes, and their targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datasets.expression import highest_mean_panel
+from datasets.folds import Fold
+from datasets.spots import SlideRecord, store_targets
+from evaluation.protocol import highly_predictive_list, highly_variable_list
+from modes.study import Study, slides_of
+from utils.cli import say
+from utils.config import Config
+from utils.files import load_names
+
+
+@dataclass(frozen=True)
+class Split:
+    """Slides, genes and targets of a fold, and how its epoch is chosen."""
+
+    fold: Fold
+    train_slides: list[str]
+    validation_slides: list[str]
+    test_slides: list[str]
+    selection: str  # validation | test | fixed
+    genes: list[str]
+    targets: Tensor  # (R, G) smoothed, NaN where a row belongs to no slide of the fold
+    training_mean: Tensor  # (2, G): of the smoothed and of the unsmoothed training targets
+    gene_lists: dict[str, list[str]]
+
+    def to_dict(self, protocol: str) -> dict:
+        return {
+            "fold": self.fold.index,
+            "name": self.fold.name,
+            "protocol": protocol,
+            "test_patients": list(self.fold.test_patients),
+            "train_patients": list(self.fold.train_patients),
+            "validation_patients": list(self.fold.validation_patients),
+            "test_slides": self.test_slides,
+            "train_slides": self.train_slides,
+            "validation_slides": self.validation_slides,
+            "selection": self.selection,
+        }
+
+
+def prepare_split(study: Study, fold: Fold) -> Split:
+    """Panel, targets and gene lists of a fold; in the clean protocol from the outer training patients alone."""
+    config, layout = study.config, study.layout
+    train, validation, test = (
+        slides_of(layout, patients) for patients in (fold.train_patients, fold.validation_patients, fold.test_patients)
+    )
+    selection = choose_selection(config, fold)
+    outer = study.store.named([*train, *validation])
+    genes = choose_panel(study, outer)
+    targets = store_targets(study.store, [*train, *validation, *test], genes)
+    unsmoothed = store_targets(study.store, [*train, *validation], genes, smoothing=False)
+    rows = study.store.rows_of([*train, *validation])
+    return Split(
+        fold=fold,
+        train_slides=train,
+        validation_slides=validation,
+        test_slides=test,
+        selection=selection,
+        genes=genes,
+        targets=targets,
+        training_mean=torch.stack([targets[rows].mean(dim=0), unsmoothed[rows].mean(dim=0)]),
+        gene_lists=_gene_lists(study, outer, targets, genes),
+    )
+
+
+def choose_selection(config: Config, fold: Fold) -> str:
+    """What chooses the epoch: the inner validation patient, the test fold (paper), or a number set beforehand."""
+    if config.EVALUATION.fixed_epochs is not None:
+        return "fixed"
+    if config.EVALUATION.protocol == "paper":
+        return "test"
+    if fold.validation_patients:
+        return "validation"
+    say(
+        f"Fold {fold.index} ({fold.name}): with one training patient none can be held out to choose the epoch, so all "
+        f"{config.TRAINING.epochs} epochs are trained (a number fixed beforehand)."
+    )
+    return "fixed"
+
+
+def choose_panel(study: Study, outer: list[SlideRecord]) -> list[str]:
+    """The gene panel: the file of the data folder (paper), or the highest means over the training patients (clean)."""
+    if study.config.EVALUATION.protocol == "paper":
+        return load_names(study.layout.panel_path)
+    measured_everywhere = set.intersection(*(set(slide.table.var_names) for slide in study.store.slides))
+    tables = [slide.table[:, [gene in measured_everywhere for gene in slide.table.var_names]] for slide in outer]
+    return highest_mean_panel(tables, study.config.DATA.num_genes)
+
+
+def _gene_lists(study: Study, outer: list[SlideRecord], targets: Tensor, genes: list[str]) -> dict[str, list[str]]:
+    rows = study.store.rows_of([slide.name for slide in outer])
+    expression = targets[rows].numpy()
+    lists = {"highly_variable": highly_variable_list(expression, genes)}
+    patients = [slide.patient for slide in outer for _ in range(slide.start, slide.stop)]
+    slides = [slide.name for slide in outer for _ in range(slide.start, slide.stop)]
+    if study.config.EVALUATION.protocol == "clean" and len(set(patients)) > 1:
+        features = study.store.target_features[rows].float().numpy()
+        lists["highly_predictive"] = highly_predictive_list(features, expression, patients, genes, slides=slides)
+    return lists

@@ -1,0 +1,143 @@
+"""What all folds of a run share: the slides on disk, their features, the folds that can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
+from datasets.folds import Fold, available_folds, make_folds, with_validation
+from datasets.layout import Layout
+from datasets.spots import SpotStore, load_store
+from datasets.tokens import open_tokens
+from engine import Precision
+from modes.compose import Encode, load_encoder, make_encode, needs_of
+from utils.cli import say
+from utils.config import Config
+from utils.runs import generator_for
+
+
+@dataclass
+class Study:
+    """Data and devices of a run; everything that does not depend on the fold."""
+
+    config: Config
+    config_name: str
+    layout: Layout
+    device: torch.device
+    store: SpotStore
+    maker: BatchMaker
+    encode: Encode
+    token_dim: int
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(self.config.TRAINING.precision, self.device)
+
+
+def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> list[Fold]:
+    """The folds that can be run with the slides on disk, inner validation patient included (clean protocol).
+
+    Says what is skipped; ValueError when a wanted fold cannot be run.
+    """
+    spec = layout.spec
+    slides = layout.slides_on_disk()
+    on_disk = sorted({spec.patient_of(slide) for slide in slides})
+    patients = list(spec.patients) or on_disk
+    folds = make_folds(patients, spec.fold_scheme, spec.num_folds, spec.fold_seed)
+    folds, notices = available_folds(folds, on_disk)
+    for notice in notices:
+        say(notice)
+    if wanted is not None:
+        possible = {fold.index: fold for fold in folds}
+        missing = [index for index in wanted if index not in possible]
+        if missing:
+            raise ValueError(
+                f"fold {', '.join(map(str, missing))} cannot be run; with the slides in {layout.root} these can: "
+                f"{', '.join(f'{fold.index} ({fold.name})' for fold in folds)}."
+            )
+        folds = [possible[index] for index in sorted(set(wanted))]
+    if config.EVALUATION.protocol == "clean" and config.EVALUATION.fixed_epochs is None:
+        folds = [with_validation(fold, config.GENERAL.seed) for fold in folds]
+    return folds
+
+
+def slides_of(layout: Layout, patients: Sequence[str]) -> list[str]:
+    """Slides on disk of the patients, sorted."""
+    return [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in set(patients)]
+
+
+def open_study(config: Config, config_name: str, layout: Layout, slides: Sequence[str], device: torch.device) -> Study:
+    """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens."""
+    needs = needs_of(config.MODEL)
+    store = load_store(
+        layout,
+        slides,
+        encoder=config.DATA.encoder,
+        sha256=None,
+        config_name=config_name,
+        with_neighbors=needs.neighbors,
+    )
+    source, encoder, token_dim = None, None, store.target_features.shape[1]
+    if needs.tokens:
+        source, encoder = _open_source(config, config_name, layout, store, device)
+        token_dim = source.dim if source.gives_tokens else encoder.dim
+    return Study(
+        config=config,
+        config_name=config_name,
+        layout=layout,
+        device=device,
+        store=store,
+        maker=BatchMaker(store, source, device, config.DATA.residence),
+        encode=make_encode(encoder),
+        token_dim=token_dim,
+    )
+
+
+def _open_source(
+    config: Config, config_name: str, layout: Layout, store: SpotStore, device: torch.device
+) -> tuple[object, nn.Module | None]:
+    """The source of target tokens and, when it gives patches, the frozen encoder that turns them into tokens."""
+    source = open_tokens(
+        layout,
+        store,
+        device,
+        choice=config.DATA.tokens,
+        residence=config.DATA.residence,
+        num_workers=config.DATA.num_workers,
+        config_name=config_name,
+    )
+    if source.gives_tokens:
+        return source, None
+    encoder = load_encoder(config, device)
+    if store.encoder.sha256 not in ("unknown", encoder.weights_sha256):
+        raise ValueError(
+            f"the features in {layout.root} were made with other weights of {encoder.name} (sha256 "
+            f"{store.encoder.sha256[:12]}...) than the ones found now ({encoder.weights_sha256[:12]}...). Give the same file "
+            "with --weights, or extract again with preprocess/extract_features_uni.py --overwrite."
+        )
+    return source, encoder
+
+
+def check_clusters(study: Study, folds: Sequence[Fold]) -> None:
+    """k against the smallest batch of every fold, before the first epoch."""
+    config = study.config
+    if config.MODEL.name != "gene_dml" or config.LOSS.group_weight == 0:
+        return
+    for fold in folds:
+        rows = study.store.rows_of(slides_of(study.layout, fold.train_patients))
+        sizes = [
+            len(batch)
+            for batch in epoch_rows(
+                study.store,
+                rows,
+                batch_size=config.TRAINING.batch_size,
+                minimum=config.LOSS.k,
+                slides_per_batch=config.TRAINING.slides_per_batch,
+                generator=generator_for(config.GENERAL.seed, fold.index, 1, "batches"),
+            )
+        ]
+        check_batch_sizes(sizes, config.LOSS.k, fold.name)

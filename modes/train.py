@@ -1,0 +1,75 @@
+"""--mode train: cross-validation over patients, one fold after the other, resumable at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evaluation.report import format_table, write_report, write_summary
+from evaluation.summary import summarise
+from modes.compose import open_layout
+from modes.fold import FoldRun, fit_closed_form, new_model, start_folder
+from modes.scoring import score_checkpoint
+from modes.split import prepare_split
+from modes.study import Study, check_clusters, find_folds, open_study
+from utils.cli import say
+from utils.config import Config
+from utils.runs import open_run
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a training is asked for beside its configuration."""
+
+    config_name: str
+    run_name: str
+    device: torch.device
+    folds: Sequence[int] | None
+    resume: bool
+    checkpoint_seconds: float
+
+
+def train(config: Config, options: TrainOptions) -> Path:
+    """Train and test the folds, write the summary; returns the run folder."""
+    layout = open_layout(config)
+    run_dir = Path(config.GENERAL.log_path) / options.config_name / options.run_name
+    folds = find_folds(config, layout, options.folds)
+    patients = sorted(
+        {p for fold in folds for p in (*fold.test_patients, *fold.train_patients, *fold.validation_patients)}
+    )
+    slides = [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in patients]
+    open_run(run_dir, config, options.resume)
+    study = open_study(config, options.config_name, layout, slides, options.device)
+    check_clusters(study, folds)
+    say(f"Run folder: {run_dir}")
+    for fold in folds:
+        folder = run_dir / f"fold_{fold.index}"
+        if (folder / "result.json").exists():
+            say(f"Fold {fold.index} ({fold.name}): complete, nothing to do.")
+            continue
+        train_fold(study, fold, folder, options.checkpoint_seconds)
+    say(finish_run(run_dir))
+    return run_dir
+
+
+def train_fold(study: Study, fold, folder: Path, checkpoint_seconds: float) -> None:
+    """Train one fold, or go on with it, then test the chosen weights."""
+    split = prepare_split(study, fold)
+    start_folder(folder, study, split)
+    run = FoldRun(study, split, folder, new_model(study, split), checkpoint_seconds)
+    if run.model.is_closed_form:
+        fit_closed_form(run)
+    else:
+        run.train()
+    score_checkpoint(study, folder / "best.pt", folder)
+
+
+def finish_run(run_dir: Path) -> str:
+    """Write summary.json, summary.md and report.html over the complete folds; returns the table for the terminal."""
+    summary = summarise(run_dir)
+    write_summary(run_dir, summary)
+    write_report(run_dir)
+    return format_table(summary)
