@@ -1,0 +1,110 @@
+"""The look of every figure: one palette, one type scale, no global state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from utils.files import write_atomically
+
+INK = "#222222"
+MUTED = "#6b6b6b"
+RULE = "#d9d9d9"
+# Okabe and Ito's palette, told apart with every common form of color blindness.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C7A00")
+SCALE_COLORS = dict(zip(("fused", "target", "neighbor", "global"), PALETTE))
+TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 10.5, 9.0, 8.0
+PNG_DPI = 160
+
+
+def new_figure(width: float, height: float, *, layout: str = "constrained") -> Figure:
+    """An empty white figure (inches) that no pyplot session knows about."""
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def title(target: Axes | Figure, text: str) -> None:
+    """A left-aligned title on an axes, a centred one on a figure."""
+    if isinstance(target, Figure):
+        target.suptitle(text, fontsize=TITLE_SIZE + 1, color=INK, fontweight="bold")
+    else:
+        target.set_title(text, fontsize=TITLE_SIZE, color=INK, loc="left")
+
+
+def plain_axes(axes: Axes, *, x_label: str = "", y_label: str = "", grid: str | None = None) -> None:
+    """Axes with two quiet spines, readable labels and, where it helps reading, light grid lines ("x", "y", "both")."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+        axes.spines[side].set_linewidth(0.8)
+    axes.tick_params(labelsize=TICK_SIZE, colors=MUTED, labelcolor=INK, width=0.8, length=3)
+    axes.set_xlabel(x_label, fontsize=LABEL_SIZE, color=INK)
+    axes.set_ylabel(y_label, fontsize=LABEL_SIZE, color=INK)
+    axes.set_axisbelow(True)
+    if grid:
+        axes.grid(axis=grid, color=RULE, linewidth=0.6)
+
+
+def legend(axes: Axes, **placement) -> None:
+    """A legend without a frame that covers no line, when there is anything to explain."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles, labels, fontsize=TICK_SIZE, labelcolor=INK, handlelength=1.4, edgecolor="none", framealpha=0.85,
+            borderpad=0.2, **placement,
+        )  # fmt: skip
+
+
+def note(axes: Axes, text: str) -> None:
+    """What an empty picture says instead of data."""
+    axes.text(
+        0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED, fontsize=LABEL_SIZE, zorder=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 4},
+    )  # fmt: skip
+
+
+def color_range(*arrays: np.ndarray, percentiles: tuple[float, float] = (1.0, 99.0)) -> tuple[float, float]:
+    """Lower and upper end of a color scale over all finite values; never empty, also for constants and nothing."""
+    values = np.concatenate([np.ravel(array) for array in arrays])
+    values = values[np.isfinite(values)]
+    if values.size == 0:
+        return 0.0, 1.0
+    low, high = (float(value) for value in np.percentile(values, percentiles))
+    return widened(low, high)
+
+
+def widened(low: float, high: float) -> tuple[float, float]:
+    """The same range, or one around it when it is too narrow to draw."""
+    if high - low > 1e-9 * max(1.0, abs(low), abs(high)):
+        return low, high
+    return low - 0.5, high + 0.5
+
+
+def score_text(value: float | None) -> str:
+    """A correlation as text: "0.42", or "undefined" where a value is constant or missing."""
+    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}") if value is not None and np.isfinite(value) else "undefined"
+
+
+def save_figure(figure: Figure, path: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
+    """Write `path` (without suffix) as PNG and SVG, each whole or not at all; equal figures give equal bytes."""
+    written = []
+    # Text stays text, so that a figure can be edited for a paper; the salt makes ids independent of the process.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gene-dml"}):
+        for suffix in formats:
+            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+            written.append(
+                write_atomically(
+                    Path(f"{path}.{suffix}"),
+                    lambda temporary, metadata=metadata: figure.savefig(
+                        temporary, dpi=PNG_DPI, metadata=metadata, bbox_inches="tight", pad_inches=0.08
+                    ),
+                )
+            )
+    return written
