@@ -192,6 +192,11 @@ def epoch_rows(
         members = rows[torch.isin(slide_of_row, group)]
         members = members[torch.randperm(len(members), generator=generator)]
         batches += split_rows(members, batch_size, minimum)
+    while len(batches) > 1 and (smallest := min(range(len(batches)), key=lambda i: len(batches[i]))) is not None:
+        if len(batches[smallest]) >= minimum:
+            break
+        small = batches.pop(smallest)  # a group of few spots joins another one
+        batches[-1] = torch.cat([batches[-1], small])
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 

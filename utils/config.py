@@ -114,6 +114,11 @@ class Config:
 
 
 SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+# --model_size large: UNI2-h features with the sizes of HER2ST, whatever the data set.
+LARGE = (
+    "DATA.encoder=uni2-h",
+    *(f"MODEL.{f.name}={f.default}" for f in dataclasses.fields(Model) if f.name.startswith(("neighbor_", "global_"))),
+)
 _CHOICES = {
     "DATA.tokens": ("auto", "cache", "online"),
     "DATA.residence": ("auto", "device", "host"),
@@ -146,12 +151,14 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected sections ({', '.join(SECTIONS)}), found {type(content).__name__}.")
     values, problems = _flatten(content, str(path))
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            problems.append(f"--set {override}: expected SECTION.key=value")
-            continue
-        values[key.strip()] = (_parsed(text, problems), "--set: ")
+    _override(values, overrides, problems)
+    return _build(values, problems)
+
+
+def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
+    """The configuration with `SECTION.key=value` overrides."""
+    values, problems = _flatten(config.to_dict(), "")
+    _override(values, overrides, problems)
     return _build(values, problems)
 
 
@@ -212,6 +219,15 @@ def _build(values: Mapping[str, tuple[object, str]], problems: list[str]) -> Con
     if problems:
         raise ValueError("\n  ".join(["the configuration is not valid:", *problems]) if problems[1:] else problems[0])
     return Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
+
+
+def _override(values: dict[str, tuple[object, str]], overrides: Iterable[str], problems: list[str]) -> None:
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            problems.append(f"--set {override}: expected SECTION.key=value")
+            continue
+        values[key.strip()] = (_parsed(text, problems), "--set: ")
 
 
 def _parsed(text: str, problems: list[str]) -> object:

@@ -1,0 +1,165 @@
+"""Gene-DML: spatial gene expression from H&E images.
+
+python main.py --config_name her2st/dml --mode train --k 18 --use_kmeans
+python main.py --config_name her2st/dml --mode test --fold 0 --model_path PATH
+python main.py --mode external_test --test_name 10x_breast_ff1 --model_path PATH
+python main.py --mode predict --image SLIDE --model_path PATH --out FILE.h5ad
+python main.py --mode doctor --config_name her2st/dml
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from utils.cli import device_from, run, say
+from utils.config import LARGE, Config, load_config
+
+MODES = ("train", "test", "external_test", "predict", "doctor", "compare", "import_reference")
+# Flags that set one key of the configuration; --set SECTION.key=value sets any.
+KEY_OF_FLAG = {
+    "k": "LOSS.k",
+    "lambda_cld": "LOSS.group_weight",
+    "cld_t": "LOSS.group_temperature",
+    "kmeans_init": "LOSS.kmeans_init",
+    "epochs": "TRAINING.epochs",
+    "batch_size": "TRAINING.batch_size",
+    "slides_per_batch": "TRAINING.slides_per_batch",
+    "seed": "GENERAL.seed",
+    "exp_id": "GENERAL.exp_id",
+    "log_path": "GENERAL.log_path",
+    "data_dir": "DATA.data_dir",
+    "encoder": "DATA.encoder",
+    "weights": "DATA.weights",
+    "num_workers": "DATA.num_workers",
+    "protocol": "EVALUATION.protocol",
+    "fixed_epochs": "EVALUATION.fixed_epochs",
+    "model": "MODEL.name",
+}
+SWITCHES = {
+    "use_kmeans": "LOSS.use_kmeans=true",
+    "normalize_fused": "LOSS.normalize_fused=true",
+    "no_instance_loss": "LOSS.instance_weight=0",
+    "no_group_loss": "LOSS.group_weight=0",
+    "no_neighbor": "MODEL.use_neighbor=false",
+    "no_global": "MODEL.use_global=false",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of SPEC 6."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--mode", required=True, choices=MODES)
+    parser.add_argument("--config_name", help="configuration below config/, e.g. her2st/dml, or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.key=value", help="any configuration key")
+    _add_run_flags(parser.add_argument_group("run"))
+    _add_method_flags(parser.add_argument_group("method"))
+    return parser
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--data_dir", help="folder of the data sets")
+    group.add_argument("--log_path", help="folder of the runs")
+    group.add_argument("--run_name", help="name of the run folder (default: exp_<exp_id>)")
+    group.add_argument("--exp_id", type=int)
+    group.add_argument("--fold", type=int, help="one fold (default: all)")
+    group.add_argument("--folds", type=_numbers, help="several folds, e.g. 0,2")
+    group.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    group.add_argument("--seed", type=int)
+    group.add_argument("--gpu", type=int, help="index of the CUDA device")
+    group.add_argument("--device", help="any PyTorch device, e.g. cpu")
+    group.add_argument("--num_workers", type=int, help="threads that read tokens")
+    group.add_argument("--checkpoint_seconds", type=float, default=60.0, help="least time between two checkpoints")
+    group.add_argument("--model_path", help="run folder, fold folder or checkpoint")
+    group.add_argument("--test_name", help="external test set below <data_dir>/test")
+
+
+def _add_method_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", help="gene_dml (default), or a baseline: mean, ridge, ridge_neighbor, knn, mlp, ...")
+    group.add_argument("--model_size", choices=("base", "large"), help="large: UNI2-h features, D = 1536")
+    group.add_argument("--encoder", help="frozen patch encoder (default: uni)")
+    group.add_argument("--weights", help="file of the encoder's weights")
+    group.add_argument("--k", type=int, help="clusters of the instance-group loss")
+    group.add_argument("--use_kmeans", action="store_true", help="k-means (the paper); otherwise spectral clustering")
+    group.add_argument("--kmeans_init", choices=("first", "kmeans++"))
+    group.add_argument("--lambda_cld", type=float, help="weight of the instance-group loss")
+    group.add_argument("--cld_t", type=float, help="temperature of the instance-group loss")
+    group.add_argument("--epochs", type=int)
+    group.add_argument("--batch_size", type=int)
+    group.add_argument("--slides_per_batch", type=int, help="draw every batch from N slides (0: from all)")
+    group.add_argument("--protocol", choices=("clean", "paper"), help="how epochs, genes and averages are chosen")
+    group.add_argument("--fixed_epochs", type=int, help="train N epochs instead of choosing one")
+    for name in ("normalize_fused", "no_instance_loss", "no_group_loss", "no_neighbor", "no_global"):
+        group.add_argument(f"--{name}", action="store_true")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 0,2, found {text!r}") from error
+
+
+def overrides_of(arguments: argparse.Namespace) -> list[str]:
+    """The command line as SECTION.key=value; --set comes last and wins."""
+    found = list(LARGE) if arguments.model_size == "large" else []
+    for flag, key in KEY_OF_FLAG.items():
+        value = getattr(arguments, flag)
+        if value is not None:
+            found.append(f"{key}={value}")
+    found += [override for flag, override in SWITCHES.items() if getattr(arguments, flag)]
+    return found + arguments.set
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    """The configuration a mode asks for; --config_name is required."""
+    if arguments.config_name is None:
+        raise ValueError(f"--mode {arguments.mode} needs --config_name, for example --config_name her2st/dml.")
+    return load_config(arguments.config_name, overrides_of(arguments))
+
+
+def required(arguments: argparse.Namespace, name: str) -> str:
+    """The value of a flag that the mode cannot do without."""
+    value = getattr(arguments, name)
+    if value is None:
+        raise ValueError(f"--mode {arguments.mode} needs --{name}.")
+    return value
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from modes.train import TrainOptions, train
+
+    config = config_of(arguments)
+    if config.MODEL.name == "gene_dml" and not config.LOSS.use_kmeans and config.LOSS.group_weight > 0:
+        say("Instance groups come from spectral clustering; --use_kmeans selects the paper's k-means.")
+    folds = arguments.folds if arguments.fold is None else [arguments.fold, *(arguments.folds or [])]
+    options = TrainOptions(
+        config_name=arguments.config_name,
+        run_name=arguments.run_name or f"exp_{config.GENERAL.exp_id}",
+        device=device_from(arguments.gpu, arguments.device),
+        folds=folds,
+        resume=arguments.resume,
+        checkpoint_seconds=arguments.checkpoint_seconds,
+    )
+    train(config, options)
+
+
+def run_test(arguments: argparse.Namespace) -> None:
+    from modes.test import test
+
+    device = device_from(arguments.gpu, arguments.device)
+    data_type = load_config(arguments.config_name).DATA.type if arguments.config_name else None
+    test(required(arguments, "model_path"), arguments.fold, overrides_of(arguments), device, data_type)
+
+
+RUN_OF_MODE = {"train": run_train, "test": run_test}
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    RUN_OF_MODE[arguments.mode](arguments)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,87 @@
+"""--mode test: evaluate trained folds again, on the patients they were not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from modes.compose import open_layout
+from modes.scoring import score_checkpoint
+from modes.study import open_study
+from modes.train import finish_run
+from utils.checkpoint import find_checkpoint, fold_checkpoints, load_checkpoint
+from utils.cli import say
+from utils.config import Config, config_from_dict, with_overrides
+
+# What a test may set differently from the training; everything else is part of the trained model.
+FREE_KEYS = (
+    "DATA.data_dir",
+    "DATA.weights",
+    "DATA.tokens",
+    "DATA.residence",
+    "DATA.num_workers",
+    "TRAINING.precision",
+    "EVALUATION.chunk_size",
+)
+
+
+def test(
+    model_path: str, fold: int | None, overrides: Sequence[str], device: torch.device, data_type: str | None = None
+) -> None:
+    """Test one fold, or all folds of a run folder, and write tables and predictions beside the checkpoint.
+
+    data_type: DATA.type of the configuration given on the command line, if any; must be the checkpoint's.
+    """
+    path = Path(model_path)
+    if fold is None and path.is_dir() and fold_checkpoints(path):
+        checkpoints = list(fold_checkpoints(path).values())
+    else:
+        checkpoints = [find_checkpoint(path, fold)]
+    for checkpoint in checkpoints:
+        _test_checkpoint(checkpoint, fold, overrides, device, data_type)
+    run_dir = checkpoints[0].parent.parent
+    if (run_dir / "config.yaml").is_file():
+        say(finish_run(run_dir))
+
+
+def restored_config(content: dict, checkpoint: Path, overrides: Sequence[str]) -> Config:
+    """The configuration of a checkpoint with what this machine does differently (paths, memory, precision)."""
+    fixed = [override for override in overrides if override.partition("=")[0].strip() not in FREE_KEYS]
+    if fixed:
+        raise ValueError(
+            f"{', '.join(fixed)}: this is part of what {checkpoint} was trained with and cannot be changed afterwards. "
+            f"Free are: {', '.join(FREE_KEYS)}."
+        )
+    return with_overrides(config_from_dict(content["config"], str(checkpoint)), overrides)
+
+
+def _test_checkpoint(
+    checkpoint: Path, fold: int | None, overrides: Sequence[str], device: torch.device, data_type: str | None
+) -> None:
+    content = load_checkpoint(checkpoint)
+    trained = content["fold"]
+    if fold is not None and trained["fold"] != fold:
+        raise ValueError(
+            f"--fold {fold}: {checkpoint} was trained for fold {trained['fold']} (test patients "
+            f"{', '.join(trained['test_patients'])}); on another fold it would be tested on its own training patients."
+        )
+    config = restored_config(content, checkpoint, overrides)
+    if data_type is not None and data_type != config.DATA.type:
+        raise ValueError(
+            f"the configuration is for {data_type}, {checkpoint} was trained on {config.DATA.type}. Give the configuration "
+            f"of the run, or leave --config_name out. Slides of other data sets: --mode external_test."
+        )
+    layout = open_layout(config)
+    missing = sorted(set(trained["test_slides"]) - set(layout.slides_on_disk()))
+    if missing:
+        raise FileNotFoundError(
+            f"test slides {', '.join(missing)} of {checkpoint} are not in {layout.root}. Prepare them, or give --data_dir."
+        )
+    study = open_study(config, content["config_name"], layout, trained["test_slides"], device)
+    summary = score_checkpoint(study, checkpoint, checkpoint.parent)
+    say(
+        f"Fold {trained['fold']} ({trained['name']}): PCC(A) {summary['pcc_all']:.4f}, MSE {summary['mse']:.4f} "
+        f"(training mean {summary['training_mean']['mse']:.4f}); written to {checkpoint.parent}"
+    )
