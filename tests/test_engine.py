@@ -1,0 +1,132 @@
+"""The loop: averages, early stopping, precision, and errors that keep what was computed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from engine import Precision, Progress, evaluate, fit, train_one_epoch
+
+CPU = torch.device("cpu")
+
+
+class Spots(list):
+    """A batch is anything with a length."""
+
+
+def scored(scores, **arguments):
+    """Run `fit` on a list of scores; returns the state and what `save` was told."""
+    saved = []
+    state = fit(
+        Progress(),
+        run_epoch=lambda epoch: {"validation/pcc_all": scores[epoch - 1]},
+        score_name="validation/pcc_all",
+        save=lambda progress, is_better: saved.append((progress.epoch, is_better)),
+        **{"epochs": len(scores), "patience": 100, **arguments},
+    )
+    return state, saved
+
+
+def test_best_epoch_is_the_first_of_the_greatest_scores():
+    state, saved = scored([0.1, 0.3, 0.2, 0.3])
+    assert (state.best_epoch, state.best_score, state.epoch) == (2, 0.3, 4)
+    assert saved == [(1, True), (2, True), (3, False), (4, False)]
+    assert [record["epoch"] for record in state.history] == [1, 2, 3, 4]
+
+
+def test_patience_stops_and_stays_stopped():
+    state, _ = scored([0.3, 0.1, 0.1, 0.1, 0.9], patience=3)
+    assert state.epoch == 4 and state.is_finished(5, 3)
+
+
+def test_undefined_scores_never_win():
+    state, saved = scored([math.nan, math.nan, 0.1, math.nan])
+    assert state.best_epoch == 3 and saved[0] == (1, True)
+
+
+def test_without_a_score_the_last_epoch_is_the_best_and_patience_is_ignored():
+    saved = []
+    state = fit(
+        Progress(), epochs=5, patience=1, run_epoch=lambda epoch: {}, score_name=None, save=lambda p, b: saved.append(b)
+    )
+    assert state.best_epoch == 5 and saved == [True] * 5
+
+
+def test_a_continued_fit_goes_on_where_it_was():
+    whole, _ = scored([0.1, 0.2, 0.15, 0.3])
+    part, _ = scored([0.1, 0.2])
+    again = Progress(**part.to_dict())
+    fit(
+        again,
+        epochs=4,
+        patience=100,
+        run_epoch=lambda epoch: {"validation/pcc_all": [0.1, 0.2, 0.15, 0.3][epoch - 1]},
+        score_name="validation/pcc_all",
+        save=lambda progress, is_better: None,
+    )
+    assert again == whole
+
+
+def test_an_epoch_averages_over_spots_and_learns():
+    torch.manual_seed(0)
+    layer = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    batches = [Spots([1.0] * 3), Spots([1.0])]
+    constants = {3: 1.0, 1: 5.0}
+
+    def step(batch):
+        loss = (layer(torch.tensor(batch)[:, None]) ** 2).mean()
+        return {"total": loss, "constant": torch.tensor(constants[len(batch)])}
+
+    first = train_one_epoch(batches, step, optimizer, Precision("float32", CPU), "epoch 1")
+    for _ in range(20):
+        last = train_one_epoch(batches, step, optimizer, Precision("float32", CPU), "epoch")
+    assert first["constant"] == pytest.approx((3 * 1 + 5) / 4)
+    assert last["total"] < 0.01 * first["total"]
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_term():
+    layer = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+
+    def step(batch):
+        loss = layer.weight.sum()
+        return {"total": loss, "group": loss * math.nan}
+
+    with pytest.raises(
+        ValueError, match=r"fold 1 epoch 2: the loss is no longer finite \(group\).*checkpoint of the epoch before"
+    ):
+        train_one_epoch([Spots([1.0])], step, optimizer, Precision("float32", CPU), "fold 1 epoch 2")
+
+
+def test_evaluate_keeps_the_order_and_asks_for_no_gradient():
+    seen = evaluate([1, 2, 3], lambda slide: (slide, torch.is_grad_enabled()), "evaluation")
+    assert seen == [(1, False), (2, False), (3, False)]
+
+
+def test_precision_of_the_cpu():
+    assert Precision("auto", CPU).name == "float32"
+    with pytest.raises(ValueError, match="fp16 needs a CUDA device"):
+        Precision("fp16", CPU)
+    with Precision("bf16", CPU).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_mixed_precision_step_on_cuda(name):
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 1)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    inputs = torch.randn(32, 64, device=device)
+
+    def step(batch):
+        return {"total": (model(inputs).float() - inputs[:, :1]).square().mean()}
+
+    precision = Precision(name, device)
+    losses = [train_one_epoch([Spots([0])], step, optimizer, precision, "epoch")["total"] for _ in range(50)]
+    assert losses[-1] < 0.2 * losses[0]
