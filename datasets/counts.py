@@ -1,0 +1,198 @@
+"""Raw counts of a slide from any accepted file, checked: spots x genes, non-negative integers, unique names."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from anndata import AnnData
+from scipy import sparse
+
+from utils.files import require_file
+
+_SPOT_ID = re.compile(r"^(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)$")
+GREATEST_COUNT = 2**31 - 1
+
+
+def read_counts(path: str | Path, genes: Sequence[str] | None = None) -> AnnData:
+    """Read `.parquet`, `.tsv.gz`, `.tsv`, `.csv` or `.h5ad` counts.
+
+    genes:   read only these, in this order (much faster for parquet); None = all.
+    returns: AnnData, X (N, G) csr int32 raw counts, obs_names = spot ids "XxY" rounded, var_names = genes.
+    Raises FileNotFoundError, or one ValueError that names the file and everything that is wrong: no table, duplicated
+    spots or genes, ids that are no "XxY", missing genes, NaN, negative, non-integer or non-numeric counts.
+    """
+    path = require_file(path, "It should hold the raw counts of a slide, spots x genes.")
+    try:
+        if path.name.endswith(".parquet"):
+            table = _read_parquet(path, genes)
+        elif path.name.endswith(".h5ad"):
+            table = _read_h5ad(path, genes)
+        else:
+            table = _read_text(path)
+    except (pa.ArrowException, OSError, EOFError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a readable table of counts (truncated?): {str(error).splitlines()[0]}"
+        ) from error
+    matrix, spots, columns = table
+    problems = []
+    ids, wrong = round_ids(spots)
+    if wrong:
+        problems.append(f"spot ids should look like '10x13', found {some(wrong)}")
+    if len(spots) == 0 or len(columns) == 0:
+        problems.append(f"found {len(spots)} spots x {len(columns)} genes")
+    for what, names in (("spots", ids), ("genes", columns)):
+        twice = pd.Index(names)[pd.Index(names).duplicated()].unique().tolist()
+        if twice:
+            problems.append(f"duplicated {what}: {some(twice)}")
+    if genes is not None and (missing := sorted(set(genes) - set(columns))):
+        problems.append(f"genes asked for but not there: {some(missing)}")
+    if not problems:
+        if genes is not None:
+            matrix = matrix[:, pd.Index(columns).get_indexer(list(genes))]
+            columns = list(genes)
+        matrix, problems = _checked(matrix, ids, columns)
+    if problems:
+        raise ValueError(
+            f"{path}: {'; '.join(problems)}. Expected raw counts, spots x genes; correct or replace the file."
+        )
+    return AnnData(matrix, obs=pd.DataFrame(index=ids), var=pd.DataFrame(index=columns))
+
+
+def round_ids(spots: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Spot ids in the form "round(x)xround(y)", and those that are no "XxY"."""
+    ids, wrong = [], []
+    for spot in map(str, spots):
+        match = _SPOT_ID.match(spot)
+        if match is None:
+            wrong.append(spot)
+            ids.append(spot)
+        else:
+            ids.append(f"{round(float(match[1]))}x{round(float(match[2]))}")
+    return ids, wrong
+
+
+def some(names: Sequence[object], shown: int = 5) -> str:
+    """The first few names and how many there are in all, for a message."""
+    text = ", ".join(str(name) for name in list(names)[:shown])
+    return text if len(names) <= shown else f"{text}, ... ({len(names)} in all)"
+
+
+Table = tuple[object, list[str], list[str]]  # values (dense, sparse or a pyarrow Table of columns), spots, genes
+
+
+def _read_parquet(path: Path, genes: Sequence[str] | None) -> Table:
+    file = pa.parquet.ParquetFile(path)
+    names = file.schema_arrow.names
+    pandas_metadata = file.schema_arrow.pandas_metadata or {}
+    index = [name for name in pandas_metadata.get("index_columns", []) if isinstance(name, str) and name in names]
+    if not index:  # written without an index: the ids are the one column of text
+        index = [field.name for field in file.schema_arrow if _is_text(field.type)][:1]
+    if not index:
+        raise ValueError(f"{path} has no column of spot ids; write it with the ids as the index of the table.")
+    columns = [name for name in names if name not in index]
+    if genes is not None:
+        wanted = set(genes)
+        columns = [name for name in columns if name in wanted]
+    table = file.read(columns=index[:1] + columns)
+    return table.select(columns), table.column(index[0]).to_pylist(), columns
+
+
+def _read_text(path: Path) -> Table:
+    """Tab or comma separated text; the header may leave out the name of the first column, as R writes it."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rb") as file:
+        content = file.read()
+    separator = "," if ".csv" in path.suffixes else "\t"
+    header, _, body = content.replace(b"\r\n", b"\n").partition(b"\n")
+    names = [name.strip('"') for name in header.decode().split(separator)]
+    first = body.partition(b"\n")[0]
+    if not first:
+        raise ValueError(f"{path} holds no spots: it ends after its first line.")
+    width = first.decode().count(separator) + 1
+    if width == len(names) + 1:
+        names = ["", *names]
+    if width != len(names) or width < 2:
+        raise ValueError(
+            f"{path}: the header names {len(names)} columns, the first row has {width}, separated by {separator!r}. "
+            "Expected a row of genes, then one row a spot: its id and the counts."
+        )
+    table = pa.csv.read_csv(
+        pa.BufferReader(body),
+        read_options=pa.csv.ReadOptions(column_names=[str(i) for i in range(width)], block_size=max(len(body), 1)),
+        parse_options=pa.csv.ParseOptions(delimiter=separator),
+        convert_options=pa.csv.ConvertOptions(column_types={"0": pa.string()}),
+    )
+    return table.select(range(1, width)), table.column(0).to_pylist(), names[1:]
+
+
+def _read_h5ad(path: Path, genes: Sequence[str] | None) -> Table:
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path} is not a readable .h5ad file (truncated?).")
+    data = anndata.read_h5ad(path)
+    if genes is not None and data.var_names.is_unique:
+        data = data[:, [gene for gene in genes if gene in data.var_names]]
+    return data.X, data.obs_names.tolist(), data.var_names.tolist()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _checked(matrix: object, spots: list[str], genes: list[str]) -> tuple[sparse.csr_matrix | None, list[str]]:
+    """The counts as csr int32, or the reasons why they are none."""
+    if isinstance(matrix, pa.Table):
+        matrix, problems = _numeric(matrix, spots, genes)
+        if problems:
+            return None, problems
+    compressed = sparse.csr_matrix(matrix)
+    values = compressed.data
+    problems = []
+    for what, is_wrong in (
+        ("missing counts (NaN)", np.isnan(values)),
+        ("negative counts", values < 0),
+        ("counts that are no integers", np.isfinite(values) & (values != np.round(values))),
+        (f"counts above {GREATEST_COUNT}", values > GREATEST_COUNT),
+    ):
+        if is_wrong.any():
+            rows = np.repeat(np.arange(len(spots)), np.diff(compressed.indptr))[is_wrong]
+            column = compressed.indices[is_wrong][0]
+            example = (
+                f"{values[is_wrong][0]:g} for gene {genes[column]}" if "NaN" not in what else f"gene {genes[column]}"
+            )
+            ids = [spots[row] for row in dict.fromkeys(rows.tolist())]
+            problems.append(f"{what} ({example}) in spots {some(ids)}")
+    if problems:
+        return None, problems
+    compressed = compressed.astype(np.int32)
+    compressed.eliminate_zeros()
+    return compressed, []
+
+
+def _numeric(table: pa.Table, spots: list[str], genes: list[str]) -> tuple[np.ndarray | None, list[str]]:
+    """Columns of one type as a dense matrix; text or empty cells become problems that name gene and spots."""
+    problems = []
+    kinds = {kind for kind in table.schema.types}
+    for position, kind in enumerate(table.schema.types):
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+            column = table.column(position).to_pandas()
+            bad = np.flatnonzero(pd.to_numeric(column, errors="coerce").isna())
+            found = repr(column.iloc[bad[0]]) if len(bad) else str(kind)
+            where = [spots[row] for row in bad]
+            problems.append(f"non-numeric counts ({found} for gene {genes[position]}) in spots {some(where)}")
+    if problems:
+        return None, [some(problems, shown=3)] if len(problems) > 3 else problems
+    dtype = np.int32 if all(pa.types.is_integer(kind) and kind.bit_width <= 32 for kind in kinds) else np.float64
+    dense = np.empty((table.num_rows, table.num_columns), dtype=dtype)
+    for position, column in enumerate(table.itercolumns()):
+        dense[:, position] = column.to_numpy()
+    return dense, []

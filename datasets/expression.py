@@ -1,0 +1,157 @@
+"""From raw counts to the values that are predicted: gene panel, library size, logarithm, smoothing. Pure on arrays.
+
+SPEC section 2 rules the numbers; every target, prediction and error of the project is in `UNIT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from anndata import AnnData
+from scipy import sparse
+
+UNIT = "log10(1 + counts per 10 000 of the panel)"
+LOG_BASE = 10
+SCALE = 1e4
+
+
+def normalise(counts_panel: np.ndarray | sparse.spmatrix) -> np.ndarray:
+    """Counts per 10 000 of the panel: 1e4 * count / sum of the row.
+
+    counts_panel: (N, G) raw counts of the panel genes only, dense or sparse.
+    returns:      (N, G) float64; a row without any count stays zero (see `empty_spots`).
+    """
+    counts = _dense(counts_panel)
+    totals = counts.sum(axis=1, keepdims=True)
+    return np.divide(counts * SCALE, totals, out=np.zeros_like(counts), where=totals > 0)
+
+
+def empty_spots(counts_panel: np.ndarray | sparse.spmatrix) -> np.ndarray:
+    """(N,) bool: True where a spot has no count of any panel gene; such targets are all zero and worth a report."""
+    return np.asarray(counts_panel.sum(axis=1)).ravel() == 0
+
+
+def log10p1(values: np.ndarray) -> np.ndarray:
+    """log10(1 + x), elementwise; the published code and all numbers of the field use base ten here."""
+    return np.log10(1.0 + np.asarray(values, dtype=np.float64))
+
+
+def grid_adjacency(grid_xy: np.ndarray) -> sparse.csr_matrix:
+    """Which spots touch which on the array, the spot itself included.
+
+    grid_xy: (N, 2) integer grid positions, no duplicates, any order, any offset.
+    returns: (N, N) float64 0/1 matrix: 1 where |dx| <= 1 and |dy| <= 1; at most nine ones in a row.
+    Raises ValueError for duplicated positions.
+    """
+    grid = np.asarray(grid_xy)
+    assert grid.ndim == 2 and grid.shape[1] == 2 and np.issubdtype(grid.dtype, np.integer), (
+        grid.shape,
+        grid.dtype,
+    )
+    if len(grid) == 0:
+        return sparse.csr_matrix((0, 0), dtype=np.float64)
+    # One number a cell; the height carries a margin of one cell on both sides, so that y + 1 never runs into the next x.
+    x, y = (grid.astype(np.int64) - grid.min(axis=0)).T
+    height = int(y.max()) + 3
+    if (int(x.max()) + 3) * height >= 2**62:
+        raise ValueError(f"The grid spans {x.max() + 1} x {y.max() + 1} cells; these are no array coordinates.")
+    cells = (x + 1) * height + (y + 1)
+    order = np.argsort(cells, kind="stable")
+    ordered = cells[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        cell = order[1:][ordered[1:] == ordered[:-1]][0]
+        raise ValueError(f"Two spots share the grid position (x, y) = {tuple(grid[cell].tolist())}.")
+    rows, columns = [], []
+    for offset in (dx * height + dy for dx in (-1, 0, 1) for dy in (-1, 0, 1)):
+        place = np.searchsorted(ordered, cells + offset)
+        place[place == len(ordered)] = 0
+        present = ordered[place] == cells + offset
+        rows.append(np.flatnonzero(present))
+        columns.append(order[place[present]])
+    row, column = np.concatenate(rows), np.concatenate(columns)
+    return sparse.csr_matrix((np.ones(len(row)), (row, column)), shape=(len(grid), len(grid)))
+
+
+def smooth(values: np.ndarray, grid_xy: np.ndarray) -> np.ndarray:
+    """Mean over those of the nine cells of the 3x3 neighborhood that hold a spot (SPEC 2), one slide.
+
+    values:  (N, G) one row per spot, any order.
+    grid_xy: (N, 2) integer grid position of the same row, no duplicates.
+    returns: (N, G) float64 in the order of `values`.
+    """
+    adjacency = grid_adjacency(grid_xy)
+    neighbors = np.diff(adjacency.indptr)[:, None]  # never zero: each spot is its own neighbor
+    return (adjacency @ np.asarray(values, dtype=np.float64)) / neighbors
+
+
+def expression_targets(
+    counts_panel: np.ndarray | sparse.spmatrix, grid_xy: np.ndarray, smoothing: bool = True
+) -> np.ndarray:
+    """The targets of one slide, in `UNIT`.
+
+    counts_panel: (N, G) raw counts of the panel genes, in panel order.
+    grid_xy:      (N, 2) integer grid positions.
+    returns:      (N, G) float32, computed in float64.
+    """
+    values = log10p1(normalise(counts_panel))
+    return (smooth(values, grid_xy) if smoothing else values).astype(np.float32)
+
+
+def common_genes(slides: Iterable[AnnData]) -> list[str]:
+    """Names, sorted, of the genes that every slide has."""
+    shared: set[str] | None = None
+    for slide in slides:
+        shared = set(slide.var_names) if shared is None else shared & set(slide.var_names)
+    return sorted(shared or ())
+
+
+def highest_mean_panel(slides: Iterable[AnnData], num_genes: int, measure: str = "log") -> list[str]:
+    """The genes with the highest mean expression over all spots of all slides (the panel of the paper).
+
+    slides:  AnnData with raw counts of all genes in X; read once, one after the other, so a generator will do.
+    measure: "log" ranks by the mean of log(1 + counts per 10 000 of all genes of the spot), which is the rule that gives
+             the recorded panel of HER2ST; "raw" by the mean raw count, where deeply sequenced slides weigh more.
+    Only genes present in every slide can be chosen; equal means go to the alphabetically first name.
+    returns: `num_genes` names in alphabetical order, the order of the panel.
+    """
+    totals = _expression_totals(slides, {"log": _log_expression, "raw": lambda counts: counts}[measure])
+    require_enough_genes(len(totals), num_genes)
+    # The number of spots is the same for all genes in common, so totals rank as means do.
+    ranked = sorted(totals, key=lambda gene: (-totals[gene], gene))
+    return sorted(ranked[:num_genes])
+
+
+def _expression_totals(
+    slides: Iterable[AnnData], transform: Callable[[sparse.csr_matrix], sparse.csr_matrix]
+) -> dict[str, float]:
+    """Sum over all spots of all slides of the transformed counts of each gene that every slide has."""
+    totals: dict[str, float] | None = None
+    for slide in slides:
+        values = transform(sparse.csr_matrix(slide.X))
+        sums = np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
+        found = dict(zip(slide.var_names, sums.tolist(), strict=True))
+        totals = found if totals is None else {gene: totals[gene] + found[gene] for gene in totals if gene in found}
+    return totals or {}
+
+
+def _log_expression(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """log(1 + counts per 10 000 of the spot), sparse float64; a spot without counts stays zero."""
+    totals = np.asarray(counts.sum(axis=1)).ravel()
+    values = counts.astype(np.float64)
+    values.data *= np.repeat(SCALE / np.maximum(totals, 1), np.diff(values.indptr))
+    return values.log1p()
+
+
+def require_enough_genes(available: int, num_genes: int) -> None:
+    """Raise ValueError if a panel of `num_genes` cannot be drawn from `available` genes."""
+    if not 1 <= num_genes <= available:
+        raise ValueError(
+            f"A panel of {num_genes} genes was asked for, but the slides have {available} genes in common. "
+            f"Give --num_genes between 1 and {available}."
+        )
+
+
+def _dense(counts: np.ndarray | sparse.spmatrix) -> np.ndarray:
+    array = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
+    return array.astype(np.float64)

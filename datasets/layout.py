@@ -1,0 +1,203 @@
+"""The one owner of every path below data_dir (SPEC 1). No other module joins folder names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets.spec import SPEC_FILE, DatasetSpec
+from utils.files import safe_name
+
+COUNT_SUFFIXES = ("_sub.parquet", ".parquet", ".tsv.gz", ".tsv", ".csv", ".h5ad")  # the first found is read
+SPOT_SUFFIX = "_selection.tsv"
+PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".btf")
+SCANNER_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide", ".qptiff")
+IMAGE_SUFFIXES = frozenset(PLAIN_SUFFIXES + SCANNER_SUFFIXES)
+KINDS = ("target", "neighbor", "token", "patch")
+
+
+class Layout:
+    """Where everything of one data set lies.
+
+    data_dir:  the folder of all data sets (`--data_dir`).
+    spec:      the data set; an external one lies in data_dir/test/<test_name>.
+    test_name: name of an external set; default the spec's own name if it is external.
+    patch_size, num_neighbors: they name the folders of the caches.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        spec: DatasetSpec,
+        test_name: str | None = None,
+        *,
+        patch_size: int = 224,
+        num_neighbors: int = 5,
+    ):
+        self.data_dir = Path(data_dir)
+        self.spec = spec
+        if test_name is None and spec.external:
+            test_name = spec.name
+        self.name = safe_name(test_name or spec.name, "Data set")
+        self.root = self.data_dir / "test" / self.name if test_name else self.data_dir / self.name
+        self.patch_size = patch_size
+        self.num_neighbors = num_neighbors
+
+    @property
+    def counts_dir(self) -> Path:
+        return self.root / "ST-cnts"
+
+    @property
+    def spots_dir(self) -> Path:
+        return self.root / "ST-spotfiles"
+
+    @property
+    def images_dir(self) -> Path:
+        return self.root / "ST-imgs"
+
+    @property
+    def labels_dir(self) -> Path:
+        """The pathologist's labels, where a data set has them."""
+        return self.root / "ST-pat" / "lbl"
+
+    @property
+    def panel_path(self) -> Path:
+        return self.root / f"genes_{self.name}.npy"
+
+    @property
+    def panel_index_path(self) -> Path:
+        """Indices of an external set's panel genes into the training panel."""
+        return self.root / "ind_match.npy"
+
+    @property
+    def spec_path(self) -> Path:
+        return self.root / SPEC_FILE
+
+    def new_counts_path(self, slide: str) -> Path:
+        """Where the preparing scripts write the counts of a slide."""
+        return self.counts_dir / f"{safe_name(slide, 'Slide')}{COUNT_SUFFIXES[0]}"
+
+    def counts_path(self, slide: str) -> Path:
+        """The counts of a slide, in any of the accepted spellings. FileNotFoundError names them all."""
+        slide = safe_name(slide, "Slide")
+        for suffix in COUNT_SUFFIXES:
+            if (self.counts_dir / f"{slide}{suffix}").is_file():
+                return self.counts_dir / f"{slide}{suffix}"
+        raise FileNotFoundError(
+            f"Slide {slide} of {self.name} has no counts: none of {', '.join(slide + s for s in COUNT_SUFFIXES)} is in "
+            f"{self.counts_dir}. {self._prepare_hint()}"
+        )
+
+    def spots_path(self, slide: str) -> Path:
+        """The spot table of a slide; whether it exists is for the reader to say."""
+        return self.spots_dir / f"{safe_name(slide, 'Slide')}{SPOT_SUFFIX}"
+
+    def image_pattern(self, slide: str) -> str:
+        """The spec's glob below ST-imgs, filled in for a slide."""
+        patient = safe_name(self.spec.patient_of(slide), "Patient") if "{patient}" in self.spec.image_pattern else ""
+        return self.spec.image_pattern.format(slide=safe_name(slide, "Slide"), patient=patient)
+
+    def image_path(self, slide: str) -> Path:
+        """The one image of a slide. FileNotFoundError if there is none, ValueError if there are several."""
+        found = self._images(slide)
+        if not found:
+            raise FileNotFoundError(
+                f"Slide {slide} of {self.name} has no image: nothing matches {self.images_dir / self.image_pattern(slide)}. "
+                f"{self._prepare_hint()}"
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"Slide {slide} of {self.name} has {len(found)} images where one was expected: "
+                f"{', '.join(str(path.relative_to(self.images_dir)) for path in found)}. Keep the full-resolution one in "
+                f"{self.images_dir} and move the others away."
+            )
+        return found[0]
+
+    def cache_path(self, kind: str, slide: str) -> Path:
+        """Our HDF5 cache of a slide; kind is one of "target", "neighbor", "token", "patch"."""
+        folder = {
+            "target": f"gt_features_{self.patch_size}",
+            "neighbor": f"n_features_{self.num_neighbors}_{self.patch_size}",
+            "token": f"token_features_{self.patch_size}",
+            "patch": f"patches_{self.patch_size}",
+        }[kind]
+        return self.root / folder / f"{safe_name(slide, 'Slide')}.h5"
+
+    def published_path(self, kind: str, slide: str) -> Path | None:
+        """The published `.pt` features of a slide ("target" or "neighbor"), in either spelling of their folder."""
+        folders = {
+            "target": (f"gt_features_{self.patch_size}", f"gt_features_uni_small_{self.patch_size}"),
+            "neighbor": (
+                f"n_features_{self.num_neighbors}_{self.patch_size}",
+                f"n_features_uni_small_{self.num_neighbors}_{self.patch_size}",
+            ),
+        }.get(kind, ())
+        paths = [self.root / folder / f"{safe_name(slide, 'Slide')}.pt" for folder in folders]
+        return next((path for path in paths if path.is_file()), None)
+
+    def slides_with_counts(self) -> list[str]:
+        """Slides that ST-cnts has a file for, sorted. FileNotFoundError if the folder is missing."""
+        if not self.counts_dir.is_dir():
+            raise FileNotFoundError(f"{self.counts_dir} does not exist. {self._prepare_hint()}")
+        names = set()
+        for path in self.counts_dir.iterdir():
+            suffix = next((s for s in COUNT_SUFFIXES if path.name.endswith(s)), None)
+            if suffix and path.is_file() and not path.name.startswith("."):
+                names.add(path.name[: -len(suffix)])
+        return sorted(names)
+
+    def missing(self, slide: str) -> list[str]:
+        """What a slide lacks to be used, one phrase each: counts, spot table, patient, image or features in its place."""
+        lacks = []
+        try:
+            self.counts_path(slide)
+        except FileNotFoundError:
+            lacks.append(f"no counts in {self.counts_dir}")
+        if not self.spots_path(slide).is_file():
+            lacks.append(f"no spot table {self.spots_path(slide)}")
+        if not self._has_features(slide) and not self._images(slide):
+            pattern = self.images_dir / self.image_pattern(slide)
+            lacks.append(f"no image {pattern} and no features in {self.cache_path('target', slide).parent}")
+        return lacks
+
+    def slides_on_disk(self) -> list[str]:
+        """Slides that can be used: counts, spot table, and an image or features; sorted by name.
+
+        Raises ValueError for slides that the data set does not have, FileNotFoundError if no slide is complete.
+        """
+        found = self.slides_with_counts()
+        strangers = [slide for slide in found if self.spec.slides and slide not in self.spec.slides]
+        if strangers:
+            raise ValueError(
+                f"{self.counts_dir} holds slides that {self.spec.name} does not have: {', '.join(strangers[:5])}"
+                f"{f' and {len(strangers) - 5} more' if len(strangers) > 5 else ''}. Move them away, or describe your own "
+                f"data set in {self.spec_path}."
+            )
+        for slide in found:
+            self.spec.patient_of(slide)
+        usable = [slide for slide in found if not self.missing(slide)]
+        if not usable:
+            detail = f" For example {found[0]}: {'; '.join(self.missing(found[0]))}." if found else ""
+            raise FileNotFoundError(
+                f"No complete slide of {self.name} in {self.root}: {len(found)} have counts.{detail} {self._prepare_hint()}"
+            )
+        return usable
+
+    def incomplete_slides(self) -> dict[str, list[str]]:
+        """Expected or found slides that cannot be used, with what each lacks."""
+        slides = sorted(set(self.spec.slides) | set(self.slides_with_counts()))
+        return {slide: lacks for slide in slides if (lacks := self.missing(slide))}
+
+    def _images(self, slide: str) -> list[Path]:
+        if not self.images_dir.is_dir():
+            return []
+        matches = self.images_dir.glob(self.image_pattern(slide))
+        return sorted(p for p in matches if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and p.name[0] != ".")
+
+    def _has_features(self, slide: str) -> bool:
+        kinds = ("target", "token", "patch")
+        return any(self.cache_path(k, slide).is_file() or self.published_path(k, slide) for k in kinds)
+
+    def _prepare_hint(self) -> str:
+        if self.spec.prepared_by is None:
+            return "See 'Your own data set' in the README for the folders it needs."
+        return f"Prepare it: python preprocess/{self.spec.prepared_by} --data_dir {self.data_dir}"
