@@ -25,7 +25,7 @@ class SpotModel(nn.Module):
         self, slide_features: Tensor, grid_xy: Tensor, lengths: list[int], rows: Tensor | None = None
     ) -> Tensor:
         """There is no slide context: the spots' own features (B, D), for callers that do not read `needs_slides`."""
-        return slide_features if rows is None else slide_features[rows]
+        return slide_features if rows is None else slide_features[rows.to(slide_features.device)]
 
 
 class ClosedForm(SpotModel):
@@ -114,7 +114,7 @@ class ClosedForm(SpotModel):
     def _store(self, **values: Tensor | float | int) -> None:
         for name, value in values.items():
             buffer = getattr(self, name)
-            setattr(self, name, torch.as_tensor(value).to(device=buffer.device, dtype=buffer.dtype).clone())
+            setattr(self, name, torch.as_tensor(value, dtype=buffer.dtype, device=buffer.device).clone())
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         """Take the free sizes of the buffers from the checkpoint; torch then reports every other difference."""
@@ -124,9 +124,7 @@ class ClosedForm(SpotModel):
                 setattr(self, name, getattr(self, name).new_empty(incoming.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check_training_data(
-        self, features: Tensor, expression: Tensor, patients: list, slides: list | None
-    ) -> None:
+    def _check_training_data(self, features: Tensor, expression: Tensor, patients: list, slides: list | None) -> None:
         problems = []
         for name, values, width in (
             ("features", features, self.feature_dim),
@@ -135,7 +133,9 @@ class ClosedForm(SpotModel):
             if values.ndim != 2 or values.shape[1] != width:
                 problems.append(f"{name} have shape {tuple(values.shape)}, expected (spots, {width})")
             elif broken := int((~values.isfinite()).any(dim=1).sum()):
-                problems.append(f"{broken} rows of {name} hold values that are not finite; extract or prepare them again")
+                problems.append(
+                    f"{broken} rows of {name} hold values that are not finite; extract or prepare them again"
+                )
         counts = {"features": len(features), "expression": len(expression), "patients": len(patients)}
         counts |= {} if slides is None else {"slides": len(slides)}
         if len(set(counts.values())) > 1 or len(features) == 0:

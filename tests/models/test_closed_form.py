@@ -12,6 +12,15 @@ from sklearn.neighbors import NearestNeighbors
 from models import closed_form
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors of a few rows: a second thread costs more than it brings, many times so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def _spots(count: int = 90, dim: int = 12, genes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     spread = torch.linspace(3, 0.3, dim, dtype=torch.float64)
@@ -54,7 +63,7 @@ def test_one_slide_is_split_in_contiguous_blocks_and_it_is_said():
 
 
 def test_one_spot_cannot_be_tuned():
-    with pytest.raises(ValueError, match="at least 2 training spots, found 1.*--model mean"):
+    with pytest.raises(ValueError, match=r"at least 2 training spots, found 1.*--model mean"):
         closed_form.inner_folds(["A"])
 
 
@@ -123,9 +132,7 @@ def test_inner_errors_of_ridge_are_those_of_a_naive_loop():
     for row, patient in enumerate("ABC"):
         train, test = patients != patient, patients == patient
         for column, alpha in enumerate(alphas):
-            predicted = _sklearn_ridge(
-                features[train], expression[train], features[test], components=6, alpha=alpha
-            )
+            predicted = _sklearn_ridge(features[train], expression[train], features[test], components=6, alpha=alpha)
             error = ((predicted - expression[test].numpy()) ** 2).mean()
             assert found[row, column].item() == pytest.approx(error, rel=1e-8)
 
