@@ -58,7 +58,8 @@ def read_counts(path: str | Path, genes: Sequence[str] | None = None) -> AnnData
         problems.append(f"genes asked for but not there: {some(missing)}")
     if not problems:
         if genes is not None:
-            matrix = matrix[:, pd.Index(columns).get_indexer(list(genes))]
+            chosen = pd.Index(columns).get_indexer(list(genes))
+            matrix = matrix.select(chosen.tolist()) if isinstance(matrix, pa.Table) else matrix[:, chosen]
             columns = list(genes)
         matrix, problems = _checked(matrix, ids, columns)
     if problems:
