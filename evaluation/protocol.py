@@ -97,7 +97,8 @@ def score_fold(
 
     summary: protocol, num_slides, num_spots, num_genes, slides {slide: spots}, patients, pcc_all, pcc_h, mse, mae
     (fused, smoothed), pcc_h_note, training_mean and training_mean_unsmoothed {mse, mae},
-    scores {truth: {scale: {metric: value}}}, gene_lists {name: genes}, gene_list_sizes, undefined_pearson, notes. Undefined values are NaN.
+    scores {truth: {scale: {metric: value}}}, gene_lists {name: genes}, gene_list_sizes, undefined_pearson, notes.
+    Undefined values are NaN.
     Raises ValueError for no slide, a slide given twice, slides of other panels, lists with unknown genes.
     """
     if protocol not in PROTOCOLS:

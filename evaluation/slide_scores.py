@@ -40,8 +40,9 @@ class SlideResult:
             problems.append(f"predictions are {sorted(self.predictions)}; expected 'fused' and any of {SCALES[1:]}")
         if self.grid_xy is not None and np.shape(self.grid_xy) != (shape[0], 2):
             problems.append(f"grid_xy has shape {np.shape(self.grid_xy)}; expected {(shape[0], 2)}")
-        for name, values in {**self.truths, **self.predictions}.items():
-            if np.shape(values) != shape:
+        arrays = {"measured": self.measured, "measured_unsmoothed": self.measured_unsmoothed, **self.predictions}
+        for name, values in arrays.items():
+            if values is not None and np.shape(values) != shape:
                 problems.append(f"{name} has shape {np.shape(values)}; expected (spots, genes) = {shape}")
         if len(set(self.genes)) != len(self.genes):
             problems.append("a gene is listed twice; expected distinct genes")

@@ -79,7 +79,10 @@ def compare_methods(
     runs = {name: [read_run(path)[0] for path in paths] for name, paths in methods.items()}
     if not runs or not all(runs.values()):
         raise ValueError(f"nothing to compare among {list(methods)}; expected at least one run for each method.")
-    labels = {f"{name} ({Path(path).name})": run for name in runs for path, run in zip(methods[name], runs[name])}
+    labels = {}
+    for name, seeds in runs.items():
+        for path, run in zip(methods[name], seeds):
+            labels[name if len(seeds) == 1 else f"{name}/{Path(path).name}"] = run
     notes = _check(labels, intersect)
     if intersect:
         runs = _restricted(runs)
