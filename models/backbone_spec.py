@@ -107,11 +107,19 @@ class BackboneSpec:
             )
 
 
-def create_encoder(spec: BackboneSpec) -> nn.Module:
+def empty_encoder(spec: BackboneSpec) -> nn.Module:
+    """The full timm model on the meta device: tensors with names and shapes, without memory and values."""
+    # Even there the initialisation of a large transformer takes seconds; the rows of the table can leave it out.
+    is_table_transformer = spec.pooling in ("class", "class+patches")
+    with torch.device("meta"):
+        return create_encoder(spec, **({"weight_init": "skip"} if is_table_transformer else {}))
+
+
+def create_encoder(spec: BackboneSpec, **more_arguments: object) -> nn.Module:
     """The full timm model, without pretrained weights, on the current default device, in evaluation mode."""
     import timm
 
-    arguments = dict(spec.arguments)
+    arguments = {**spec.arguments, **more_arguments}
     if "mlp_layer" in arguments:
         arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
     return timm.create_model(spec.timm_name, pretrained=False, **arguments).eval()
@@ -173,9 +181,9 @@ def probe(spec: BackboneSpec, height: int, width: int) -> Shapes:
     memory, and no formula per architecture that could be wrong. ValueError if the model refuses the size.
     """
     try:
-        with torch.device("meta"), torch.no_grad():
-            encoder = remove_unused_layers(spec, create_encoder(spec))
-            images = torch.empty(1, 3, height, width)
+        with torch.no_grad():
+            encoder = remove_unused_layers(spec, empty_encoder(spec))
+            images = torch.empty(1, 3, height, width, device="meta")
             result = encode(spec, encoder, images)
             is_map = spec.input_rule == "minimum" and encoder.forward_features(images).ndim == 4
     except (RuntimeError, NotImplementedError, AttributeError, AssertionError) as error:

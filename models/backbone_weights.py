@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.backbone_spec import BackboneSpec, create_encoder
+from models.backbone_spec import BackboneSpec, create_encoder, empty_encoder
 from models.backbone_table import BACKBONES, TIMM_PREFIX, backbone_spec
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -176,9 +176,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read as a weight file ({first_line}). Is it complete? Get it again."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        found = (
-            f"a dict with {', '.join(map(repr, list(state)[:NAMES_SHOWN]))}" if isinstance(state, dict) else type(state)
-        )
+        found = f"a {type(state).__name__}"
+        if isinstance(state, dict):
+            found += f" with {', '.join(map(repr, list(state)[:NAMES_SHOWN]))}"
         raise ValueError(f"{path} holds {found}, expected the state dict of an encoder: tensors by name.")
     return state
 
@@ -202,8 +202,7 @@ def load_encoder(spec: BackboneSpec, path: Path) -> nn.Module:
     ValueError names the file, the first differing keys and the encoder that the file would fit.
     """
     state = read_weights(path)
-    with torch.device("meta"):
-        encoder = create_encoder(spec)
+    encoder = empty_encoder(spec)
     expected = encoder.state_dict()
     if spec.rename_keys is not None:
         state = spec.rename_keys(state)
@@ -259,5 +258,4 @@ def _likely_encoder(spec: BackboneSpec, state: dict[str, Tensor]) -> str:
 @lru_cache(maxsize=32)
 def _empty_state(spec: BackboneSpec) -> dict[str, Tensor]:
     """Names and shapes of the tensors of an encoder, without memory for values."""
-    with torch.device("meta"):
-        return create_encoder(spec).state_dict()
+    return empty_encoder(spec).state_dict()
