@@ -1,8 +1,8 @@
 """Counts of a simulated section: programs of genes that depend on what lies in, around and beyond a spot.
 
-Each gene belongs to one program, each program to one of the scales of the model. `target`: the tissue of the patch
-itself. `neighbor`: the patch and what lies within about two pitches of it (without the patch). `global`: the patch and
-its place in the section (depth below the edge) or the make-up of the whole section.
+Each gene belongs to one program, each program to one of the scales of the model. `target`: the tissue of the
+patch itself. `neighbor`: the patch and what lies within about two pitches of it. `global`: the patch and its place
+in the section (depth below the edge) or the make-up of the whole section.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ PROGRAMS = {
     "inflamed_section": ("global", "S100A8 LCN2 SAA1 S100A9 CXCL8 CCL2 SOD2 IL6 CHI3L1 PI3"),
 }
 GENES = tuple(
-    symbol
-    for symbols in zip(*(genes.split() for _, genes in PROGRAMS.values()), strict=True)
-    for symbol in symbols
+    symbol for symbols in zip(*(genes.split() for _, genes in PROGRAMS.values()), strict=True) for symbol in symbols
 )  # in turns from every program, so that any first part of the list holds them all
 PROGRAM_OF = {symbol: program for program, (_, genes) in PROGRAMS.items() for symbol in genes.split()}
 
@@ -89,8 +87,8 @@ def gene_model(seed: int, num_genes: int) -> GeneModel:
 def abundances(section: Section, centers: np.ndarray) -> tuple[dict, dict]:
     """How much of each tissue lies in each patch and around it.
 
-    centers: (N, 2) x, y in px. returns: (local, around), each tissue name -> (N,) of about 0..1; `around` weighs the
-    surroundings by a Gaussian of one pitch without the patch itself.
+    centers: (N, 2) x, y in px. returns: (local, around), each tissue name -> (N,) of about 0..1; `around` weighs
+    the surroundings by a Gaussian of one pitch and leaves the patch itself out.
     """
     local, around = {}, {}
     inner, outer = 0.30 * section.pitch / DENSITY_STEP, 1.05 * section.pitch / DENSITY_STEP
@@ -127,7 +125,7 @@ def _density(section: Section, positions: np.ndarray) -> np.ndarray:
 
 
 def activities(section: Section, centers: np.ndarray) -> np.ndarray:
-    """Activity of every program in every spot, (N, programs) float64 of about 0..1, in the order of PROGRAMS."""
+    """Activity of every program in every spot, (N, programs) float64 of about 0..1, columns as PROGRAMS."""
     local, around = abundances(section, centers)
     x, y = np.floor(centers).astype(np.intp).T
     depth = section.depth[y, x] / section.depth.max()
@@ -137,14 +135,12 @@ def activities(section: Section, centers: np.ndarray) -> np.ndarray:
     by_program = {
         **{tissue: local[tissue] for tissue in ("tumour", "gland", "stroma", "fat", "lymphoid")},
         "housekeeping": 0.5 * cells,
-        "invasive_front": (0.25 + 0.75 * np.clip(local["stroma"], 0, 1))
-        * _step(around["tumour"], 0.25, 0.07),
+        "invasive_front": (0.25 + 0.75 * np.clip(local["stroma"], 0, 1)) * _step(around["tumour"], 0.25, 0.07),
         "tumour_margin": np.clip(local["tumour"], 0, 1) * _step(around["stroma"], 0.35, 0.08),
         "interferon": (0.3 + 0.7 * epithelium) * _step(around["lymphoid"], 0.22, 0.07),
-        "plasma": _step(around["gland"], 0.15, 0.05)
-        * (0.4 + 0.6 * np.clip(local["lymphoid"] + local["stroma"], 0, 1)),
-        "hypoxia": (0.3 + 0.7 * cells) * _step(depth, 0.5, 0.12),
-        "perfusion": (0.4 + 0.6 * np.clip(local["stroma"] + local["fat"], 0, 1)) * _step(-depth, -0.35, 0.1),
+        "plasma": _step(around["gland"], 0.15, 0.05) * (0.4 + 0.6 * np.clip(local["lymphoid"] + local["stroma"], 0, 1)),
+        "hypoxia": (0.3 + 0.7 * cells) * _step(depth, 0.55, 0.10),
+        "perfusion": (0.4 + 0.6 * np.clip(local["stroma"] + local["fat"], 0, 1)) * _step(-depth, -0.45, 0.08),
         "inflamed_section": 0.5 + 0.5 * inflamed * (2.0 * epithelium - 1.0),
     }
     return np.clip(np.stack([by_program[program] for program in PROGRAMS], axis=1), 0.0, 1.3)
@@ -162,7 +158,8 @@ def expected_counts(
     count = len(model.genes)
     shift = generator(seed, patient, "expression").normal(0.0, PATIENT_EFFECT, count)
     shift = shift + generator(seed, slide, "expression").normal(0.0, SECTION_EFFECT, count)
-    return np.exp(model.base + shift + (activities(section, centers) - 0.35) @ model.weights.T)
+    change = np.einsum("np,gp->ng", activities(section, centers) - 0.35, model.weights)  # same sums on any machine
+    return np.exp(model.base + shift + change)
 
 
 def draw_counts(means: np.ndarray, random: np.random.Generator) -> np.ndarray:

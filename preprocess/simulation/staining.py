@@ -1,4 +1,4 @@
-"""The picture of a simulated section: amounts of hematoxylin and eosin, and the light that passes through them."""
+"""The picture of a simulated section: hematoxylin, eosin, and the light that passes through them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ STAMP = 6  # px from the middle of a nucleus that its picture may reach
 
 @dataclass(frozen=True)
 class Stain:
-    """hematoxylin, eosin: (3,) optical density per unit in red, green, blue; lamp: (3,) colour of the empty glass, 0-255."""
+    """hematoxylin, eosin: (3,) optical density per unit in red, green, blue; lamp: (3,) colour of the empty glass,
+    0-255."""
 
     hematoxylin: np.ndarray
     eosin: np.ndarray
@@ -57,7 +58,7 @@ def draw_stain(seed: int, patient: str, slide: str, spread: float = 1.0) -> Stai
         (generator(seed, slide, "stain"), 0.25),
     ):
         for color in colors:
-            color *= np.exp(amount * (random.normal(0.0, 0.14) + random.normal(0.0, 0.07, 3)))
+            color *= np.exp(amount * (random.normal(0.0, 0.17) + random.normal(0.0, 0.08, 3)))
         lamp = lamp + amount * random.normal(0.0, 3.0, 3)
     return Stain(colors[0], colors[1], np.clip(lamp, 225.0, 253.0))
 
@@ -93,9 +94,7 @@ def _fibre_texture(section: Section, random: np.random.Generator) -> np.ndarray:
         waves = gaussian_filter(random.standard_normal(length), width, mode="wrap")
         across += (amount * waves * np.sqrt(2 * width * np.sqrt(np.pi))).astype(np.float32)
     bundles = across[steps] + 0.5 * smooth_noise(random, phase.shape, 12.0)
-    return np.where(section.ground == FIBRE, np.exp(np.clip(0.55 * bundles, -2.2, 1.1)), 1.0).astype(
-        np.float32
-    )
+    return np.where(section.ground == FIBRE, np.exp(np.clip(0.55 * bundles, -2.2, 1.1)), 1.0).astype(np.float32)
 
 
 def _stamp_nuclei(nuclei: Nuclei, shape: tuple[int, int]) -> np.ndarray:
@@ -112,7 +111,5 @@ def _stamp_nuclei(nuclei: Nuclei, shape: tuple[int, int]) -> np.ndarray:
     height, width = shape
     drawn = (value > 0) & (pixel >= 0).all(axis=-1) & (pixel[..., 0] < width) & (pixel[..., 1] < height)
     canvas = np.zeros(height * width, dtype=np.float32)
-    np.maximum.at(
-        canvas, pixel[..., 1][drawn] * width + pixel[..., 0][drawn], value[drawn].astype(np.float32)
-    )
+    np.maximum.at(canvas, pixel[..., 1][drawn] * width + pixel[..., 0][drawn], value[drawn].astype(np.float32))
     return canvas.reshape(shape)

@@ -1,8 +1,8 @@
 """Random breast tissue: which region lies where, what it is built of, and where the nuclei are.
 
 A section is made in three steps, from coarse to fine: regions (smooth random fields, shared by the sections of a
-patient), ground (nests, glands, fat cells and fibres within a region) and nuclei (placed on the ground). The picture and
-the expression are both derived from the result, so that what is measured can be seen.
+patient), ground (nests, glands, fat cells and fibres within a region) and nuclei (placed on the ground). The
+picture and the expression are both derived from the result, so that what is measured can be seen.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ GLASS, NEST, WALL, LUMEN, FIBRE, INFILTRATE, FAT_CELL, MEMBRANE = range(8)
 # Kinds of nuclei.
 TUMOUR_CELL, GLAND_CELL, LYMPHOCYTE, FIBROBLAST = range(4)
 
+MARGIN = 1.6  # pitches from the edge of the image to the first spot: outer neighbor tiles there lie outside
 SECTION_LIKENESS = 0.85  # correlation of the region fields of two sections of one patient
 REGION_BIAS = {TUMOUR: 0.35, GLAND: 0.0, STROMA: 0.3, LYMPHOID: -0.25, FAT: -0.2}
 FAT_CELL_SPACING = 24.0  # px; the texture is that of a scan at about 1.6 micrometres per pixel
@@ -52,7 +53,8 @@ NUCLEUS_KINDS = (
 
 @dataclass(frozen=True)
 class Nuclei:
-    """position (K, 2) float32 x, y in px; kind (K,); radii (K, 2) long and short, px; angle (K,) rad; darkness (K,)."""
+    """position: (K, 2) float32 x, y in px; kind: (K,); radii: (K, 2) long and short, px; angle: (K,) of the long
+    one, rad; darkness: (K,) amount of hematoxylin."""
 
     position: np.ndarray
     kind: np.ndarray
@@ -63,8 +65,13 @@ class Nuclei:
 
 @dataclass(frozen=True)
 class Section:
-    """One simulated section. region, ground: (height, width) int8; fibre_phase: (height, width) float32, px across the
-    fibres; depth: (height, width) float32, px to the nearest edge of the tissue (0 outside); pitch: px between spots."""
+    """One simulated section.
+
+    region, ground: (height, width) int8, the constants of this module.
+    fibre_phase:    (height, width) float32, px across the fibres.
+    depth:          (height, width) float32, px to the nearest edge of the tissue, 0 outside.
+    pitch:          px between two spots.
+    """
 
     region: np.ndarray
     ground: np.ndarray
@@ -108,25 +115,36 @@ def _regions(
     of_patient: np.random.Generator, of_slide: np.random.Generator, shape: tuple[int, int], pitch: int
 ) -> np.ndarray:
     """(height, width) int8 region of every pixel: the kind whose smooth random field is highest there."""
-    height, width = shape
     fields = []
     for kind in sorted(REGION_BIAS):
-        parts = []
-        for random in (of_patient, of_slide):
-            coarse = smooth_noise(random, shape, 1.7 * pitch)
-            fine = smooth_noise(random, shape, 0.6 * pitch)
-            parts.append((0.92 * coarse + 0.39 * fine, random.normal(0.0, 0.25)))
-        (patient_field, patient_bias), (slide_field, slide_bias) = parts
-        likeness = SECTION_LIKENESS
-        mixed = np.sqrt(likeness) * patient_field + np.sqrt(1.0 - likeness) * slide_field
-        fields.append(mixed + REGION_BIAS[kind] + patient_bias + 0.8 * slide_bias)
+        (patient_field, patient_bias), (slide_field, slide_bias) = (
+            (_field(random, shape, pitch), random.normal(0.0, 0.25)) for random in (of_patient, of_slide)
+        )
+        field = np.sqrt(SECTION_LIKENESS) * patient_field + np.sqrt(1.0 - SECTION_LIKENESS) * slide_field
+        if kind == TUMOUR:  # the front is ragged: small groups of tumour cells in the neighbouring tissue
+            field = field + 0.30 * smooth_noise(of_slide, shape, 0.22 * pitch)
+        fields.append(field + (REGION_BIAS[kind] + patient_bias + 0.8 * slide_bias))
     region = (np.argmax(fields, axis=0) + TUMOUR).astype(np.int8)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    half_width, half_height = width / 2 - 0.9 * pitch, height / 2 - 0.9 * pitch
-    outline = (np.abs(x - width / 2) / half_width) ** 3 + (np.abs(y - height / 2) / half_height) ** 3
-    ragged = 0.10 * smooth_noise(of_patient, shape, 1.3 * pitch) + 0.012 * smooth_noise(of_slide, shape, 7.0)
-    region[outline ** (1 / 3) + ragged > 1.0] = BACKGROUND
+    region[_outline(of_patient, of_slide, shape, pitch) > 1.0] = BACKGROUND
     return region
+
+
+def _field(random: np.random.Generator, shape: tuple[int, int], pitch: int) -> np.ndarray:
+    """Smooth field of unit variance: patches of tissue about two to four spots wide, with uneven borders."""
+    return 0.92 * smooth_noise(random, shape, 1.5 * pitch) + 0.39 * smooth_noise(random, shape, 0.6 * pitch)
+
+
+def _outline(
+    of_patient: np.random.Generator, of_slide: np.random.Generator, shape: tuple[int, int], pitch: int
+) -> np.ndarray:
+    """(height, width) distance from the middle, 1 at the edge of the tissue: a rounded box, bent and torn a little."""
+    height, width = shape
+    border = (MARGIN - 0.5) * pitch
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    right, down = np.abs(x - width / 2) / (width / 2 - border), np.abs(y - height / 2) / (height / 2 - border)
+    bent = 0.10 * smooth_noise(of_patient, shape, 1.3 * pitch) + 0.012 * smooth_noise(of_slide, shape, 7.0)
+    near_glass = np.maximum(right / (1 + 0.7 * pitch / (width / 2)), down / (1 + 0.7 * pitch / (height / 2)))
+    return np.maximum((right**3 + down**3) ** (1 / 3) + bent, near_glass)
 
 
 def _fibre_phase(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -151,13 +169,11 @@ def _ground(random: np.random.Generator, region: np.ndarray) -> np.ndarray:
 
 
 def _glands(random: np.random.Generator, pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Ground of gland pixels (K, 2): ducts with a wall of epithelium and mostly a lumen, in fibrous tissue."""
+    """Ground of gland pixels (K, 2): ducts with a wall and mostly a lumen, in fibrous tissue."""
     centers = _lattice(random, shape, GLAND_SPACING, jitter=0.25)
     distance, nearest = cKDTree(centers).query(pixels)
     radius = random.uniform(13.0, 22.0, len(centers))[nearest]
-    lumen = np.where(random.random(len(centers)) < 0.8, random.uniform(0.25, 0.55, len(centers)), 0.0)[
-        nearest
-    ]
+    lumen = np.where(random.random(len(centers)) < 0.8, random.uniform(0.25, 0.55, len(centers)), 0.0)[nearest]
     offset = pixels - centers[nearest]
     lobes = random.uniform(0, 2 * np.pi, len(centers))[nearest] + 3.0 * np.arctan2(offset[:, 1], offset[:, 0])
     relative = distance / (radius * (1.0 + 0.13 * np.sin(lobes)))
@@ -171,10 +187,8 @@ def _fat_cells(random: np.random.Generator, pixels: np.ndarray, shape: tuple[int
     return np.where(distance[:, 1] - distance[:, 0] < 2.8, MEMBRANE, FAT_CELL).astype(np.int8)
 
 
-def _lattice(
-    random: np.random.Generator, shape: tuple[int, int], spacing: float, jitter: float
-) -> np.ndarray:
-    """(K, 2) float32 positions x, y: a lattice with shifted odd rows, each point moved by up to jitter * spacing."""
+def _lattice(random: np.random.Generator, shape: tuple[int, int], spacing: float, jitter: float) -> np.ndarray:
+    """(K, 2) float32 positions x, y: a lattice with shifted odd rows, its points moved by up to jitter * spacing."""
     rows, columns = (int(np.ceil(extent / spacing)) + 1 for extent in shape)
     row, column = np.mgrid[0:rows, 0:columns]
     points = np.stack([column + 0.5 * (row % 2), row], axis=-1).reshape(-1, 2).astype(np.float32)
@@ -182,7 +196,7 @@ def _lattice(
 
 
 def _nuclei(random: np.random.Generator, ground: np.ndarray, phase: np.ndarray, pitch: int) -> Nuclei:
-    """Place the nuclei of every kind on its ground, and single lymphocytes in fibres and nests near some places."""
+    """Place the nuclei of every kind on its ground, and single lymphocytes in some fibres and nests."""
     shape = ground.shape
     crowding = 1.0 + 0.12 * smooth_noise(random, shape, 1.0 * pitch)
     infiltration = np.clip(0.28 * smooth_noise(random, shape, 1.2 * pitch) - 0.12, 0.0, 0.6)
@@ -193,9 +207,7 @@ def _nuclei(random: np.random.Generator, ground: np.ndarray, phase: np.ndarray, 
     x, y = position.astype(np.intp).T
     along = np.isin(ground[y, x], (FIBRE, MEMBRANE)) & (kind == FIBROBLAST)
     down, right = np.gradient(phase)
-    angle = np.where(
-        along, np.arctan2(right[y, x], -down[y, x]) + 0.25 * angle, angle
-    )  # nuclei lie along the fibres
+    angle = np.where(along, np.arctan2(right[y, x], -down[y, x]) + 0.25 * angle, angle)  # nuclei lie along the fibres
     return Nuclei(position, kind, radii, angle.astype(np.float32), darkness)
 
 
