@@ -18,29 +18,39 @@ BASELINES = ("mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_probe", "t
 __all__ = ["BASELINES", "Embeddings", "GeneDML", "Prediction", "build_loss", "build_model"]
 
 
-def build_model(config: Any, *, feature_dim: int, num_genes: int, num_neighbors: int = 5) -> nn.Module:
+def build_model(
+    config: Any, *, feature_dim: int, num_genes: int, num_neighbors: int = 5, pooled_dim: int | None = None
+) -> nn.Module:
     """The model that `config.name` asks for, with random weights.
 
-    config:        Config.MODEL. feature_dim: D of the patch encoder. num_genes: G of the panel.
+    config:        Config.MODEL. feature_dim: width D of the tokens of the patch encoder. num_genes: G of the panel.
     num_neighbors: side of the square of neighbor tiles.
+    pooled_dim:    width of the pooled feature of a patch where it differs from D; neighbor and global encoder have it.
     Raises ValueError for an unknown name, and where heads do not divide a width.
     """
     if config.name == "gene_dml":
-        return _build_gene_dml(config, feature_dim=feature_dim, num_genes=num_genes, num_neighbors=num_neighbors)
+        return _build_gene_dml(
+            config,
+            feature_dim=feature_dim,
+            pooled_dim=pooled_dim or feature_dim,
+            num_genes=num_genes,
+            num_neighbors=num_neighbors,
+        )
     if config.name in BASELINES:
         from models.baselines import build_baseline
 
-        return build_baseline(config, feature_dim=feature_dim, num_genes=num_genes)
+        return build_baseline(config, feature_dim=feature_dim, num_genes=num_genes, pooled_dim=pooled_dim)
     raise ValueError(f"Unknown model '{config.name}'. Set MODEL.name to one of: gene_dml, {', '.join(BASELINES)}.")
 
 
-def _build_gene_dml(config: Any, *, feature_dim: int, num_genes: int, num_neighbors: int) -> GeneDML:
+def _build_gene_dml(config: Any, *, feature_dim: int, pooled_dim: int, num_genes: int, num_neighbors: int) -> GeneDML:
     width = config.projection_dim
     scales = ["target"] + ["neighbor"] * config.use_neighbor + ["global"] * config.use_global
     return GeneDML(
         projection=nn.Linear(feature_dim, width),
-        neighbor_encoder=_build_neighbor(config, feature_dim, num_neighbors) if config.use_neighbor else None,
-        global_encoder=_build_global(config, feature_dim) if config.use_global else None,
+        context_projection=nn.Linear(pooled_dim, width) if pooled_dim != feature_dim and len(scales) > 1 else None,
+        neighbor_encoder=_build_neighbor(config, pooled_dim, num_neighbors) if config.use_neighbor else None,
+        global_encoder=_build_global(config, pooled_dim) if config.use_global else None,
         fusion=FusionEncoder(
             layer=TransformerLayer(
                 dim=width,
@@ -62,31 +72,31 @@ def _build_gene_dml(config: Any, *, feature_dim: int, num_genes: int, num_neighb
     )
 
 
-def _build_neighbor(config: Any, feature_dim: int, num_neighbors: int) -> NeighborEncoder:
+def _build_neighbor(config: Any, dim: int, num_neighbors: int) -> NeighborEncoder:
     layers = [
         TransformerLayer(
-            dim=feature_dim,
+            dim=dim,
             heads=config.neighbor_heads,
-            hidden_dim=int(config.neighbor_mlp_ratio * feature_dim),
+            hidden_dim=round(config.neighbor_mlp_ratio * dim),
             dropout=config.neighbor_dropout,
             grid_side=num_neighbors,
         )
         for _ in range(config.neighbor_depth)
     ]
-    return NeighborEncoder(layers=layers, dim=feature_dim)
+    return NeighborEncoder(layers=layers, dim=dim)
 
 
-def _build_global(config: Any, feature_dim: int) -> GlobalEncoder:
+def _build_global(config: Any, dim: int) -> GlobalEncoder:
     layers = [
         TransformerLayer(
-            dim=feature_dim,
+            dim=dim,
             heads=config.global_heads,
-            hidden_dim=int(config.global_mlp_ratio * feature_dim),
+            hidden_dim=round(config.global_mlp_ratio * dim),
             dropout=config.global_dropout,
         )
         for _ in range(config.global_depth)
     ]
-    return GlobalEncoder(layers=layers, position=GridConvolution(dim=feature_dim), dim=feature_dim)
+    return GlobalEncoder(layers=layers, position=GridConvolution(dim=dim), dim=dim)
 
 
 def _predictor(widths: list[int], dropout: float) -> nn.Sequential:

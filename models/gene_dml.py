@@ -68,11 +68,13 @@ class GeneDML(nn.Module):
     """The model behind the frozen patch encoder (SPEC 4)."""
 
     needs_tokens = True
+    is_closed_form = False
 
     def __init__(
         self,
         *,
         projection: nn.Linear,
+        context_projection: nn.Linear | None = None,
         neighbor_encoder: NeighborEncoder | None,
         global_encoder: GlobalEncoder | None,
         fusion: FusionEncoder,
@@ -82,9 +84,11 @@ class GeneDML(nn.Module):
         scale_predictors: dict[str, nn.Module],
     ) -> None:
         """neighbor_encoder, global_encoder: None leaves that scale out. scale_predictors: one for each scale there is,
-        named target, neighbor, global."""
+        named target, neighbor, global. projection: of the tokens of all scales; context_projection: of neighbor and
+        global tokens instead, only for patch encoders whose pooled feature has another width than their tokens."""
         super().__init__()
         self.projection = projection
+        self.context_projection = context_projection
         self.neighbor_encoder = neighbor_encoder
         self.global_encoder = global_encoder
         self.fusion = fusion
@@ -94,7 +98,12 @@ class GeneDML(nn.Module):
         self.scale_predictors = nn.ModuleDict(scale_predictors)
 
     @property
-    def uses_global(self) -> bool:
+    def needs_neighbors(self) -> bool:
+        """True if `forward` needs the neighbor features."""
+        return self.neighbor_encoder is not None
+
+    @property
+    def needs_slides(self) -> bool:
         """True if `forward` needs global tokens; otherwise `encode_slides` need not be called."""
         return self.global_encoder is not None
 
@@ -125,18 +134,21 @@ class GeneDML(nn.Module):
         """Predict the expression of B spots.
 
         target_tokens:     (B, T, D) tokens of the frozen encoder, all of them.
-        neighbor_features: (B, n*n, D); neighbor_is_valid: (B, n*n) bool.
+        neighbor_features: (B, n*n, D) pooled features of the tiles; neighbor_is_valid: (B, n*n) bool.
         global_tokens:     (B, D) from `encode_slides`.
         target_features:   not used by this model.
         expression:        (B, G) measured; only for the embeddings, never for the prediction.
         """
-        tokens = {"target": self._project(target_tokens)}
+        context_projection = self.projection if self.context_projection is None else self.context_projection
+        tokens = {"target": _project(self.projection, target_tokens)}
         if self.neighbor_encoder is not None:
             assert neighbor_features is not None, "the model was built with use_neighbor"
-            tokens["neighbor"] = self._project(self.neighbor_encoder(neighbor_features, neighbor_is_valid))
+            tokens["neighbor"] = _project(
+                context_projection, self.neighbor_encoder(neighbor_features, neighbor_is_valid)
+            )
         if self.global_encoder is not None:
             assert global_tokens is not None, "the model was built with use_global"
-            tokens["global"] = self._project(global_tokens[:, None])
+            tokens["global"] = _project(context_projection, global_tokens[:, None])
         fused_tokens = self.fusion(torch.cat(list(tokens.values()), dim=1))
         parts = fused_tokens.split([part.shape[1] for part in tokens.values()], dim=1)
         scales = {name: unit(mean_tokens(part)) for name, part in zip(tokens, parts, strict=True)}
@@ -151,12 +163,6 @@ class GeneDML(nn.Module):
             embeddings=None if expression is None else self._embed(scales, fused, expression),
         )
 
-    def _project(self, tokens: Tensor) -> Tensor:
-        """The one Linear D -> P of all scales; cached half-precision tokens are widened unless autocast takes them."""
-        if not torch.is_autocast_enabled(tokens.device.type):
-            tokens = tokens.to(self.projection.weight.dtype)
-        return self.projection(tokens)
-
     def _embed(self, scales: dict[str, Tensor], fused: Tensor, expression: Tensor) -> Embeddings:
         gene = unit(self.gene_encoder(expression))
         return Embeddings(
@@ -168,3 +174,10 @@ class GeneDML(nn.Module):
             fused_cluster=unit(self.cluster_head(fused)),
             gene_cluster=unit(self.cluster_head(gene)),
         )
+
+
+def _project(projection: nn.Linear, tokens: Tensor) -> Tensor:
+    """Linear D -> P; cached half-precision tokens are widened unless autocast takes them as they are."""
+    if not torch.is_autocast_enabled(tokens.device.type):
+        tokens = tokens.to(projection.weight.dtype)
+    return projection(tokens)
