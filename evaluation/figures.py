@@ -121,10 +121,7 @@ def training_curves(records: Sequence[Mapping[str, float]], *, selected_epoch: i
             note(axes, "not recorded")
         if selected_epoch is not None:
             axes.axvline(selected_epoch, color=MUTED, linewidth=1.0, linestyle=(0, (2, 2)))
-            axes.annotate(
-                "evaluated", (selected_epoch, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -1),
-                textcoords="offset points", fontsize=TICK_SIZE, color=MUTED, va="top", rotation=90,
-            )  # fmt: skip
+            axes.set_title(f"evaluated: epoch {selected_epoch}", fontsize=TICK_SIZE, color=MUTED, loc="right")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         legend(axes)
     return figure
@@ -234,6 +231,7 @@ def _composition_bars(axes: Axes, clusters: np.ndarray, groups: Sequence[tuple[s
         axes.bar(positions, heights, bottom=base, width=0.82, color=color, label=label)
         base += heights
     plain_axes(axes, y_label="spots", grid="y")
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set(xticks=[], xlim=(-0.7, len(order) - 0.3), ylim=(0, widened(0, 1.06 * base.max(initial=0))[1]))
     axes.set_xlabel(f"{len(order)} clusters that hold a spot, largest first", fontsize=LABEL_SIZE, color=INK)
 

@@ -83,7 +83,7 @@ def _charts(record: FoldRecord) -> Iterable[tuple[Picture, Figure]]:
     where = f"fold {record.name}"
     if len(record.epochs):
         yield (
-            Picture("training_curves", "curves", "Training", f"Loss terms, MSE and PCC(A) over the epochs of {where}"),
+            Picture("training_curves", "curves", "", f"Loss terms, MSE and PCC(A) over the epochs of {where}"),
             figures.training_curves(record.epochs.to_dict("records"), selected_epoch=record.result.get("epoch")),
         )
     table = aggregation.gene_table(record.per_gene_slide, record.protocol)
@@ -108,7 +108,10 @@ def _charts(record: FoldRecord) -> Iterable[tuple[Picture, Figure]]:
         clusters = pd.read_csv(record.path / "clusters.csv", dtype={"slide": str, "patient": str})
         figure = figures.cluster_composition(clusters["image_cluster"], clusters["gene_cluster"], clusters["patient"])
         alt = f"Patients of which the clusters of a batch are made, image and gene vectors, {where}"
-        yield Picture("clusters", "clusters", f"Clusters of a batch of {len(clusters)} spots", alt), figure
+        yield (
+            Picture("clusters", "clusters", f"{len(clusters)} training spots, clustered by each modality.", alt),
+            figure,
+        )
 
 
 def pcc_by_scale(gene_table: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -151,7 +154,8 @@ def _one_gene(adata: AnnData, gene: str, group: str, pearson: float) -> Iterable
     tissue = Tissue(slide, np.asarray(adata.obsm["spatial"]), diameter, image, image_scale)
     stem = f"{group}_{re.sub(r'[^A-Za-z0-9._-]+', '_', gene)}_{slide}"
     values = {"measured": measured, "predicted": predicted, "unit": unit, "pearson": pearson}
-    caption = f"{gene}, {group}, slide {slide}"
+    chosen = {"best": "among the best genes of this fold", "worst": "among the worst genes of this fold"}
+    caption = f"{gene} on slide {slide}" + (f", {chosen[group]}" if group in chosen else "")
     yield (
         Picture(f"map_{stem}", "map", caption, f"Measured, predicted and error of {gene} on slide {slide}", group),
         gene_maps(tissue, gene, **values),

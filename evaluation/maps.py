@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import matplotlib
@@ -103,9 +104,14 @@ def _panels(tissue: Tissue, count: int) -> tuple[Figure, list[Axes]]:
 def _draw_tissue(axes: Axes, tissue: Tissue, *, strength: float) -> None:
     left, right, top, bottom = _window(tissue)
     if tissue.image is not None:
-        height, width = tissue.image.shape[:2]
-        extent = (0, width / tissue.image_scale, height / tissue.image_scale, 0)
-        axes.imshow(tissue.image, extent=extent, alpha=strength, interpolation="antialiased", zorder=0)
+        # Only what is seen is resampled: the slide may be much larger than the part that holds the spots.
+        scale, (height, width) = tissue.image_scale, tissue.image.shape[:2]
+        first_x, first_y = max(0, math.floor(left * scale)), max(0, math.floor(top * scale))
+        last_x, last_y = min(width, math.ceil(right * scale)), min(height, math.ceil(bottom * scale))
+        if first_x < last_x and first_y < last_y:
+            part = tissue.image[first_y:last_y, first_x:last_x]
+            extent = (first_x / scale, last_x / scale, last_y / scale, first_y / scale)
+            axes.imshow(part, extent=extent, alpha=strength, interpolation="antialiased", zorder=0)
     axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -17,9 +17,7 @@ LABELS = {
     "mae": "MAE",
     "training_mean_mse": "MSE of mean",
     "training_mean_mae": "MAE of mean",
-    "pcc_highly_predictive": "PCC(H), clean list",
-    "pcc_highly_variable": "PCC, variable genes",
-    "pcc_ranked_on_test": "PCC(H), paper's list",
+    "pcc_highly_variable": "PCC(HVG)",
     "spearman": "Spearman",
     "ccc": "CCC",
     "r2": "R2",
@@ -28,6 +26,10 @@ LABELS = {
     "ssim": "SSIM",
     "training_mean": "training mean",
 }
+# The order in which scores and predictions are listed; sorted JSON has lost its own.
+_ORDER = ("pcc_all", "pcc_h", "mse", "mae", "spearman", "ccc", "r2", "explained_variance", "rvd", "ssim",
+          "pcc_highly_variable")  # fmt: skip
+_PREDICTIONS = ("fused", "target", "neighbor", "global", "training_mean")
 _REQUIRED = ("protocol", "protocol_description", "run", "num_folds", "headline", "folds", "notes")
 _REQUIRED_OF_FOLD = ("fold", "name", "test_patients", "num_slides", "num_spots", "epoch", *SCORES)
 
@@ -133,9 +135,11 @@ def fold_rows(summary: Mapping[str, Any]) -> Table:
 
 def interval_rows(summary: Mapping[str, Any]) -> Table | None:
     """Mean over patients with its 95 % interval; None when the summary has none."""
+    intervals = summary.get("intervals") or {}
     rows = [
-        (label(name), number(row["mean"]), number(row["low"]), number(row["high"]), number(row["num_patients"]))
-        for name, row in (summary.get("intervals") or {}).items()
+        (label(name), *(number(intervals[name][key]) for key in ("mean", "low", "high", "num_patients")))
+        for name in _ORDER
+        if name in intervals
     ]
     return Table(("score", "mean over patients", "95 % from", "to", "patients"), tuple(rows)) if rows else None
 
@@ -145,19 +149,22 @@ def scale_rows(summary: Mapping[str, Any]) -> Table | None:
     scales = summary.get("scales") or []
     if not scales:
         return None
-    keys = ("truth", "scale")
-    names = [name for name in scales[0] if name not in keys and not name.endswith("_std")]
-    rows = [(row["truth"], label(row["scale"]), *(number(row.get(name), 3) for name in names)) for row in scales]
+    names = [name for name in _ORDER if name in scales[0]]
+    ordered = sorted(scales, key=lambda row: (row["truth"], _PREDICTIONS.index(row["scale"])))
+    rows = [(row["truth"], label(row["scale"]), *(number(row.get(name), 3) for name in names)) for row in ordered]
     return Table(("target", "prediction", *(label(name) for name in names)), tuple(rows), left=2)
 
 
 def list_rows(summary: Mapping[str, Any]) -> Table | None:
     """PCC(H) under the list of either protocol."""
     both = summary.get("pcc_h") or {}
+    kinds = {"paper": "paper: ranked on test predictions", "clean": "clean: fixed from training data"}
     rows = [
-        (f"{name} list", number(row["mean"]), number(row["std"]), number(row["size"])) for name, row in both.items()
+        (text, *(number(both[name][key]) for key in ("mean", "std", "size")))
+        for name, text in kinds.items()
+        if name in both
     ]
-    return Table(("PCC(H)", "mean", "std over folds", "genes"), tuple(rows)) if rows else None
+    return Table(("list", "PCC(H)", "std over folds", "genes"), tuple(rows)) if rows else None
 
 
 def price_rows(summary: Mapping[str, Any]) -> Table | None:
