@@ -23,8 +23,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image
 
+from datasets.expression import highest_mean_panel
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec, write_spec
+from datasets.tables import load_slide
 from preprocess.simulation.genes import PROGRAM_OF, PROGRAMS, GeneModel, gene_model
 from preprocess.simulation.slide import Slide, simulate_slide
 from preprocess.simulation.tissue import generator
@@ -116,6 +118,7 @@ def _layouts(data_dir: str | Path, arguments: Arguments) -> tuple[Layout, Layout
         "patient_pattern": r"^([A-Z]+)\d+$",
         "image_pattern": "{patient}/{slide}/*",
         "microns_per_pixel": MICRONS_PER_PIXEL,
+        "prepared_by": "simulate_demo.py",
     }
     external = DatasetSpec(name=f"{arguments.name}_external", external=True, training_type=arguments.name, **shared)
     return Layout(data_dir, DatasetSpec(name=arguments.name, **shared)), Layout(data_dir, external)
@@ -191,8 +194,7 @@ def _write_manifest(root: Path, arguments: Arguments, panel: list[str]) -> dict:
 
 
 def _write_training_slides(layout: Layout, arguments: Arguments, model: GeneModel) -> list[str]:
-    """Write every training slide and the panel: the genes of the highest mean count over all spots, ties by name."""
-    total, num_spots = 0, 0
+    """Write every training slide and the panel, chosen by the rule of the paper from the slides as they are read."""
     for patient, name in progress(arguments.slides, description="simulate", unit="slide", leave=False):
         slide = simulate_slide(
             model,
@@ -203,9 +205,8 @@ def _write_training_slides(layout: Layout, arguments: Arguments, model: GeneMode
             pitch=arguments.patch_size,
         )
         _write_slide(layout, slide, genes=list(model.genes))
-        total, num_spots = total + slide.counts.sum(), num_spots + len(slide.counts)
-    mean = (total / num_spots).sort_index().sort_values(ascending=False, kind="stable")
-    panel = mean.index[: arguments.num_genes].tolist()
+    slides = (load_slide(layout, name) for _, name in arguments.slides)
+    panel = highest_mean_panel(slides, arguments.num_genes)
     write_atomically(layout.panel_path, lambda path: np.save(path, np.array(panel)))
     return panel
 
