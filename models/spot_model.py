@@ -64,7 +64,8 @@ class ClosedForm(SpotModel):
         errors:  ValueError that names every mismatch of shapes, values that are not finite, or too few spots to tune.
         """
         features = self._features(target_features, neighbor_features, neighbor_is_valid)
-        features, expression = _float64(features), _float64(expression)
+        features = _float64(features)
+        expression = _float64(expression).to(features.device)
         patients, slides = _labels(patients), None if slides is None else _labels(slides)
         self._check_training_data(features, expression, patients, slides)
         report = self._fit(features, expression, patients, slides)
