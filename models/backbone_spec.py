@@ -109,10 +109,12 @@ class BackboneSpec:
 
 def empty_encoder(spec: BackboneSpec) -> nn.Module:
     """The full timm model on the meta device: tensors with names and shapes, without memory and values."""
-    # Even there the initialisation of a large transformer takes seconds; the rows of the table can leave it out.
-    is_table_transformer = spec.pooling in ("class", "class+patches")
+    import timm
+
+    # Even there the initialisation of a large transformer takes seconds, and this family of timm can leave it out.
+    can_skip = timm.model_entrypoint(spec.timm_name).__module__.endswith(".vision_transformer")
     with torch.device("meta"):
-        return create_encoder(spec, **({"weight_init": "skip"} if is_table_transformer else {}))
+        return create_encoder(spec, **({"weight_init": "skip"} if can_skip else {}))
 
 
 def create_encoder(spec: BackboneSpec, **more_arguments: object) -> nn.Module:

@@ -107,14 +107,14 @@ def test_small_encoder_gives_the_published_tokens(name: str) -> None:
     backbone = build_backbone(name, random_weights=True)
     dim, pooled_dim, num_tokens, *_ = PUBLISHED[name]
     for size, expected in ((224, num_tokens), (64, 17 if name == "kaiko-vits16" else 16)):
-        result = backbone(images_of(2, 3, size, size))
-        assert result.tokens.shape == (2, expected, dim)
-        assert result.pooled.shape == (2, pooled_dim)
+        result = backbone(images_of(1, 3, size, size))
+        assert result.tokens.shape == (1, expected, dim)
+        assert result.pooled.shape == (1, pooled_dim)
         assert backbone.num_tokens(size) == expected
         assert torch.isfinite(result.tokens).all()
 
 
-@pytest.mark.parametrize("size", [(64, 96), (65, 90), (33, 47)])
+@pytest.mark.parametrize("size", [(64, 96), (33, 47)])
 def test_convolutional_map_is_flattened_row_by_row(lite0: backbones.Backbone, size: tuple[int, int]) -> None:
     images = images_of(2, 3, *size)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_convolutional_map_is_flattened_row_by_row(lite0: backbones.Backbone, si
         (TINY, 160, (101, 64), 64),
         ("timm:test_resnet", 160, (25, 96), 96),
         ("timm:mobilenetv3_small_050", 64, (4, 288), 1024),  # pooled by its own wider layer
-        ("timm:test_nfnet", 96, (9, 192), 192),
+        ("timm:test_mambaout", 160, (25, 64), 64),  # its map has the channels last
     ],
 )
 def test_any_model_of_timm(name: str, size: int, tokens: tuple[int, int], pooled: int) -> None:
@@ -297,9 +297,9 @@ def test_half_precision_file_is_computed_in_float32(tiny: backbones.Backbone, tm
 
 
 def test_file_without_batch_counters_and_model_with_constants(tmp_path: Path) -> None:
-    """Old files have no num_batches_tracked; position indices of a window transformer are in no file."""
-    for name in ("timm:test_resnet", "timm:swin_tiny_patch4_window7_224"):
-        spec = dataclasses.replace(backbone_spec(name), arguments={"depths": (1, 1, 1, 1)} if "swin" in name else {})
+    """Old files have no num_batches_tracked; the relative positions of some transformers are in no file."""
+    for name in ("timm:test_resnet", "timm:test_coatnet"):
+        spec = backbone_spec(name)
         original = random_backbone(spec)
         state = original.encoder.state_dict()
         kept = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
