@@ -22,6 +22,7 @@ class Layout:
     spec:      the data set; an external one lies in data_dir/test/<test_name>.
     test_name: name of an external set; default the spec's own name if it is external.
     patch_size, num_neighbors: they name the folders of the caches.
+    root: the folder itself, where it lies elsewhere (a download in the documented layout).
     """
 
     def __init__(
@@ -32,13 +33,15 @@ class Layout:
         *,
         patch_size: int = 224,
         num_neighbors: int = 5,
+        root: str | Path | None = None,
     ):
         self.data_dir = Path(data_dir)
         self.spec = spec
         if test_name is None and spec.external:
             test_name = spec.name
         self.name = safe_name(test_name or spec.name, "Data set")
-        self.root = self.data_dir / "test" / self.name if test_name else self.data_dir / self.name
+        inside = Path("test") / self.name if test_name else Path(self.name)
+        self.root = Path(root) if root is not None else self.data_dir / inside
         self.patch_size = patch_size
         self.num_neighbors = num_neighbors
 

@@ -33,17 +33,24 @@ def load_slide(layout: Layout, slide: str, genes: Sequence[str] | None = None) -
     """
     patient = layout.spec.patient_of(slide)
     counts_path, spots_path = layout.counts_path(slide), layout.spots_path(slide)
-    counts, counts_problem = _attempt(lambda: read_counts(counts_path, genes))
-    spots, spots_problem = _attempt(lambda: read_spots(spots_path))
-    if counts is None or spots is None:
-        raise ValueError(f"Slide {slide}: " + "\n".join(filter(None, (counts_problem, spots_problem))))
+    counts, spots = read_both(slide, lambda: read_counts(counts_path, genes), lambda: read_spots(spots_path))
     adata = join(counts, spots, layout.spec, f"Slide {slide}: {counts_path} and {spots_path}")
     adata.uns["slide"], adata.uns["patient"] = slide, patient
     return adata
 
 
+def read_both(
+    slide: str, counts: Callable[[], AnnData], spots: Callable[[], pd.DataFrame]
+) -> tuple[AnnData, pd.DataFrame]:
+    """Read both files of a slide; the problems of the two are told at once, with the slide."""
+    (found_counts, first_problem), (found_spots, second_problem) = _attempt(counts), _attempt(spots)
+    if found_counts is None or found_spots is None:
+        raise ValueError(f"Slide {slide}: " + "\n".join(filter(None, (first_problem, second_problem))))
+    return found_counts, found_spots
+
+
 def _attempt(read: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What was read, or what is wrong with it, so that the problems of both files are told at once."""
+    """What was read, or what is wrong with it."""
     try:
         return read(), None
     except ValueError as error:
