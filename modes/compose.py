@@ -14,6 +14,7 @@ from datasets.spec import get_spec
 from engine import Precision, Step
 from models import build_loss, build_model
 from models.backbones import build_backbone
+from models.baselines import build_baseline_loss
 from utils.config import Config
 
 SCALES = {"fused": "fused", "target": "target", "neighbor": "neighbor", "global": "global_"}
@@ -29,6 +30,25 @@ def open_layout(config: Config, test_name: str | None = None) -> Layout:
         test_name=test_name,
         patch_size=config.DATA.patch_size,
         num_neighbors=config.DATA.num_neighbors,
+    )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which inputs a model reads, so that nothing else is loaded."""
+
+    tokens: bool
+    neighbors: bool
+    slides: bool
+
+
+def needs_of(config: Config) -> Needs:
+    """The inputs of the configured model."""
+    reads_scales = config.MODEL.name in ("gene_dml", "triplex")
+    return Needs(
+        tokens=reads_scales,
+        neighbors=config.MODEL.use_neighbor and (reads_scales or config.MODEL.name == "ridge_neighbor"),
+        slides=config.MODEL.use_global and reads_scales,
     )
 
 
@@ -63,11 +83,15 @@ def make_model(config: Config, *, feature_dim: int, token_dim: int, num_genes: i
 
 def make_step(model: nn.Module, config: Config, encode: Encode, generator: torch.Generator | None = None) -> Step:
     """The training step: batch -> named loss terms."""
-    loss = build_loss(config.LOSS, model=config.MODEL.name, generator=generator)
+    needs = needs_of(config)
+    if config.MODEL.name == "gene_dml":
+        loss = build_loss(config.LOSS, generator=generator)
+    else:
+        loss = build_baseline_loss(config.MODEL.name)
 
     def step(batch: SpotBatch) -> dict[str, Tensor]:
         global_tokens = None
-        if model.needs_slides:
+        if needs.slides:
             global_tokens = model.encode_slides(batch.slide_features, batch.grid_xy, batch.lengths, batch.slide_rows)
         prediction = model(**_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
         return loss(prediction, batch.expression)
@@ -76,18 +100,19 @@ def make_step(model: nn.Module, config: Config, encode: Encode, generator: torch
 
 
 def make_predict(
-    model: nn.Module, encode: Encode, precision: Precision, chunk_size: int
+    model: nn.Module, config: Config, encode: Encode, precision: Precision
 ) -> Callable[[SlideBatch], dict[str, Tensor]]:
     """slide -> {scale: (N, G) float32 on the CPU}: the global encoder over the whole slide, the rest in chunks."""
+    needs = needs_of(config)
 
     def predict(slide: SlideBatch) -> dict[str, Tensor]:
         model.eval()
         with torch.inference_mode(), precision.autocast():
             global_tokens = None
-            if model.needs_slides:
+            if needs.slides:
                 global_tokens = model.encode_slides(slide.slide_features, slide.grid_xy, [len(slide)], None)
             parts, start = [], 0
-            for batch in slide.chunks(chunk_size):
+            for batch in slide.chunks(config.EVALUATION.chunk_size):
                 chunk = None if global_tokens is None else global_tokens[start : start + len(batch)]
                 parts.append(_scales(model(**_inputs(batch, encode), global_tokens=chunk)))
                 start += len(batch)

@@ -40,9 +40,7 @@ class FoldRun:
         self.optimization = Optimization.of(self.model, config, self.study.precision)
         self._best_weights, self._best_is_written, self._last_saved = None, True, time.monotonic()
         state = self._restore()
-        self.predict = make_predict(
-            self.model, self.study.encode, self.optimization.precision, config.EVALUATION.chunk_size
-        )
+        self.predict = make_predict(self.model, config, self.study.encode, self.optimization.precision)
         self.generator = torch.Generator(self.study.device)
         self.step = make_step(self.model, config, self.study.encode, self.generator)
         self.expression = self.split.targets.to(self.study.device)
@@ -99,7 +97,7 @@ class FoldRun:
 
     def _scores(self, slides: list[str]) -> dict[str, float]:
         records = self.study.store.named(slides)
-        predictions = evaluate((self.study.maker.slide(record) for record in records), self.predict, "evaluation")
+        predictions = evaluate([self.study.maker.slide(record) for record in records], self.predict, "evaluation")
         results = [
             SlideResult(
                 slide=record.name,

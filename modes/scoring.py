@@ -13,7 +13,6 @@ from datasets.spots import SlideRecord, slide_targets
 from engine import evaluate
 from evaluation.predictions import write_prediction
 from evaluation.protocol import SlideResult, score_fold, write_fold
-from evaluation.report import write_figures
 from modes.compose import make_model, make_predict
 from modes.study import Study
 from utils.checkpoint import load_checkpoint, load_weights
@@ -31,7 +30,7 @@ def score_checkpoint(study: Study, checkpoint: Path, folder: Path) -> dict:
     check_encoder(content, study, checkpoint)
     records = study.store.named(content["fold"]["test_slides"])
     predict = restored_predict(study, content, checkpoint)
-    predictions = evaluate((study.maker.slide(record) for record in records), predict, "test slides")
+    predictions = evaluate([study.maker.slide(record) for record in records], predict, "test slides")
     results = [slide_result(record, content["genes"], prediction) for record, prediction in zip(records, predictions)]
     for record, result in zip(records, results):
         write_slide(study, record, result, folder / "predictions" / f"{record.name}.h5ad", content, checkpoint)
@@ -43,7 +42,6 @@ def score_checkpoint(study: Study, checkpoint: Path, folder: Path) -> dict:
         gene_lists=content["gene_lists"],
         protocol=content["fold"]["protocol"],
     )
-    write_figures(folder, per_gene=scores.per_gene)
     write_fold(scores, folder, extra={"epoch": content["epoch"], "unit": UNIT})
     return scores.summary
 
@@ -58,7 +56,7 @@ def restored_predict(study: Study, content: dict, checkpoint: Path):
         num_genes=len(content["genes"]),
     ).to(study.device)
     load_weights(model, content["model"], checkpoint)
-    return make_predict(model, study.encode, study.precision, study.config.EVALUATION.chunk_size)
+    return make_predict(model, study.config, study.encode, study.precision)
 
 
 def check_encoder(content: dict, study: Study, checkpoint: Path) -> None:

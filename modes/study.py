@@ -72,7 +72,7 @@ def slides_of(layout: Layout, patients: Sequence[str]) -> list[str]:
 
 def open_study(config: Config, config_name: str, layout: Layout, slides: Sequence[str], device: torch.device) -> Study:
     """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens."""
-    needs = needs_of(config.MODEL)
+    needs = needs_of(config)
     store = load_store(
         layout,
         slides,

@@ -47,7 +47,7 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _few_threads():
     """Tests are small: more threads only fight each other."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
