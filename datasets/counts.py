@@ -21,6 +21,7 @@ from utils.files import require_file
 
 _SPOT_ID = re.compile(r"^(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)$")
 GREATEST_COUNT = 2**31 - 1
+_LINES_AT_ONCE = 64  # of a text table
 
 
 def read_counts(path: str | Path, genes: Sequence[str] | None = None) -> AnnData:
@@ -127,6 +128,9 @@ def _read_text(path: Path) -> Table:
             f"{path}: the header names {len(names)} columns, the first row has {width}, separated by {separator!r}. "
             "Expected a row of genes, then one row a spot: its id and the counts."
         )
+    plain = _read_plain_integers(body, separator.encode(), width)
+    if plain is not None:
+        return *plain, names[1:]
     table = pa.csv.read_csv(
         pa.BufferReader(body),
         read_options=pa.csv.ReadOptions(column_names=[str(i) for i in range(width)], block_size=max(len(body), 1)),
@@ -134,6 +138,33 @@ def _read_text(path: Path) -> Table:
         convert_options=pa.csv.ConvertOptions(column_types={"0": pa.string()}),
     )
     return table.select(range(1, width)), table.column(0).to_pylist(), names[1:]
+
+
+def _read_plain_integers(body: bytes, separator: bytes, width: int) -> tuple[np.ndarray, list[str]] | None:
+    """Values and ids of a table of plain integers, several times faster than a general reader of text.
+
+    The digits of all cells are added up place by place. None if a cell is anything but one to nine digits: then the
+    general reader takes over, which also finds out what is wrong.
+    """
+    lines = body.removesuffix(b"\n").split(b"\n")
+    spots, blocks = [], []
+    for start in range(0, len(lines), _LINES_AT_ONCE):
+        rows = [line.partition(separator) for line in lines[start : start + _LINES_AT_ONCE]]
+        spots += [row[0].decode().strip('"') for row in rows]
+        text = np.frombuffer(separator.join(row[2] for row in rows) + separator, dtype=np.uint8)
+        ends = np.flatnonzero(text == separator[0])
+        lengths = np.diff(ends, prepend=-1) - 1
+        digits = text - np.uint8(ord("0"))  # below "0" wraps around to large numbers
+        if any(row[2].count(separator) != width - 2 for row in rows) or lengths.min() < 1 or lengths.max() > 9:
+            return None
+        if np.count_nonzero(digits > 9) != len(ends):
+            return None
+        values = digits[ends - 1].astype(np.int32)
+        for place in range(1, lengths.max()):
+            longer = np.flatnonzero(lengths > place)
+            values[longer] += digits[ends[longer] - 1 - place] * np.int32(10**place)
+        blocks.append(values.reshape(len(rows), width - 1))
+    return np.concatenate(blocks), spots
 
 
 def _read_h5ad(path: Path, genes: Sequence[str] | None) -> Table:

@@ -59,6 +59,18 @@ def test_whole_numbers_written_as_decimals_are_counts(tmp_path):
     assert read_counts(save(TABLE.astype(float), tmp_path / "s.tsv")).X.dtype == np.int32
 
 
+def test_large_tables_of_text_are_read_cell_by_cell(tmp_path):
+    """More rows than are read at once, counts of one to nine digits, no end of line at the end of the file."""
+    generator = np.random.default_rng(0)
+    values = 10 ** generator.integers(0, 9, size=(150, 7)) - generator.integers(0, 2, size=(150, 7))
+    table = pd.DataFrame(values, index=[f"{i}x7" for i in range(150)], columns=list("ABCDEFG"))
+    path = save(table, tmp_path / "s.tsv")
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    pd.testing.assert_frame_equal(read_counts(path).to_df(), table, check_dtype=False, check_names=False)
+    table.iloc[149, 6] = 2_000_000_000  # ten digits
+    assert read_counts(save(table, path)).to_df().iloc[149].tolist() == table.iloc[149].tolist()
+
+
 def test_ids_are_rounded():
     assert round_ids(["10x13", "9.98x13.02", "-1x3"]) == (["10x13", "10x13", "-1x3"], [])
     assert round_ids(["AAAC-1", "3 x 4", "x", "1x2x3"])[1] == ["AAAC-1", "3 x 4", "x", "1x2x3"]
@@ -148,6 +160,7 @@ def test_truncated_files_are_named(tmp_path, name):
         ("\tA\tB\n", "holds no spots"),
         ("\tA\tB\n1x1\t1\n", "header names 3 columns, the first row has 2"),
         ("\tA\tB\n1x1\t1\t2\n2x1\t3\n", "not a readable table of counts"),
+        ("\tA\tB\n1x1\t1\t2\n2x1\t3\n3x1\t4\t5\t6\n", "not a readable table of counts"),
         ("A,B\n1x1,1\n", "header names 1 columns, the first row has 1"),
     ],
 )
