@@ -62,13 +62,15 @@ def write_slide(result: SlideResult, path: Path, generator: np.random.Generator)
     )
 
 
-def write_run(run_dir: Path, *, protocol: str = "clean", signal: float = 0.6, seed: int = 5) -> Path:
+def write_run(
+    run_dir: Path, *, protocol: str = "clean", signal: float = 0.6, seed: int = 5, predictions: bool = True
+) -> Path:
     """Three folds of one patient and two slides each, with everything that a finished run holds."""
     generator = np.random.default_rng(seed)
     for index, patient in enumerate(PATIENTS):
         fold_dir = run_dir / f"fold_{index}"
         slides = [make_slide(generator, f"{patient}{number}", signal) for number in (1, 2)]
-        for result in slides:
+        for result in slides if predictions else []:
             write_slide(result, fold_dir / "predictions" / f"{result.slide}.h5ad", generator)
         others = [name for name in PATIENTS if name != patient]
         split = {
@@ -76,6 +78,7 @@ def write_run(run_dir: Path, *, protocol: str = "clean", signal: float = 0.6, se
             "train_patients": others[:1], "validation_patients": others[1:], "test_slides": [s.slide for s in slides],
             "train_slides": [], "validation_slides": [], "selection": {"paper": "test"}.get(protocol, "validation"),
         }  # fmt: skip
+        fold_dir.mkdir(parents=True, exist_ok=True)
         (fold_dir / "split.json").write_text(json.dumps(split))
         epochs = [
             {"epoch": epoch, "train/total": 9 / epoch, "train/prediction": 1 / epoch, "train/instance": 6 / epoch,
@@ -108,7 +111,7 @@ def write_run(run_dir: Path, *, protocol: str = "clean", signal: float = 0.6, se
 
 @pytest.fixture(scope="session")
 def make_run() -> Callable[..., Path]:
-    """make_run(folder, protocol=.., signal=.., seed=..): writes a finished run there."""
+    """make_run(folder, protocol=.., signal=.., seed=.., predictions=..): writes a finished run there."""
     return write_run
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from evaluation.fold_figures import figures_of
 from evaluation.protocol import summarise
 from evaluation.report import UNIT, format_table, write_comparison, write_figures, write_report, write_summary
 from evaluation.statistics import compare_methods
@@ -96,7 +97,7 @@ def test_summary_markdown_names_the_protocol_first(finished_run: Path, tmp_path:
 
 
 def test_paper_protocol_prints_its_bias(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path / "paper", protocol="paper")
+    run_dir = make_run(tmp_path / "paper", protocol="paper", predictions=False)
     summary = summarise(run_dir)
     text = format_table(summary)
     assert text.startswith("paper protocol:") and "mean over folds" in text
@@ -168,17 +169,17 @@ def test_best_and_worst_are_those_of_the_table(reported: Path) -> None:
 
 
 def test_figures_are_made_again_only_when_something_changed(reported: Path, tmp_path: Path) -> None:
-    shutil.copytree(reported, tmp_path / "run")
-    png = tmp_path / "run" / "fold_0" / "figures" / "training_curves.png"
-    shutil.rmtree(tmp_path / "run" / "fold_1")
-    write_summary(tmp_path / "run", summarise(tmp_path / "run"))
+    fold_dir = tmp_path / "fold_1"
+    shutil.copytree(reported / "fold_1", fold_dir)
+    png = fold_dir / "figures" / "gene_bars.png"
     before = png.stat().st_mtime_ns
-    write_report(tmp_path / "run", genes=["ZYX"], count=1)
-    assert png.stat().st_mtime_ns == before
-    with open(tmp_path / "run" / "fold_0" / "metrics.jsonl", "a") as file:
-        file.write('{"epoch": 6, "train/total": 1.0}\n')
-    write_report(tmp_path / "run", genes=["ZYX"], count=0)
-    assert png.stat().st_mtime_ns > before
+    pictures = figures_of(fold_dir, count=1, genes=["ZYX"])
+    assert png.stat().st_mtime_ns == before and {picture.kind for picture in pictures} == {
+        "distribution", "bars", "patients",
+    }  # fmt: skip
+    (fold_dir / "metrics.jsonl").write_text('{"epoch": 1, "train/total": 1.0}\n')
+    assert "curves" in {picture.kind for picture in figures_of(fold_dir, count=1, genes=["ZYX"])}
+    assert png.stat().st_mtime_ns > before and (fold_dir / "figures" / "training_curves.svg").is_file()
 
 
 def test_unknown_gene_is_an_error(finished_run: Path) -> None:
@@ -226,7 +227,7 @@ def test_report_needs_a_summary(finished_run: Path, tmp_path: Path) -> None:
 
 
 def test_comparison(make_run: Callable[..., Path], finished_run: Path, tmp_path: Path) -> None:
-    weaker = make_run(tmp_path / "weaker", signal=0.3)
+    weaker = make_run(tmp_path / "weaker", signal=0.3, predictions=False)
     table = compare_methods({"gene_dml": [finished_run], "ridge <b>": [weaker]})
     markdown, csv, page = write_comparison(table, tmp_path / "out")
     again = pd.read_csv(csv)
