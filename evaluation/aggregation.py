@@ -36,14 +36,15 @@ def mean_over_genes(
 ) -> pd.DataFrame:
     """One row per `keys`: pcc_all, pcc_<list> for every list, the other metrics, undefined_pearson, num_genes."""
     keys = list(keys)
-    groups = per_gene.groupby(keys, sort=False)
-    table = groups[list(METRIC_NAMES)].mean().rename(columns={"pearson": "pcc_all"})
-    for name, genes in gene_lists.items():
-        listed = per_gene[per_gene["gene"].isin(list(genes))]
-        table[f"pcc_{name}"] = listed.groupby(keys, sort=False)["pearson"].mean().reindex(table.index)
-    table["undefined_pearson"] = groups.size() - groups["pearson"].count()
-    table["num_genes"] = groups.size()
-    return table.reset_index()
+    pearson = per_gene["pearson"]
+    # A gene outside a list is NaN in the column of the list, and means skip NaN.
+    listed = {f"pcc_{name}": pearson.where(per_gene["gene"].isin(list(genes))) for name, genes in gene_lists.items()}
+    values = per_gene[[*keys, *METRIC_NAMES]].assign(**listed, undefined_pearson=pearson.isna(), num_genes=1)
+    groups = values.groupby(keys, sort=False)
+    table = groups[[*METRIC_NAMES, *listed]].mean().rename(columns={"pearson": "pcc_all"})
+    # Named before the other metrics: these are what a reader looks for.
+    table = table[["pcc_all", *listed, *METRIC_NAMES[1:]]]
+    return table.join(groups[["undefined_pearson", "num_genes"]].sum()).reset_index()
 
 
 def slide_table(per_gene_slide: pd.DataFrame, gene_lists: Mapping[str, Sequence[str]]) -> pd.DataFrame:
@@ -68,17 +69,17 @@ def gene_table(per_gene_slide: pd.DataFrame, protocol: str) -> pd.DataFrame:
     return values.groupby([*FOLD_KEYS, "gene"], sort=False)[list(METRIC_NAMES)].mean().reset_index()
 
 
-def fold_table(per_gene_slide: pd.DataFrame, gene_lists: Mapping[str, Sequence[str]], protocol: str) -> pd.DataFrame:
+def fold_table(slides: pd.DataFrame, patients: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """One row per scale and truth: mean over the slides (paper) or over the patients (clean) of the fold.
 
-    undefined_pearson is the number of (slide, gene) pairs without a PCC.
+    slides, patients: `slide_table` and `patient_table` of the fold. undefined_pearson is the number of (slide, gene)
+    pairs without a PCC.
     """
-    slides = slide_table(per_gene_slide, gene_lists)
-    rows = slides if protocol == "paper" else patient_table(per_gene_slide, gene_lists)
-    undefined = slides.groupby(FOLD_KEYS, sort=False)["undefined_pearson"].sum()
-    table = rows.groupby(FOLD_KEYS, sort=False)[value_columns(rows)].mean()
-    table["undefined_pearson"] = undefined
-    table["num_genes"] = rows.groupby(FOLD_KEYS, sort=False)["num_genes"].max()
+    rows = slides if protocol == "paper" else patients
+    groups = rows.groupby(FOLD_KEYS, sort=False)
+    table = groups[value_columns(rows)].mean()
+    table["undefined_pearson"] = slides.groupby(FOLD_KEYS, sort=False)["undefined_pearson"].sum()
+    table["num_genes"] = groups["num_genes"].max()
     return table.reset_index()
 
 

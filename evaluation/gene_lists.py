@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -124,10 +125,15 @@ def _reference_scores(
             f"the highly predictive list holds out one training patient after the other and found only {held_out}; "
             "expected at least two training patients. Use a data set with more patients, or the protocol 'paper'."
         )
+    features = features - features.mean(axis=0)  # keeps the sums of squares below free of cancellation
+    moments = {
+        patient: _moments(features[patients == patient], expression[patients == patient]) for patient in held_out
+    }
     by_patient = []  # each (penalties, G)
     for patient in held_out:
         test = patients == patient
-        predictions = _ridge_path(features[~test], expression[~test], features[test], components)
+        others = [moments[other] for other in held_out if other != patient]
+        predictions = _ridge_path(_Moments(*map(sum, zip(*others))), features[test], components)
         by_patient.append([_mean_pcc(expression[test], prediction, slides[test]) for prediction in predictions])
     scores = _column_means(np.asarray(by_patient))
     overall = np.array([mean_defined(gene_scores) for gene_scores in scores])
@@ -146,18 +152,32 @@ def _column_means(values: np.ndarray) -> np.ndarray:
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
-def _ridge_path(
-    features: np.ndarray, expression: np.ndarray, new_features: np.ndarray, components: int
-) -> list[np.ndarray]:
+class _Moments(NamedTuple):
+    """All that ridge needs to know of some spots; sums over the spots, so that patients can be added up."""
+
+    count: int
+    features: np.ndarray  # (D,)
+    expression: np.ndarray  # (G,)
+    squares: np.ndarray  # (D, D)
+    products: np.ndarray  # (D, G)
+
+
+def _moments(features: np.ndarray, expression: np.ndarray) -> _Moments:
+    return _Moments(
+        len(features), features.sum(axis=0), expression.sum(axis=0), features.T @ features, features.T @ expression
+    )
+
+
+def _ridge_path(training: _Moments, new_features: np.ndarray, components: int) -> list[np.ndarray]:
     """Predictions for `new_features` under every penalty. In the basis of the components ridge is one division each."""
-    center, intercept = features.mean(axis=0), expression.mean(axis=0)
-    centered = features - center
-    variance, basis = np.linalg.eigh(centered.T @ centered)
-    kept = slice(max(0, len(variance) - min(components, len(features) - 1)), None)  # eigh sorts upwards
+    count = training.count
+    center, intercept = training.features / count, training.expression / count
+    variance, basis = np.linalg.eigh(training.squares - count * np.outer(center, center))
+    kept = slice(max(0, len(variance) - min(components, count - 1)), None)  # eigh sorts upwards
     variance, basis = np.maximum(variance[kept], 0), basis[:, kept]
     if not variance.sum() > 0:
         raise ValueError("the target features are the same for every training spot; extract the features again.")
-    cross = basis.T @ (centered.T @ (expression - intercept))
+    cross = basis.T @ (training.products - count * np.outer(center, intercept))
     scores = (new_features - center) @ basis
     penalties = RELATIVE_PENALTIES * variance.mean()
     return [scores @ (cross / (variance + penalty)[:, None]) + intercept for penalty in penalties]

@@ -115,6 +115,13 @@ def score_fold(
     lists["ranked_on_test"] = ranked_on_test_list([aggregation.fused_gene_pcc(per_gene_slide)])
     with_headline = aggregation.with_headline_list(lists, protocol)
     per_slide = aggregation.slide_table(per_gene_slide, with_headline)
+    per_patient = aggregation.patient_table(per_gene_slide, with_headline)
+    summary = _fold_summary(results, aggregation.fold_table(per_slide, per_patient, protocol), protocol)
+    summary |= {
+        "gene_lists": lists,
+        "gene_list_sizes": {name: len(names) for name, names in lists.items()},
+        "notes": _fold_notes(per_gene_slide, lists, protocol),
+    }
     num_spots = {result.slide: len(result.spot_ids) for result in results}
     per_slide.insert(2, "num_spots", per_slide["slide"].map(num_spots))
     return FoldScores(
@@ -124,8 +131,8 @@ def score_fold(
         per_gene_slide=per_gene_slide,
         per_gene=aggregation.gene_table(per_gene_slide, protocol),
         per_slide=per_slide,
-        per_patient=aggregation.patient_table(per_gene_slide, with_headline),
-        summary=_fold_summary(results, genes, lists, per_gene_slide, protocol),
+        per_patient=per_patient,
+        summary=summary,
     )
 
 
@@ -140,7 +147,9 @@ def epoch_scores(results: Sequence[SlideResult], protocol: str = "clean") -> dic
             columns = {"pearson": pearson, "mse": mse, "mae": mae}
             values = {name: metric(result.measured, predicted) for name, metric in columns.items()}
             rows.append(long_table(result, scale, "smoothed", values))
-    table = aggregation.fold_table(pd.concat(rows, ignore_index=True), {}, protocol).set_index("scale")
+    per_gene = pd.concat(rows, ignore_index=True)
+    slides, patients = aggregation.slide_table(per_gene, {}), aggregation.patient_table(per_gene, {})
+    table = aggregation.fold_table(slides, patients, protocol).set_index("scale")
     scores = {}
     for scale, row in table.iterrows():
         suffix = "" if scale == "fused" else f"_{scale}"
@@ -182,14 +191,8 @@ def _shared_panel(results: Sequence[SlideResult]) -> list[str]:
     return list(results[0].genes)
 
 
-def _fold_summary(
-    results: Sequence[SlideResult],
-    genes: list[str],
-    lists: dict[str, list[str]],
-    per_gene_slide: pd.DataFrame,
-    protocol: str,
-) -> dict[str, Any]:
-    table = aggregation.fold_table(per_gene_slide, aggregation.with_headline_list(lists, protocol), protocol)
+def _fold_summary(results: Sequence[SlideResult], table: pd.DataFrame, protocol: str) -> dict[str, Any]:
+    """The numbers of the summary, from the `fold_table`."""
     columns = [*aggregation.value_columns(table), "undefined_pearson"]
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for row in table.to_dict("records"):
@@ -201,7 +204,7 @@ def _fold_summary(
         "protocol": protocol,
         "num_slides": len(results),
         "num_spots": sum(len(result.spot_ids) for result in results),
-        "num_genes": len(genes),
+        "num_genes": len(results[0].genes),
         "slides": {result.slide: len(result.spot_ids) for result in results},
         "patients": list(dict.fromkeys(result.patient for result in results)),
         **{name: fused[name] for name in ("pcc_all", "pcc_h", "mse", "mae")},
@@ -210,20 +213,15 @@ def _fold_summary(
         "training_mean": means["smoothed"],
         "training_mean_unsmoothed": means.get("unsmoothed"),
         "scores": scores,
-        "gene_lists": lists,
-        "gene_list_sizes": {name: len(names) for name, names in lists.items()},
-        "notes": _fold_notes(per_gene_slide, lists, fused, protocol),
     }
 
 
-def _fold_notes(
-    per_gene_slide: pd.DataFrame, lists: dict[str, list[str]], fused: dict[str, float], protocol: str
-) -> list[str]:
+def _fold_notes(per_gene_slide: pd.DataFrame, lists: dict[str, list[str]], protocol: str) -> list[str]:
     notes = []
     fused_rows = aggregation.select(per_gene_slide)
     if protocol == "clean" and not lists.get("highly_predictive"):
         notes.append("No highly predictive list was fixed from training data: pcc_h is undefined.")
-    if undefined := int(fused["undefined_pearson"]):
+    if undefined := int(fused_rows["pearson"].isna().sum()):
         notes.append(
             f"PCC undefined for {undefined} of {len(fused_rows)} (slide, gene) pairs, where the measured or the "
             "predicted gene is constant within the slide; means skip them."

@@ -60,15 +60,7 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
     records, found_notes = read_run(run_dir)
     protocol = records[0].protocol
     lists, list_notes = aggregation.lists_of_run(records)
-    tables = [
-        aggregation.fold_table(record.per_gene_slide, fold_lists, protocol).assign(fold=record.index)
-        for record, fold_lists in zip(records, lists)
-    ]
-    patients = [
-        aggregation.patient_table(record.per_gene_slide, fold_lists).assign(fold=record.index)
-        for record, fold_lists in zip(records, lists)
-    ]
-    per_fold, per_patient = pd.concat(tables, ignore_index=True), pd.concat(patients, ignore_index=True)
+    per_fold, per_patient = _tables(records, lists)
     scales = _scale_rows(per_fold, per_fold if protocol == "paper" else per_patient)
     price = selection_price(records)
     summary = {
@@ -115,6 +107,17 @@ def selection_price(records: Sequence[FoldRecord]) -> dict[str, Any] | None:
             }
         )
     return {"mean": float(np.mean([row["price"] for row in rows])), "folds": rows} if rows else None
+
+
+def _tables(records: Sequence[FoldRecord], lists: Sequence[dict[str, list[str]]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`fold_table` and `patient_table` of all folds, with a column "fold"."""
+    folds, patients = [], []
+    for record, fold_lists in zip(records, lists):
+        by_slide = aggregation.slide_table(record.per_gene_slide, fold_lists)
+        by_patient = aggregation.patient_table(record.per_gene_slide, fold_lists)
+        folds.append(aggregation.fold_table(by_slide, by_patient, record.protocol).assign(fold=record.index))
+        patients.append(by_patient.assign(fold=record.index))
+    return pd.concat(folds, ignore_index=True), pd.concat(patients, ignore_index=True)
 
 
 def _scale_rows(per_fold: pd.DataFrame, averaged: pd.DataFrame) -> list[dict[str, Any]]:

@@ -565,10 +565,10 @@ def test_fixed_list_is_blind_to_the_test_patient(training):
 
 def test_aggregation_needs_no_order_of_rows():
     scores = score(two_patients())
-    table = scores.per_gene_slide
-    shuffled = table.sample(frac=1, random_state=0)
     lists = aggregation.with_headline_list(scores.gene_lists, "clean")
-    keys = ["scale", "truth"]
-    expected = aggregation.fold_table(table, lists, "clean").set_index(keys).sort_index()
-    found = aggregation.fold_table(shuffled, lists, "clean").set_index(keys).sort_index()
-    pd.testing.assert_frame_equal(found, expected)
+    tables = []
+    for table in (scores.per_gene_slide, scores.per_gene_slide.sample(frac=1, random_state=0)):
+        slides, patients = aggregation.slide_table(table, lists), aggregation.patient_table(table, lists)
+        fold = aggregation.fold_table(slides, patients, "clean")
+        tables.append(fold.set_index(["scale", "truth"]).sort_index())
+    pd.testing.assert_frame_equal(tables[0], tables[1])

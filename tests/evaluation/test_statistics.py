@@ -153,6 +153,11 @@ BASE = {
 }
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "base", BASE)
+
+
 def changed(by):
     """BASE plus a change per patient (all genes) or per gene."""
     return {patient: np.asarray(values) + by[patient] for patient, values in BASE.items()}
@@ -162,8 +167,7 @@ def row(table, metric, method):
     return table[(table["metric"] == metric) & (table["method"] == method)].iloc[0]
 
 
-def test_comparison_by_hand(tmp_path):
-    base = write_run(tmp_path / "base", BASE)
+def test_comparison_by_hand(tmp_path, base):
     better = write_run(tmp_path / "better", changed({"A": 0.1, "B": 0.2, "C": [0.3, 0.3, 0.3, 0.3, 0.3, -0.6]}))
     table = compare_runs([base, better])
     assert table["metric"].drop_duplicates().tolist() == ["pcc_all", "pcc_h", "mse", "mae"]
@@ -187,8 +191,7 @@ def test_comparison_by_hand(tmp_path):
     assert table["num_patients"].eq(3).all() and table["num_seeds"].eq(1).all()
 
 
-def test_seeds_are_averaged_within_the_patient_first(tmp_path):
-    base = write_run(tmp_path / "base", BASE)
+def test_seeds_are_averaged_within_the_patient_first(tmp_path, base):
     write_run(tmp_path / "method" / "seed_0", changed({"A": 0.0, "B": 0.1, "C": 0.1}))
     write_run(tmp_path / "method" / "seed_10", changed({"A": 0.2, "B": 0.1, "C": 0.3}))
     assert [path.name for path in seed_runs(tmp_path / "method")] == ["seed_0", "seed_10"]
@@ -204,8 +207,7 @@ def test_seeds_are_averaged_within_the_patient_first(tmp_path):
     assert compare_runs([base, tmp_path / "method"], metrics=["pcc_all"])["num_seeds"].tolist() == [1, 2]
 
 
-def test_runs_that_answer_other_questions_are_refused(tmp_path):
-    base = write_run(tmp_path / "base", BASE)
+def test_runs_that_answer_other_questions_are_refused(tmp_path, base):
     other = write_run(tmp_path / "other", {"A": BASE["A"], "B": BASE["B"], "X": BASE["C"]})
     with pytest.raises(
         ValueError, match=r"differ from base.*\n  other: fold 2 tests patients \['X'\], expected \['C'\]"
@@ -230,8 +232,7 @@ def test_runs_that_answer_other_questions_are_refused(tmp_path):
         compare_runs([base], scale="target")
 
 
-def test_intersection_only_when_told(tmp_path):
-    base = write_run(tmp_path / "base", BASE)
+def test_intersection_only_when_told(tmp_path, base):
     # Fold 1 missing, another gene instead of g5.
     values = {"A": [0.2, 0.3, 0.4, 0.5, 0.6, 0.9], "B": None, "C": [0.5, 0.5, 0.1, 0.1, 0.3, 0.9]}
     partial = write_run(tmp_path / "partial", values, genes=[*GENES[:5], "z"])
