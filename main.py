@@ -72,6 +72,10 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--num_workers", type=int, help="threads that read tokens")
     group.add_argument("--checkpoint_seconds", type=float, default=60.0, help="least time between two checkpoints")
     group.add_argument("--model_path", help="run folder, fold folder or checkpoint")
+    group.add_argument("--seeds", type=_numbers, help="repeat the run with these seeds, e.g. 0,1,2")
+    group.add_argument("--runs", nargs="+", metavar="RUN", help="run folders to compare; the first is the reference")
+    group.add_argument("--intersect", action="store_true", help="compare what the runs share instead of refusing")
+    group.add_argument("--out", help="file or folder to write")
     group.add_argument("--test_name", help="external test set below <data_dir>/test")
 
 
@@ -128,21 +132,23 @@ def required(arguments: argparse.Namespace, name: str) -> str:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
-    from modes.train import TrainOptions, train
+    from modes.train import TrainOptions, train, train_seeds
 
     config = config_of(arguments)
     if config.MODEL.name == "gene_dml" and not config.LOSS.use_kmeans and config.LOSS.group_weight > 0:
         say("Instance groups come from spectral clustering; --use_kmeans selects the paper's k-means.")
-    folds = arguments.folds if arguments.fold is None else [arguments.fold, *(arguments.folds or [])]
     options = TrainOptions(
         config_name=arguments.config_name,
         run_name=arguments.run_name or f"exp_{config.GENERAL.exp_id}",
         device=device_from(arguments.gpu, arguments.device),
-        folds=folds,
+        folds=arguments.folds if arguments.fold is None else [arguments.fold, *(arguments.folds or [])],
         resume=arguments.resume,
         checkpoint_seconds=arguments.checkpoint_seconds,
     )
-    train(config, options)
+    if arguments.seeds is None:
+        train(config, options)
+    else:
+        train_seeds(config, options, arguments.seeds)
 
 
 def run_test(arguments: argparse.Namespace) -> None:
@@ -153,7 +159,25 @@ def run_test(arguments: argparse.Namespace) -> None:
     test(required(arguments, "model_path"), arguments.fold, overrides_of(arguments), device, data_type)
 
 
-RUN_OF_MODE = {"train": run_train, "test": run_test}
+def run_compare(arguments: argparse.Namespace) -> None:
+    from modes.compare import compare
+
+    compare(required(arguments, "runs"), arguments.out, arguments.intersect)
+
+
+def run_import_reference(arguments: argparse.Namespace) -> None:
+    from modes.convert import Source, convert
+
+    source = Source(required(arguments, "model_path"), required(arguments, "config_name"), required(arguments, "fold"))
+    convert(config_of(arguments), source, required(arguments, "out"))
+
+
+RUN_OF_MODE = {
+    "train": run_train,
+    "test": run_test,
+    "compare": run_compare,
+    "import_reference": run_import_reference,
+}
 
 
 def main() -> None:

@@ -90,11 +90,7 @@ def make_step(model: nn.Module, config: Config, encode: Encode, generator: torch
         loss = build_baseline_loss(config.MODEL.name)
 
     def step(batch: SpotBatch) -> dict[str, Tensor]:
-        global_tokens = None
-        if needs.slides:
-            global_tokens = model.encode_slides(batch.slide_features, batch.grid_xy, batch.lengths, batch.slide_rows)
-        prediction = model(**_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
-        return loss(prediction, batch.expression)
+        return loss(_forward(model, needs, encode, batch), batch.expression)
 
     return step
 
@@ -119,6 +115,22 @@ def make_predict(
         return {scale: torch.cat([part[scale] for part in parts]) for scale in parts[0]}
 
     return predict
+
+
+def batch_clusters(model: nn.Module, config: Config, encode: Encode, batch: SpotBatch) -> tuple[Tensor, Tensor]:
+    """(B,) clusters of a batch by its fused and by its gene vectors, as the instance-group loss forms them."""
+    prediction = _forward(model, needs_of(config), encode, batch)
+    loss = build_loss(config.LOSS)
+    embeddings = prediction.embeddings
+    return loss.cluster(embeddings.fused_cluster).labels.cpu(), loss.cluster(embeddings.gene_cluster).labels.cpu()
+
+
+def _forward(model: nn.Module, needs: Needs, encode: Encode, batch: SpotBatch):
+    """The model on a training batch: the slides of the batch through the global encoder, then its spots."""
+    global_tokens = None
+    if needs.slides:
+        global_tokens = model.encode_slides(batch.slide_features, batch.grid_xy, batch.lengths, batch.slide_rows)
+    return model(**_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
 
 
 def _inputs(batch: SpotBatch, encode: Encode) -> dict[str, Tensor | None]:

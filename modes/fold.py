@@ -7,18 +7,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from datasets.batches import TrainingBatches, epoch_rows
 from engine import Progress, evaluate, fit, train_one_epoch
 from evaluation.protocol import SlideResult, epoch_scores
-from modes.compose import Optimization, make_model, make_predict, make_step
+from modes.compose import Optimization, batch_clusters, make_model, make_predict, make_step
 from modes.split import Split
 from modes.study import Study
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.cli import say
-from utils.files import write_text
+from utils.files import write_atomically, write_text
 from utils.runs import Board, generator_for, seed_everything, write_epochs, write_json
 
 CHECKPOINT_SECONDS = 60.0  # a large model's checkpoint takes seconds, an epoch may take less
@@ -64,6 +65,7 @@ class FoldRun:
             )
         finally:
             board.close()
+        self._write_clusters()
         self._say_result(state, score_name)
 
     def _run_epoch(self, epoch: int) -> dict[str, float]:
@@ -146,6 +148,29 @@ class FoldRun:
         """Write `best.pt`: what testing and predicting need, and the epoch it is from."""
         content = checkpoint_content(self.study, self.split, weights, progress)
         save_checkpoint(self.folder / "best.pt", {**content, "epoch": progress.best_epoch})
+
+    def _write_clusters(self) -> None:
+        """clusters.csv: how the first batch of an epoch is grouped by its image and by its gene vectors (the figure)."""
+        config, store = self.study.config, self.study.store
+        if config.MODEL.name != "gene_dml" or config.LOSS.group_weight == 0:
+            return
+        generator = generator_for(config.GENERAL.seed, self.split.fold.index, "clusters")
+        rows = store.rows_of(self.split.train_slides)
+        rows = rows[torch.randperm(len(rows), generator=generator)][: config.TRAINING.batch_size]
+        batch = self.study.maker.spots(rows, torch.zeros_like(rows), self.expression, with_slides=True)
+        self.model.eval()
+        with torch.inference_mode(), self.optimization.precision.autocast():
+            image, gene = batch_clusters(self.model, config, self.study.encode, batch)
+        slides = [store.slides[i] for i in store.slide_of_row[rows].tolist()]
+        table = pd.DataFrame(
+            {
+                "slide": [slide.name for slide in slides],
+                "patient": [slide.patient for slide in slides],
+                "image_cluster": image.tolist(),
+                "gene_cluster": gene.tolist(),
+            }
+        )
+        write_atomically(self.folder / "clusters.csv", lambda temporary: table.to_csv(temporary, index=False))
 
     def _say_result(self, state: Progress, score_name: str | None) -> None:
         chosen = state.history[state.best_epoch - 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from modes.scoring import score_checkpoint
 from modes.split import prepare_split
 from modes.study import Study, check_clusters, find_folds, open_study
 from utils.cli import say
-from utils.config import Config
+from utils.config import Config, with_overrides
 from utils.runs import open_run
 
 
@@ -53,6 +53,16 @@ def train(config: Config, options: TrainOptions) -> Path:
         train_fold(study, fold, folder, options.checkpoint_seconds)
     say(finish_run(run_dir))
     return run_dir
+
+
+def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> None:
+    """The same run once per seed, in `<run>/seed_<s>`; `--mode compare` takes the run folder and averages over seeds."""
+    for seed in seeds:
+        say(f"Seed {seed}")
+        train(
+            with_overrides(config, [f"GENERAL.seed={seed}"]),
+            replace(options, run_name=f"{options.run_name}/seed_{seed}"),
+        )
 
 
 def train_fold(study: Study, fold, folder: Path, checkpoint_seconds: float) -> None:
