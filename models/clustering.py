@@ -13,8 +13,10 @@ from torch import Tensor
 
 LLOYD_STEPS = 10
 # Distances come from matrix products, whose rounding may differ from column to column; differences below this share of
-# the largest distance count as ties. It lies far above float64 rounding and far below any difference float32 can hold.
+# the largest squared length count as ties. It lies far above float64 rounding and far below what float32 input can hold.
 TIE_TOLERANCE = 1e-12
+# The same for devices without float64.
+SINGLE_TIE_TOLERANCE = 1e-6
 
 EmptyPolicy = Literal["drop", "zero"]
 
@@ -52,8 +54,10 @@ def kmeans(
         data = points.detach().to(_distance_dtype(points.device))
         centroids = _initial_centroids(data, k, init=init, generator=generator)
         is_used = torch.ones(k, dtype=torch.bool, device=data.device)
+        tolerance = TIE_TOLERANCE if data.dtype == torch.float64 else SINGLE_TIE_TOLERANCE
+        margin = tolerance * data.square().sum(dim=1).amax()
         for _ in range(steps):
-            labels = _nearest(data, centroids, is_used)
+            labels = _nearest(data, centroids, is_used, margin)
             centroids, counts = _means(data, labels, k)
             if empty == "drop":
                 is_used = is_used & (counts > 0)
@@ -127,15 +131,15 @@ def _initial_centroids(data: Tensor, k: int, *, init: str, generator: torch.Gene
     return torch.stack(chosen)
 
 
-def _nearest(data: Tensor, centroids: Tensor, is_used: Tensor) -> Tensor:
-    """Least index among the nearest used centroids, (N,)."""
-    lengths = data.square().sum(dim=1, keepdim=True)
-    distance = lengths - 2 * data @ centroids.t() + centroids.square().sum(dim=1)
-    distance = distance.masked_fill(~is_used, float("inf"))
-    tolerance = TIE_TOLERANCE if data.dtype == torch.float64 else 1e-6
-    margin = tolerance * (lengths + centroids.square().sum(dim=1).amax())
-    is_nearest = distance <= distance.amin(dim=1, keepdim=True) + margin
-    return is_nearest.int().argmax(dim=1)
+def _nearest(data: Tensor, centroids: Tensor, is_used: Tensor, margin: Tensor) -> Tensor:
+    """Least index among the nearest used centroids, (N,).
+
+    ||x - c||^2 without ||x||^2, which is the same for all centroids of a point. Distances that differ by less than the
+    margin are ties.
+    """
+    offsets = centroids.square().sum(dim=1).masked_fill(~is_used, float("inf"))
+    distance = torch.addmm(offsets, data, centroids.t(), alpha=-2)
+    return (distance <= distance.amin(dim=1, keepdim=True) + margin).byte().argmax(dim=1)
 
 
 def _membership(labels: Tensor, k: int, dtype: torch.dtype) -> Tensor:

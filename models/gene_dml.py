@@ -139,16 +139,7 @@ class GeneDML(nn.Module):
         target_features:   not used by this model.
         expression:        (B, G) measured; only for the embeddings, never for the prediction.
         """
-        context_projection = self.projection if self.context_projection is None else self.context_projection
-        tokens = {"target": _project(self.projection, target_tokens)}
-        if self.neighbor_encoder is not None:
-            assert neighbor_features is not None, "the model was built with use_neighbor"
-            tokens["neighbor"] = _project(
-                context_projection, self.neighbor_encoder(neighbor_features, neighbor_is_valid)
-            )
-        if self.global_encoder is not None:
-            assert global_tokens is not None, "the model was built with use_global"
-            tokens["global"] = _project(context_projection, global_tokens[:, None])
+        tokens = self._tokens(target_tokens, neighbor_features, neighbor_is_valid, global_tokens)
         fused_tokens = self.fusion(torch.cat(list(tokens.values()), dim=1))
         parts = fused_tokens.split([part.shape[1] for part in tokens.values()], dim=1)
         scales = {name: unit(mean_tokens(part)) for name, part in zip(tokens, parts, strict=True)}
@@ -162,6 +153,26 @@ class GeneDML(nn.Module):
             global_=heads.get("global"),
             embeddings=None if expression is None else self._embed(scales, fused, expression),
         )
+
+    def _tokens(
+        self,
+        target_tokens: Tensor,
+        neighbor_features: Tensor | None,
+        neighbor_is_valid: Tensor | None,
+        global_tokens: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Projected tokens (B, T, P) of the scales there are, in the order in which they are fused."""
+        context_projection = self.projection if self.context_projection is None else self.context_projection
+        tokens = {"target": _project(self.projection, target_tokens)}
+        if self.neighbor_encoder is not None:
+            assert neighbor_features is not None, "the model was built with use_neighbor"
+            tokens["neighbor"] = _project(
+                context_projection, self.neighbor_encoder(neighbor_features, neighbor_is_valid)
+            )
+        if self.global_encoder is not None:
+            assert global_tokens is not None, "the model was built with use_global"
+            tokens["global"] = _project(context_projection, global_tokens[:, None])
+        return tokens
 
     def _embed(self, scales: dict[str, Tensor], fused: Tensor, expression: Tensor) -> Embeddings:
         gene = unit(self.gene_encoder(expression))

