@@ -46,7 +46,7 @@ PROGRAM_OF = {symbol: program for program, (_, genes) in PROGRAMS.items() for sy
 
 DENSITY_STEP = 8  # px per cell of the maps of density
 # Density of nuclei, per pixel, that counts as full; scales the abundances to about 0..1.
-FULL_DENSITY = {TUMOUR_CELL: 0.022, GLAND_CELL: 0.012, LYMPHOCYTE: 0.026, FIBROBLAST: 0.0055}
+FULL_DENSITY = {TUMOUR_CELL: 0.022, GLAND_CELL: 0.016, LYMPHOCYTE: 0.038, FIBROBLAST: 0.0055}
 TISSUES = {"tumour": TUMOUR_CELL, "gland": GLAND_CELL, "lymphoid": LYMPHOCYTE, "stroma": FIBROBLAST}
 HIGH_MEAN, LOW_MEAN = (4.0, 90.0), (0.4, 3.0)  # counts per spot of the genes inside and outside the panel
 DISPERSION = 4.0  # variance = mean + mean^2 / dispersion
@@ -131,14 +131,14 @@ def activities(section: Section, centers: np.ndarray) -> np.ndarray:
     depth = section.depth[y, x] / section.depth.max()
     epithelium = np.clip(local["tumour"] + local["gland"], 0, 1)
     cells = np.clip(epithelium + local["lymphoid"] + 0.5 * local["stroma"], 0, 1)
-    inflamed = 2.0 * _step(np.mean(local["lymphoid"]), 0.22, 0.06) - 1.0  # -1 a cold section .. 1 a hot one
+    inflamed = 2.0 * _step(np.mean(local["lymphoid"]), 0.18, 0.05) - 1.0  # -1 a cold section .. 1 a hot one
     by_program = {
         **{tissue: local[tissue] for tissue in ("tumour", "gland", "stroma", "fat", "lymphoid")},
         "housekeeping": 0.5 * cells,
         "invasive_front": (0.25 + 0.75 * np.clip(local["stroma"], 0, 1)) * _step(around["tumour"], 0.25, 0.07),
         "tumour_margin": np.clip(local["tumour"], 0, 1) * _step(around["stroma"], 0.35, 0.08),
-        "interferon": (0.3 + 0.7 * epithelium) * _step(around["lymphoid"], 0.22, 0.07),
-        "plasma": _step(around["gland"], 0.15, 0.05) * (0.4 + 0.6 * np.clip(local["lymphoid"] + local["stroma"], 0, 1)),
+        "interferon": (0.3 + 0.7 * epithelium) * _step(around["lymphoid"], 0.15, 0.05),
+        "plasma": _step(around["gland"], 0.11, 0.04) * (0.4 + 0.6 * np.clip(local["lymphoid"] + local["stroma"], 0, 1)),
         "hypoxia": (0.3 + 0.7 * cells) * _step(depth, 0.55, 0.10),
         "perfusion": (0.4 + 0.6 * np.clip(local["stroma"] + local["fat"], 0, 1)) * _step(-depth, -0.45, 0.08),
         "inflamed_section": 0.5 + 0.5 * inflamed * (2.0 * epithelium - 1.0),

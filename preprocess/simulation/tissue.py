@@ -24,7 +24,7 @@ TUMOUR_CELL, GLAND_CELL, LYMPHOCYTE, FIBROBLAST = range(4)
 
 MARGIN = 1.6  # pitches from the edge of the image to the first spot: outer neighbor tiles there lie outside
 SECTION_LIKENESS = 0.85  # correlation of the region fields of two sections of one patient
-REGION_BIAS = {TUMOUR: 0.35, GLAND: 0.0, STROMA: 0.3, LYMPHOID: -0.25, FAT: -0.2}
+REGION_BIAS = {TUMOUR: 0.35, GLAND: 0.15, STROMA: 0.3, LYMPHOID: -0.2, FAT: -0.25}
 FAT_CELL_SPACING = 24.0  # px; the texture is that of a scan at about 1.6 micrometres per pixel
 GLAND_SPACING = 44.0
 
@@ -118,7 +118,7 @@ def _regions(
     fields = []
     for kind in sorted(REGION_BIAS):
         (patient_field, patient_bias), (slide_field, slide_bias) = (
-            (_field(random, shape, pitch), random.normal(0.0, 0.25)) for random in (of_patient, of_slide)
+            (_field(random, shape, pitch), random.normal(0.0, 0.2)) for random in (of_patient, of_slide)
         )
         field = np.sqrt(SECTION_LIKENESS) * patient_field + np.sqrt(1.0 - SECTION_LIKENESS) * slide_field
         if kind == TUMOUR:  # the front is ragged: small groups of tumour cells in the neighbouring tissue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,7 +157,7 @@ def test_finished_data_are_kept(tmp_path):
 
 
 def test_an_interrupted_simulation_is_done_again(tmp_path, small):
-    simulate(tmp_path, **SMALL)
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
     manifest = tmp_path / "demo" / MANIFEST
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "is_complete": False}))
@@ -238,7 +239,7 @@ def color_features(slide) -> np.ndarray:
             row += [window.mean(axis=0), window.std(axis=0), (window < 130).mean(axis=0) * 100]
         features.append(np.concatenate(row))
     features = np.array(features)
-    return (features - features.mean(axis=0)) / features.std(axis=0)
+    return (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-6)
 
 
 def targets(slide) -> np.ndarray:
