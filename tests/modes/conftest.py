@@ -1,0 +1,68 @@
+"""A tiny trained run, made once a session the way a user makes one: simulate, extract, train."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+CONFIG = """
+DATA: {type: demo, patch_size: 64, num_neighbors: 3, num_genes: 24, encoder: efficientnet-lite0}
+MODEL:
+  {projection_dim: 32, neighbor_depth: 1, neighbor_mlp_ratio: 1, global_depth: 2, global_heads: 4, global_mlp_ratio: 1,
+   fusion_mlp_dim: 32, gene_mlp_dim: 32, predictor_dim: 32}
+LOSS: {k: 4, use_kmeans: true}
+TRAINING: {batch_size: 64, epochs: 2, learning_rate: 1.0e-3}
+"""
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """path: run folder with folds 0 and 1.  data_dir: with caches of `demo` and none of test/demo_external.
+
+    config_name: its YAML file.  Read only: `copy` gives a test its own.
+    """
+
+    path: Path
+    data_dir: Path
+    config_name: str
+
+    def copy(self, folder: Path) -> Path:
+        """A copy of the run folder below `folder`."""
+        return Path(shutil.copytree(self.path, folder / "run"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data, tmp_path_factory) -> TinyRun:
+    """Gene-DML trained for two epochs on two folds of a part of `tiny_data`: patients A, B, C with one slide each.
+
+    Everything of `--mode train` but the report, whose figures take longer than all the rest.
+    """
+    from evaluation.report import write_summary
+    from evaluation.summary import summarise
+    from modes.compose import open_layout
+    from modes.study import find_folds, open_study
+    from modes.train import train_fold
+    from preprocess.extract_features_uni import main as extract
+    from utils.config import load_config
+    from utils.runs import open_run
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("tiny_run")
+    data_dir, config_file, run_dir = folder / "data", folder / "tiny.yaml", folder / "logs" / "tiny" / "run"
+    shutil.copytree(tiny_data, data_dir, ignore=shutil.ignore_patterns("?2*", "D*"))
+    config_file.write_text(CONFIG)
+    shared = ["--data_dir", str(data_dir), "--device", "cpu", "--num_workers", "1"]
+    extract(["--config", str(config_file), "--extract_mode", "all", "--views", "1", *shared])
+    config = load_config(config_file, [f"DATA.data_dir={data_dir}", f"GENERAL.log_path={folder / 'logs'}"])
+    layout = open_layout(config)
+    open_run(run_dir, config, resume=False)
+    study = open_study(config, "tiny", layout, layout.slides_on_disk(), torch.device("cpu"))
+    folds, notices = find_folds(config, layout, [0, 1])
+    for fold in folds:
+        train_fold(study, fold, run_dir / f"fold_{fold.index}", checkpoint_seconds=60.0, notices=notices)
+    write_summary(run_dir, summarise(run_dir))
+    return TinyRun(run_dir, data_dir, str(config_file))

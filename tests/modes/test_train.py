@@ -1,0 +1,300 @@
+"""Cross-validation: reproducible, resumable after a kill, blind to the test patient; on fabricated features."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from datasets.feature_cache import CacheIdentity, write_cache
+from datasets.layout import Layout
+from datasets.slides import open_slide
+from datasets.spec import get_spec
+from datasets.tables import load_slide
+from modes.train import TrainOptions, train
+from utils.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+DIM, TOKENS, VIEWS = 16, 5, 2
+TINY = """
+DATA: {type: demo, patch_size: 64, num_neighbors: 3, num_genes: 16, encoder: uni}
+MODEL:
+  {projection_dim: 16, neighbor_depth: 1, neighbor_mlp_ratio: 1, global_depth: 2, global_mlp_ratio: 1, fusion_mlp_dim: 16,
+   gene_mlp_dim: 16, predictor_dim: 16}
+LOSS: {k: 4, use_kmeans: true}
+TRAINING: {batch_size: 32, epochs: 4, learning_rate: 1.0e-3}
+"""
+
+
+def fabricate(layout: Layout, slide: str) -> None:
+    """Features that carry some of the expression, so that there is something to learn; fast, no encoder."""
+    table = load_slide(layout, slide)
+    random = np.random.default_rng(sum(map(ord, slide)))
+    signal_ = np.log1p(table.X.toarray()[:, :DIM]).astype(np.float32)
+    target = signal_ + random.normal(0, 0.3, signal_.shape).astype(np.float32)
+    neighbor = target[:, None] + random.normal(0, 0.3, (len(target), 9, DIM)).astype(np.float32)
+    token = target[:, None, None] + random.normal(0, 0.3, (len(target), VIEWS, TOKENS, DIM)).astype(np.float32)
+    with open_slide(layout.image_path(slide)) as image:
+        size, fingerprint = image.size, image.fingerprint()
+    for kind, values in (("target", target), ("neighbor", neighbor), ("token", token)):
+        identity = CacheIdentity(
+            kind=kind,
+            encoder="uni",
+            encoder_sha256="fabricated",
+            image_size=size,
+            image_fingerprint=fingerprint,
+            patch_size=64,
+            microns_per_pixel=None,
+            num_neighbors=3,
+            views=VIEWS if kind == "token" else 1,
+            dtype="float32",
+        )
+        write_cache(layout.cache_path(kind, slide), identity, list(table.obs_names), table.obsm["center"], [values])
+
+
+@pytest.fixture(scope="module")
+def data_dir(tiny_data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fabricated") / "data"
+    shutil.copytree(tiny_data, folder)
+    layout = Layout(folder, get_spec("demo", folder), patch_size=64, num_neighbors=3)
+    for slide in layout.slides_on_disk():
+        fabricate(layout, slide)
+    return folder
+
+
+@pytest.fixture
+def config(data_dir, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return load_config(tmp_path / "tiny.yaml", [f"DATA.data_dir={data_dir}", f"GENERAL.log_path={tmp_path / 'logs'}"])
+
+
+def options(**changes) -> TrainOptions:
+    base = TrainOptions(
+        config_name="tiny", run_name="run", device=torch.device("cpu"), folds=None, resume=False, checkpoint_seconds=0.0
+    )
+    return replace(base, **changes)
+
+
+def with_(config, **sections):
+    """The configuration with changed keys: with_(config, LOSS={"k": 3})."""
+    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+
+
+def log(run: Path, fold: int) -> str:
+    return (run / f"fold_{fold}" / "metrics.jsonl").read_text()
+
+
+def weights(run: Path, fold: int) -> dict[str, torch.Tensor]:
+    return torch.load(run / f"fold_{fold}" / "best.pt", weights_only=True)["model"]
+
+
+def test_a_run_leaves_everything_it_promises(config):
+    run = train(config, options())
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    expected = {"config.yaml", "versions.json", "summary.json", "summary.md", "report.html"}
+    for fold, patient in enumerate("ABCD"):
+        files = (
+            "split.json",
+            "genes.txt",
+            "metrics.jsonl",
+            "last.pt",
+            "best.pt",
+            "per_gene.csv",
+            "per_slide.csv",
+            "result.json",
+        )
+        expected |= {f"fold_{fold}/{name}" for name in files}
+        expected |= {f"fold_{fold}/predictions/{patient}{n}.h5ad" for n in (1, 2)}
+    assert expected <= names
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["protocol"] == "clean" and len(summary["folds"]) == 4
+    split = json.loads((run / "fold_2" / "split.json").read_text())
+    assert (
+        split["test_patients"] == ["C"] and len(split["validation_patients"]) == 1 and len(split["train_patients"]) == 2
+    )
+    everyone = split["test_patients"] + split["validation_patients"] + split["train_patients"]
+    assert sorted(everyone) == ["A", "B", "C", "D"]
+
+
+def test_a_fold_alone_equals_the_fold_after_others(config):
+    whole = train(config, options(folds=[0, 1, 2]))
+    alone = train(config, options(folds=[2], run_name="alone"))
+    assert log(whole, 2) == log(alone, 2)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole, 2).values(), weights(alone, 2).values()))
+
+
+def test_a_continued_training_equals_an_undisturbed_one(config):
+    """Cut after two of four epochs, in the same process: the state of the checkpoint is complete."""
+    whole = train(config, options(folds=[1]))
+    cut = train(with_(config, TRAINING={"epochs": 2}), options(folds=[1], run_name="cut"))
+    (cut / "fold_1" / "result.json").unlink()
+    (cut / "config.yaml").write_text((whole / "config.yaml").read_text())
+    train(config, options(folds=[1], run_name="cut", resume=True))
+    assert log(whole, 1) == log(cut, 1)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole, 1).values(), weights(cut, 1).values()))
+
+
+def command(config_file: Path, config, run_name: str, *more: str) -> list[str]:
+    return [
+        sys.executable, "main.py", "--mode", "train", "--config_name", str(config_file), "--device", "cpu",
+        "--data_dir", config.DATA.data_dir, "--log_path", config.GENERAL.log_path, "--run_name", run_name,
+        "--use_kmeans", "--checkpoint_seconds", "0", *more,
+    ]  # fmt: skip
+
+
+def test_killed_at_any_moment_a_run_ends_like_an_undisturbed_one(config, tmp_path):
+    """SIGKILL while a fold trains (saving included, since it saves every epoch), then --resume, until it is done."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = ["--folds", "0,1", "--epochs", "12"]
+    undisturbed = command(tmp_path / "tiny.yaml", config, "whole", *arguments)
+    subprocess.run(undisturbed, cwd=ROOT, env={**environment, "PYTHONHASHSEED": "1"}, check=True, capture_output=True)
+    killed, log_dir = 0, Path(config.GENERAL.log_path) / "tiny"
+    for wait_for in ("fold_0/last.pt", "fold_1/metrics.jsonl"):
+        process = subprocess.Popen(
+            command(tmp_path / "tiny.yaml", config, "killed", "--resume", *arguments),
+            cwd=ROOT, env={**environment, "PYTHONHASHSEED": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (log_dir / "killed" / wait_for).exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(0.1 * killed)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed == 2, "the run ended before it could be killed"
+    last = command(tmp_path / "tiny.yaml", config, "killed", "--resume", *arguments)
+    subprocess.run(last, cwd=ROOT, env={**environment, "PYTHONHASHSEED": "3"}, check=True, capture_output=True)
+    for fold in (0, 1):
+        assert log(log_dir / "whole", fold) == log(log_dir / "killed", fold)
+        first, second = (pd.read_csv(log_dir / name / f"fold_{fold}" / "per_gene.csv") for name in ("whole", "killed"))
+        pd.testing.assert_frame_equal(first, second)
+    assert not list((log_dir / "killed").rglob(".*.pt")), "a killed save leaves no temporary file behind in the end"
+
+
+def test_in_the_clean_protocol_the_test_patient_changes_nothing(config, data_dir, tmp_path):
+    """Other counts for the test patient: same weights, same predictions, same panel and lists; other scores."""
+    changed = tmp_path / "changed"
+    shutil.copytree(data_dir, changed)
+    layout = Layout(changed, get_spec("demo", changed), patch_size=64, num_neighbors=3)
+    for slide in ("B1", "B2"):
+        path = layout.counts_path(slide)
+        counts = pd.read_parquet(path)
+        random = np.random.default_rng(0)
+        pd.DataFrame(random.poisson(9, counts.shape), counts.index, counts.columns).to_parquet(path)
+    first = train(config, options(folds=[1]))
+    second = train(with_(config, DATA={"data_dir": str(changed)}), options(folds=[1], run_name="changed"))
+    assert (first / "fold_1/genes.txt").read_text() == (second / "fold_1/genes.txt").read_text()
+    assert all(torch.equal(a, b) for a, b in zip(weights(first, 1).values(), weights(second, 1).values()))
+    results = [json.loads((run / "fold_1/result.json").read_text()) for run in (first, second)]
+    assert results[0]["epoch"] == results[1]["epoch"]
+    assert results[0]["gene_lists"]["highly_predictive"] == results[1]["gene_lists"]["highly_predictive"]
+    assert results[0]["mse"] != results[1]["mse"]
+    import anndata
+
+    for slide in ("B1", "B2"):
+        one, two = (anndata.read_h5ad(run / f"fold_1/predictions/{slide}.h5ad") for run in (first, second))
+        assert np.array_equal(one.X, two.X)
+        assert not np.array_equal(one.layers["measured"], two.layers["measured"])
+
+
+def test_the_paper_protocol_takes_the_panel_file_and_the_test_fold(config):
+    paper = with_(config, EVALUATION={"protocol": "paper"})
+    run = train(paper, options(folds=[0]))
+    split = json.loads((run / "fold_0/split.json").read_text())
+    assert split["selection"] == "test" and split["validation_patients"] == []
+    records = [json.loads(line) for line in log(run, 0).splitlines()]
+    best = max(records, key=lambda record: record["test/pcc_all"])
+    assert json.loads((run / "fold_0/result.json").read_text())["epoch"] == best["epoch"]
+    from utils.files import load_names
+
+    layout = Layout(config.DATA.data_dir, get_spec("demo", config.DATA.data_dir))
+    assert (run / "fold_0/genes.txt").read_text().split() == load_names(layout.panel_path)
+
+
+@pytest.mark.parametrize("model", ["mean", "ridge", "ridge_neighbor", "knn", "mlp", "triplex"])
+def test_every_baseline_goes_the_same_way(config, model):
+    run = train(with_(config, MODEL={"name": model}, TRAINING={"epochs": 2}), options(folds=[0]))
+    result = json.loads((run / "fold_0/result.json").read_text())
+    assert np.isfinite(result["mse"])
+    if model == "mean":
+        assert result["mse"] == pytest.approx(result["training_mean"]["mse"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"MODEL": {"use_neighbor": False}},
+        {"MODEL": {"use_global": False}},
+        {"LOSS": {"instance_weight": 0.0}},
+        {"LOSS": {"group_weight": 0.0}},
+        {"LOSS": {"use_kmeans": False}},
+        {"LOSS": {"kmeans_init": "kmeans++", "normalize_fused": True}},
+        {"TRAINING": {"slides_per_batch": 2}},
+        {"EVALUATION": {"fixed_epochs": 2}},
+    ],
+    ids=str,
+)
+def test_every_switch_trains_and_tests(config, changes):
+    run = train(with_(config, TRAINING={"epochs": 2, **changes.get("TRAINING", {})}, **{
+        name: values for name, values in changes.items() if name != "TRAINING"
+    }), options(folds=[3]))  # fmt: skip
+    record = json.loads(log(run, 3).splitlines()[-1])
+    assert record["epoch"] == 2 and np.isfinite(record["train/total"])
+    assert ("train/instance" in record) == ("instance_weight" not in changes.get("LOSS", {}))
+    assert ("train/group" in record) == ("group_weight" not in changes.get("LOSS", {}))
+
+
+def test_k_larger_than_a_batch_is_refused_before_the_first_epoch(config):
+    with pytest.raises(
+        ValueError, match=r"k = 500 clusters, but the smallest batch of fold A has \d+ spots.*--k \d+ or less"
+    ):
+        train(with_(config, LOSS={"k": 500}), options())
+
+
+def test_an_existing_run_is_neither_overwritten_nor_mixed(config):
+    train(config, options(folds=[0]))
+    with pytest.raises(ValueError, match=r"already holds a run.*--resume"):
+        train(config, options(folds=[0]))
+    with pytest.raises(ValueError, match=r"LOSS\.k: the run has 4, asked for 3"):
+        train(with_(config, LOSS={"k": 3}), options(folds=[0], resume=True))
+
+
+def test_two_patients_train_a_fixed_number_of_epochs_and_say_so(config, data_dir, tmp_path, capsys):
+    """As with the real sections at hand: no patient can be held out inside a fold."""
+    few = tmp_path / "few"
+    shutil.copytree(data_dir, few)
+    for path in [*few.glob("demo/ST-cnts/[CD]*"), *few.glob("demo/ST-spotfiles/[CD]*")]:
+        path.unlink()
+    run = train(with_(config, DATA={"data_dir": str(few)}), options())
+    assert "with one training patient none can be held out" in capsys.readouterr().out
+    assert json.loads((run / "fold_0/split.json").read_text())["selection"] == "fixed"
+    assert json.loads((run / "summary.json").read_text())["folds"][0]["epoch"] == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_whole_tiny_training_on_cuda(config, precision):
+    run = train(with_(config, TRAINING={"precision": precision}), options(folds=[0], device=torch.device("cuda")))
+    assert np.isfinite(json.loads((run / "fold_0/result.json").read_text())["mse"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_checkpoint_continues_on_the_other_device(config, first, second):
+    run = train(with_(config, TRAINING={"epochs": 2}), options(folds=[0], device=torch.device(first)))
+    (run / "fold_0" / "result.json").unlink()
+    saved = (run / "config.yaml").read_text().replace("epochs: 2", "epochs: 4")
+    (run / "config.yaml").write_text(saved)
+    train(config, options(folds=[0], resume=True, device=torch.device(second)))
+    assert [json.loads(line)["epoch"] for line in log(run, 0).splitlines()] == [1, 2, 3, 4]
