@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from evaluation import html
 from evaluation.style import INK, MUTED, PALETTE, new_figure, plain_axes, save_figure, title
@@ -40,14 +41,17 @@ def write_comparison(table: pd.DataFrame, out_dir: str | Path) -> tuple[Path, Pa
     notes = [str(note) for note in table.attrs.get("notes", [])]
     first = str(table["method"].iloc[0])
     tables = {str(metric): _metric_table(rows) for metric, rows in table.groupby("metric", sort=False)}
+    remarks = _remarks(table)
     markdown = [f"# Comparison with {first}", _EXPLANATION, "\n".join(f"- {note}" for note in notes)]
     for metric, cells in tables.items():
         markdown += [f"## {_heading(metric)}", cells.to_markdown()]
+    if remarks:
+        markdown += ["## Remarks on the tests", "\n".join(f"- {remark}" for remark in remarks)]
     save_figure(comparison_intervals(table), out_dir / "comparison")
     return (
         write_text(out_dir / "comparison.md", "\n\n".join(part for part in markdown if part) + "\n"),
         write_atomically(out_dir / "comparison.csv", lambda temporary: table.to_csv(temporary, index=False)),
-        write_text(out_dir / "comparison.html", _page(first, notes, tables, out_dir / "comparison.png")),
+        write_text(out_dir / "comparison.html", _page(first, notes, remarks, tables, out_dir / "comparison.png")),
     )
 
 
@@ -66,7 +70,7 @@ def comparison_intervals(table: pd.DataFrame) -> Figure:
             if np.isfinite([low, high]).all():
                 axes.plot((low, high), (row, row), color=color, linewidth=2.0, solid_capstyle="butt")
             axes.scatter([mean], [row], s=34, color=color, edgecolors="white", linewidths=0.8, zorder=3)
-        axes.locator_params(axis="x", nbins=4)
+        axes.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
         axes.set(yticks=range(len(methods)), ylim=(len(methods) - 0.4, -0.6))
         axes.set_yticklabels(methods)
         axes.tick_params(axis="y", length=0)
@@ -80,8 +84,8 @@ def _heading(metric: str) -> str:
 
 def _metric_table(rows: pd.DataFrame) -> Table:
     columns = (
-        "method", "mean", "95 %", "std of seeds", "seeds", "patients", "difference", "95 %", "p", "genes better",
-        "median of genes", "remark",
+        "method", "mean", "95 %", "std (seeds)", "patients", "difference", "95 %", "p", "genes better",
+        "median of genes",
     )  # fmt: skip
     cells = []
     for row in rows.to_dict("records"):
@@ -91,15 +95,13 @@ def _metric_table(rows: pd.DataFrame) -> Table:
                 str(row["method"]),
                 number(row["mean"]),
                 _span(row["low"], row["high"]),
-                number(row["seed_std"]),
-                str(row["num_seeds"]),
+                f"{number(row['seed_std'])} ({row['num_seeds']})",
                 str(row["num_patients"]),
                 _signed(row["difference"]),
                 _span(row["difference_low"], row["difference_high"]),
                 number(row["wilcoxon_p"], 3),
                 f"{100 * better:.0f} %" if np.isfinite(better) else NOT_DEFINED,
                 _signed(row["gene_difference_median"]),
-                str(row["wilcoxon_note"]) if isinstance(row["wilcoxon_note"], str) else "",
             )
         )
     return Table(columns, tuple(cells))
@@ -113,9 +115,22 @@ def _signed(value: float) -> str:
     return f"{value:+.4f}" if np.isfinite(value) else NOT_DEFINED
 
 
-def _page(first: str, notes: list[str], tables: dict[str, Table], picture: Path) -> str:
+def _remarks(table: pd.DataFrame) -> list[str]:
+    """What the tests have to say, each remark once, with the methods and metrics it is about."""
+    remarks: dict[str, list[str]] = {}
+    for metric, method, remark in table[["metric", "method", "wilcoxon_note"]].itertuples(index=False):
+        if isinstance(remark, str) and remark:
+            remarks.setdefault(remark, []).append(f"{method}, {label(str(metric))}")
+    compared = int((table["method"] != table["method"].iloc[0]).sum())
+    return [
+        f"All tests: {remark}." if len(about) == compared else f"{'; '.join(about)}: {remark}."
+        for remark, about in remarks.items()
+    ]
+
+
+def _page(first: str, notes: list[str], remarks: list[str], tables: dict[str, Table], picture: Path) -> str:
     sections = [
-        html.Section("reading", "How to read it", html.note_list(notes) + html.paragraph(_EXPLANATION)),
+        html.Section("reading", "How to read it", html.note_list([*notes, *remarks]) + html.paragraph(_EXPLANATION)),
         html.Section(
             "means",
             "Means over patients",
@@ -126,7 +141,9 @@ def _page(first: str, notes: list[str], tables: dict[str, Table], picture: Path)
             ),
         ),
         *(
-            html.Section(f"metric-{index}", _heading(metric), html.scrollable(cells.to_html(_heading(metric))))
+            html.Section(
+                f"metric-{index}", _heading(metric), html.scrollable(cells.to_html(f"Differences are from {first}"))
+            )
             for index, (metric, cells) in enumerate(tables.items())
         ),
     ]

@@ -30,7 +30,7 @@ nav ul { list-style: none; padding: 0; margin: 1.2rem 0 0; display: flex; flex-w
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: 0 0 .4rem; }
-th, td { text-align: right; padding: .28rem .7rem; white-space: nowrap; border-bottom: 1px solid #eee; }
+th, td { text-align: right; padding: .28rem .55rem; white-space: nowrap; border-bottom: 1px solid #eee; }
 th { border-bottom: 1px solid var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal; }
 th.text, td.text { text-align: left; padding-left: 0; }
 tr.sum td { font-weight: 600; background: #f7f7f7; }
