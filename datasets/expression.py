@@ -5,7 +5,7 @@ SPEC section 2 rules the numbers; every target, prediction and error of the proj
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from anndata import AnnData
@@ -109,30 +109,32 @@ def common_genes(slides: Iterable[AnnData]) -> list[str]:
 def highest_mean_panel(slides: Iterable[AnnData], num_genes: int, measure: str = "log") -> list[str]:
     """The genes with the highest mean expression over all spots of all slides (the panel of the paper).
 
-    slides:  AnnData with raw counts of all genes in X; read once, one after the other, so a generator will do.
-    measure: "log" ranks by the mean of log(1 + counts per 10 000 of all genes of the spot), which is the rule that gives
-             the recorded panel of HER2ST; "raw" by the mean raw count, where deeply sequenced slides weigh more.
-    Only genes present in every slide can be chosen; equal means go to the alphabetically first name.
+    slides, measure: as for `genes_by_mean`.
     returns: `num_genes` names in alphabetical order, the order of the panel.
     """
-    totals = _expression_totals(slides, {"log": _log_expression, "raw": lambda counts: counts}[measure])
-    require_enough_genes(len(totals), num_genes)
-    # The number of spots is the same for all genes in common, so totals rank as means do.
-    ranked = sorted(totals, key=lambda gene: (-totals[gene], gene))
+    ranked = genes_by_mean(slides, measure)
+    require_enough_genes(len(ranked), num_genes)
     return sorted(ranked[:num_genes])
 
 
-def _expression_totals(
-    slides: Iterable[AnnData], transform: Callable[[sparse.csr_matrix], sparse.csr_matrix]
-) -> dict[str, float]:
-    """Sum over all spots of all slides of the transformed counts of each gene that every slide has."""
+def genes_by_mean(slides: Iterable[AnnData], measure: str = "log") -> list[str]:
+    """The genes present in every slide, highest mean over all spots of all slides first.
+
+    slides:  AnnData with raw counts of all genes in X; read once, one after the other, so a generator will do.
+    measure: "log" ranks by the mean of log(1 + counts per 10 000 of all genes of the spot), which is the rule that gives
+             the recorded panel of HER2ST; "raw" by the mean raw count, where deeply sequenced slides weigh more.
+    Equal means are in alphabetical order.
+    """
+    transform = {"log": _log_expression, "raw": lambda counts: counts}[measure]
     totals: dict[str, float] | None = None
     for slide in slides:
         values = transform(sparse.csr_matrix(slide.X))
         sums = np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
         found = dict(zip(slide.var_names, sums.tolist(), strict=True))
         totals = found if totals is None else {gene: totals[gene] + found[gene] for gene in totals if gene in found}
-    return totals or {}
+    totals = totals or {}
+    # The number of spots is the same for all genes in common, so totals rank as means do.
+    return sorted(totals, key=lambda gene: (-totals[gene], gene))
 
 
 def _log_expression(counts: sparse.csr_matrix) -> sparse.csr_matrix:
