@@ -25,7 +25,7 @@ from datasets.layout import Layout
 from datasets.patch_encoder import PRECISIONS, PatchEncoder
 from datasets.spec import DatasetSpec, get_spec
 from models.backbones import Backbone, build_backbone
-from preprocess.extraction import ExtractionSettings, extract
+from preprocess.extraction import ExtractionSettings, choose_slides, extract
 from utils.cli import device_from, run, say
 from utils.config import LARGE, Config, Data, load_config
 from utils.files import safe_name
@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         patch_size=config.DATA.patch_size,
         num_neighbors=config.DATA.num_neighbors,
     )
+    requested = [name.strip() for name in arguments.slides.split(",") if name.strip()] if arguments.slides else None
+    slides = choose_slides(layout, requested)
     backbone = encoder = None
     if kinds != ("patch",):
         backbone = _build_backbone(config, arguments)
@@ -118,7 +120,6 @@ def main(argv: list[str] | None = None) -> None:
         token_pool=variant["token_pool"],
         token_dtype=variant["dtype"],
     )
-    slides = [name.strip() for name in arguments.slides.split(",") if name.strip()] if arguments.slides else None
     extract(layout, slides, backbone, encoder, settings)
 
 

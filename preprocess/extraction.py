@@ -68,12 +68,12 @@ class SlideWork:
 
 def extract(
     layout: Layout,
-    slides: Sequence[str] | None,
+    slides: Sequence[str],
     backbone: Backbone | None,
     encoder: PatchEncoder | None,
     settings: ExtractionSettings,
 ) -> None:
-    """Make the caches of `slides` (None: all that have an image) that are not there yet.
+    """Make the caches of `slides` (see `choose_slides`) that are not there yet.
 
     backbone, encoder: the frozen encoder and the same on its device; None if only patches are cut.
     Raises ValueError / FileNotFoundError listing every slide that cannot be used, or the room that is missing on the
@@ -82,7 +82,7 @@ def extract(
     check_patch_size(layout.patch_size)
     check_num_neighbors(layout.num_neighbors)
     shapes = cache_shapes(layout, backbone, settings)
-    work = plan(layout, _choose_slides(layout, slides), backbone, encoder, settings)
+    work = plan(layout, slides, backbone, encoder, settings)
     if not work:
         say(f"Nothing to do: all caches are there and valid ({', '.join(settings.kinds)}).")
         return
@@ -108,8 +108,11 @@ def cache_shapes(layout: Layout, backbone: Backbone | None, settings: Extraction
     return {kind: shapes[kind] for kind in settings.kinds}
 
 
-def _choose_slides(layout: Layout, requested: Sequence[str] | None) -> list[str]:
-    """The slides asked for, or all with an image; those without are named."""
+def choose_slides(layout: Layout, requested: Sequence[str] | None) -> list[str]:
+    """The slides asked for, or all with an image; those without are named. Reads no image, so it comes first.
+
+    Raises ValueError for slides that are not there, FileNotFoundError if none has an image.
+    """
     known = layout.slides_with_counts()
     if requested is not None:
         unknown = [slide for slide in requested if slide not in known]

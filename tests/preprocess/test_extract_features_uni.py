@@ -1,0 +1,337 @@
+"""The extraction command on small slides in the true layout, with a real encoder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.feature_cache import read_features, read_identity
+from datasets.geometry import dihedral_view, neighbor_corners, neighbor_validity
+from datasets.layout import Layout
+from datasets.patch_encoder import PatchEncoder
+from datasets.slides import open_slide
+from datasets.spec import get_spec
+from datasets.tables import load_slide
+from models.backbones import build_backbone
+from preprocess.extract_features_uni import main
+from preprocess.extraction import ExtractionSettings, choose_slides, extract
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return build_backbone("efficientnet-lite0")
+
+
+def _copy(tiny_data: Path, folder: Path, slides: tuple[str, ...]) -> Path:
+    """The named slides of the tiny data set, to be written to."""
+    source, target = tiny_data / "demo", folder / "demo"
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.h5"))
+    for path in [*target.glob("ST-cnts/*"), *target.glob("ST-spotfiles/*")]:
+        if path.name.split("_")[0] not in slides:
+            path.unlink()
+    return folder
+
+
+@pytest.fixture
+def data_dir(tiny_data, tmp_path) -> Path:
+    return _copy(tiny_data, tmp_path, ("A1", "B1"))
+
+
+@pytest.fixture(scope="module")
+def extracted(tiny_data, tmp_path_factory) -> Path:
+    """Slide A1 with all its caches. Read only."""
+    folder = _copy(tiny_data, tmp_path_factory.mktemp("extracted"), ("A1",))
+    _run(folder, "all", "--views", "2")
+    return folder
+
+
+def _run(data_dir: Path, extract_mode: str, *flags: str) -> None:
+    shared = ["--config", "demo/dml", "--mode", "internal", "--data_dir", str(data_dir), "--device", "cpu"]
+    main([*shared, "--extract_mode", extract_mode, *flags])
+
+
+def _layout(data_dir: Path, name: str = "demo") -> Layout:
+    return Layout(data_dir, get_spec(name, data_dir), patch_size=SIZE, num_neighbors=5)
+
+
+def _caches(data_dir: Path) -> list[str]:
+    """Every file in the folders of caches, temporary ones too."""
+    return sorted(
+        str(path.relative_to(data_dir / "demo")) for path in data_dir.rglob("*_64/*") if "ST-" not in str(path)
+    )
+
+
+def _encode(backbone, pixels: np.ndarray, view: int = 0):
+    return backbone(dihedral_view(torch.from_numpy(pixels.copy()).permute(2, 0, 1), view)[None])
+
+
+def test_all_caches_of_a_slide_equal_a_slow_version(extracted, backbone):
+    layout = _layout(extracted)
+    table = load_slide(layout, "A1")
+    centers = table.obsm["center"]
+    target, neighbor, token = (read_features(layout.cache_path(kind, "A1")) for kind in ("target", "neighbor", "token"))
+    assert target.shape == (table.n_obs, 112) and neighbor.shape == (table.n_obs, 25, 112)
+    assert token.shape == (table.n_obs, 2, 16, 112) and token.dtype == np.float16
+    assert np.array_equal(neighbor[:, 12], target), "the patch is the middle tile"
+    with open_slide(layout.image_path("A1")) as image:
+        corners = neighbor_corners(centers, SIZE)
+        is_valid = neighbor_validity(centers, image.size, SIZE)
+        assert not neighbor[~is_valid].any()
+        for spot in range(0, table.n_obs, 7):
+            for tile in np.flatnonzero(is_valid[spot])[::5]:
+                pixels = image.read_region(*corners[spot, tile], SIZE, SIZE)
+                expected = _encode(backbone, pixels).pooled[0]
+                np.testing.assert_allclose(neighbor[spot, tile], expected, rtol=1e-3, atol=1e-4)
+            patch = image.read_region(*corners[spot, 12], SIZE, SIZE)
+            np.testing.assert_allclose(target[spot], _encode(backbone, patch).pooled[0], rtol=1e-3, atol=1e-4)
+            for view in range(2):
+                expected = _encode(backbone, patch, view).tokens[0]
+                np.testing.assert_allclose(token[spot, view], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_caches_say_what_they_are_of(extracted, backbone):
+    layout = _layout(extracted)
+    table = load_slide(layout, "A1")
+    identity = read_identity(layout.cache_path("token", "A1"))
+    assert (identity.kind, identity.encoder, identity.encoder_sha256) == (
+        "token",
+        "efficientnet-lite0",
+        backbone.weights_sha256,
+    )
+    assert (identity.patch_size, identity.num_neighbors, identity.views, identity.dtype) == (SIZE, 5, 2, "float16")
+    with open_slide(layout.image_path("A1")) as image:
+        assert identity.image_size == image.size and identity.image_fingerprint == image.fingerprint()
+    with h5py.File(layout.cache_path("target", "A1")) as file:
+        assert file["spot_id"].asstr()[:].tolist() == list(table.obs_names)
+        assert np.array_equal(file["coords"][:], table.obsm["center"])
+
+
+def _paint(root: Path, is_exchanged: bool) -> dict[str, tuple[int, int]]:
+    """Repaint the external slide: around each spot of the spot table a square in a colour of its own.
+
+    The table is parsed here by hand, and its pixel columns are exchanged if asked for, so that nothing depends on the
+    loader. Returns the true centre (x, y) of each spot id.
+    """
+    table = root / "ST-spotfiles" / "X1_selection.tsv"
+    lines = [line.split("\t") for line in table.read_text().splitlines()]
+    place = {name: lines[0].index(name) for name in ("x", "y", "pixel_x", "pixel_y")}
+    (path,) = root.glob("ST-imgs/*/*/X1.*")
+    picture = np.full((*Image.open(path).size[::-1], 3), 255, dtype=np.uint8)
+    true_centers = {}
+    for line in lines[1:]:
+        column, row = int(float(line[place["x"]])), int(float(line[place["y"]]))
+        x, y = int(float(line[place["pixel_x"]])), int(float(line[place["pixel_y"]]))
+        picture[max(0, y - 24) : y + 24, max(0, x - 24) : x + 24] = (40 * column % 256, 40 * row % 256, 90)
+        true_centers[f"{column}x{row}"] = (x, y)
+        if is_exchanged:
+            line[place["pixel_x"]], line[place["pixel_y"]] = line[place["pixel_y"]], line[place["pixel_x"]]
+    table.write_text("\n".join("\t".join(line) for line in lines) + "\n")
+    path.unlink()
+    Image.fromarray(picture).save(path.with_suffix(".png"))
+    return true_centers
+
+
+@pytest.mark.parametrize("is_exchanged", [False, True])
+def test_features_stay_with_their_spots_in_an_external_set(tiny_data, tmp_path, backbone, is_exchanged):
+    """Row by row of the loader's table, for both conventions of the pixel columns: the feature is that of the spot's id."""
+    root = tmp_path / "test" / "painted"
+    shutil.copytree(tiny_data / "test" / "demo_external", root, ignore=shutil.ignore_patterns("*.h5", "*.json"))
+    convention = "exchanged_pixels: true\nsort_by: xy\n" if is_exchanged else ""
+    (root / "dataset.yaml").write_text(f"training_type: demo\nimage_pattern: '*/*/{{slide}}.*'\n{convention}")
+    true_centers = _paint(root, is_exchanged)
+    flags = ["--mode", "external", "--test_name", "painted", "--data_dir", str(tmp_path), "--device", "cpu"]
+    main([*flags, "--extract_mode", "all", "--views", "1"])
+
+    layout = Layout(tmp_path, get_spec("painted", tmp_path), "painted", patch_size=SIZE)
+    table = load_slide(layout, "X1")
+    target, neighbor, token = (read_features(layout.cache_path(kind, "X1")) for kind in ("target", "neighbor", "token"))
+    with open_slide(layout.image_path("X1")) as image:
+        crops = [true_centers[spot] for spot in table.obs_names]
+        patches = np.stack([image.read_region(x - 32, y - 32, SIZE, SIZE) for x, y in crops])
+    expected = backbone(torch.from_numpy(patches).permute(0, 3, 1, 2))
+    tolerance = {"rtol": 1e-3, "atol": 5e-3}
+    np.testing.assert_allclose(target, expected.pooled, **tolerance)
+    np.testing.assert_allclose(neighbor[:, 12], expected.pooled, **tolerance)
+    np.testing.assert_allclose(token[:, 0], expected.tokens, rtol=2e-3, atol=1e-2)
+    differences = np.abs(target[:, None] - target[None]).max(axis=2) + np.eye(len(target))
+    assert differences.min() > 0.05, "no two spots look alike, so that a wrong order would be seen"
+
+
+def test_valid_caches_are_kept_and_invalid_ones_refused(data_dir, capsys):
+    _run(data_dir, "target")
+    assert _caches(data_dir) == ["gt_features_64/A1.h5", "gt_features_64/B1.h5"]
+    layout = _layout(data_dir)
+    path = layout.cache_path("target", "A1")
+    before = path.stat().st_mtime_ns
+    _run(data_dir, "target")
+    said = capsys.readouterr().out
+    assert "2 slides are complete and skipped: A1, B1" in said and "Nothing to do" in said
+    assert path.stat().st_mtime_ns == before
+
+    with h5py.File(path, "r+") as file:
+        file.attrs["encoder_sha256"] = "other"
+    layout.cache_path("target", "B1").write_bytes(b"half")
+    with pytest.raises(ValueError) as refused:
+        _run(data_dir, "target")
+    message = str(refused.value)
+    assert "2 slides cannot be extracted" in message and "other weights" in message and "B1.h5 is truncated" in message
+    assert "--config demo/dml --mode internal" in message and "--extract_mode target --slides A1 --overwrite" in message
+    _run(data_dir, "target", "--slides", "A1", "--overwrite")
+    assert read_identity(path).encoder_sha256 != "other"
+
+
+def test_the_variant_of_the_token_cache_is_part_of_it(extracted, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(extracted, folder)
+    with pytest.raises(
+        ValueError, match=r"(?s)views is 2, expected 1.*--views 1 --token_pool 1 --dtype float16"
+    ) as refused:
+        _run(folder, "token", "--views", "1")
+    assert "--overwrite" in str(refused.value)
+    _run(folder, "token", "--views", "1", "--token_pool", "2", "--dtype", "float32", "--overwrite")
+    layout = _layout(folder)
+    pooled, whole = (read_features(_layout(place).cache_path("token", "A1")) for place in (folder, extracted))
+    assert read_identity(layout.cache_path("token", "A1")).token_pool == 2
+    assert pooled.shape == (len(whole), 1, 4, 112) and pooled.dtype == np.float32
+    expected = whole[:, :1].astype(np.float32).reshape(-1, 2, 2, 2, 2, 112).mean(axis=(2, 4)).reshape(pooled.shape)
+    np.testing.assert_allclose(pooled, expected, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_slide_leaves_nothing_and_is_made_again(data_dir, backbone, capsys, error):
+    layout = _layout(data_dir)
+    settings = ExtractionSettings(("target", "token"), num_workers=1, command="extract", views=1)
+    num_batches = 0
+
+    def interrupted(images):
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 6:  # in the second slide
+            raise error("stopped")
+        return backbone(images)
+
+    def encoder(encode):
+        return PatchEncoder(encode, torch.device("cpu"), batch_size=8)
+
+    with pytest.raises(error):
+        extract(layout, choose_slides(layout, None), backbone, encoder(interrupted), settings)
+    assert _caches(data_dir) == ["gt_features_64/A1.h5", "token_features_64/A1.h5"], "A1 whole, nothing of B1"
+    assert ("the same command goes on" in capsys.readouterr().out) == (error is KeyboardInterrupt)
+    extract(layout, choose_slides(layout, None), backbone, encoder(backbone), settings)
+    assert "1 slides are complete and skipped: A1" in capsys.readouterr().out
+    assert len(_caches(data_dir)) == 4
+
+
+def test_slides_without_an_image(data_dir, capsys):
+    layout = _layout(data_dir)
+    layout.image_path("B1").unlink()
+    _run(data_dir, "patch")
+    assert "1 of 2 slides have no image and are skipped: B1" in capsys.readouterr().out
+    assert _caches(data_dir) == ["patches_64/A1.h5"]
+    with pytest.raises(ValueError, match="Slide B1 of demo has no image"):
+        _run(data_dir, "patch", "--slides", "A1,B1", "--overwrite")
+    with pytest.raises(ValueError, match=r"--slides Z9: no counts in .*Slides there: A1, B1"):
+        _run(data_dir, "patch", "--slides", "Z9")
+    layout.image_path("A1").unlink()
+    with pytest.raises(FileNotFoundError, match="None of the 2 slides of demo has an image"):
+        _run(data_dir, "patch")
+
+
+def test_patches_are_the_pixels_around_the_spots(data_dir):
+    _run(data_dir, "patch", "--slides", "A1")
+    layout = _layout(data_dir)
+    patches = read_features(layout.cache_path("patch", "A1"))
+    centers = load_slide(layout, "A1").obsm["center"]
+    with open_slide(layout.image_path("A1")) as image:
+        for patch, (x, y) in zip(patches, centers, strict=True):
+            assert np.array_equal(patch, image.read_region(int(x) - 32, int(y) - 32, SIZE, SIZE))
+    assert read_identity(layout.cache_path("patch", "A1")).encoder == "none"
+
+
+def test_bad_slides_are_named_before_anything_is_encoded(data_dir):
+    layout = _layout(data_dir)
+    path = layout.image_path("B1")
+    path.write_bytes(b"not an image")
+    table = layout.spots_path("A1")
+    lines = table.read_text().splitlines()
+    cells = lines[5].split("\t")
+    cells[lines[0].split("\t").index("pixel_x")] = "99999"
+    table.write_text("\n".join([*lines[:5], "\t".join(cells), *lines[6:]]) + "\n")
+    with pytest.raises(ValueError, match=r"(?s)2 slides cannot be.*outside .*A1\.jpg.*B1\.jpg is not an image"):
+        _run(data_dir, "all")
+    assert _caches(data_dir) == []
+
+
+def test_a_truncated_image_leaves_no_cache(data_dir):
+    path = _layout(data_dir).image_path("A1")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"A1\.jpg cannot be decoded.*truncated"):
+        _run(data_dir, "target", "--slides", "A1")
+    assert _caches(data_dir) == []
+
+
+def test_the_size_is_announced_and_checked(data_dir, capsys, monkeypatch):
+    free = shutil.disk_usage(data_dir)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(ValueError, match=r"0\.001 GB are free there.*--views 1.*--token_pool 2"):
+        _run(data_dir, "token")
+    said = capsys.readouterr().out
+    spots = sum(load_slide(_layout(data_dir), slide).n_obs for slide in ("A1", "B1"))
+    assert f"2 slides, {spots} spots to do: token {spots * 8 * 16 * 112 * 2 / 1e9:.3g} GB (8, 16, 112)" in said
+    assert _caches(data_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--extract_mode", "target"], "--mode internal needs --config"),
+        (["--extract_mode", "target", "--mode", "external"], "--mode external needs --test_name"),
+        (
+            ["--extract_mode", "target", "--config", "demo/dml", "--test_name", "x"],
+            "--test_name x is for --mode external",
+        ),
+        (["--extract_mode", "target", "--config", "demo/dml", "--views", "1"], "--views shape the token cache"),
+        (
+            ["--extract_mode", "all", "--config", "demo/dml", "--model_size", "large", "--encoder", "uni"],
+            "--model_size large means --encoder uni2-h, but --encoder uni is given",
+        ),
+        (["--extract_mode", "all", "--mode", "external", "--test_name", "../x"], "is not a plain name"),
+        (["--extract_mode", "patch", "--config", "demo/dml", "--num_n", "4"], "DATA.num_neighbors should be odd"),
+    ],
+)
+def test_wrong_flags(flags, message):
+    with pytest.raises(ValueError) as refused:
+        main([*flags, "--device", "cpu"])
+    assert message in str(refused.value)
+
+
+def test_an_encoder_that_cannot_be_had(data_dir):
+    with pytest.raises(ValueError, match="Unknown encoder 'unii'"):
+        _run(data_dir, "all", "--encoder", "unii")
+    with pytest.raises(FileNotFoundError, match=r"weights.*nowhere\.bin"):
+        _run(data_dir, "all", "--weights", "nowhere.bin")
+    with pytest.raises(ValueError, match=r"--token_pool 3 does not divide the 4 x 4 grid"):
+        _run(data_dir, "token", "--token_pool", "3")
+
+
+def test_the_command_as_the_readme_has_it(data_dir):
+    """From the root, as a program, with the default device; status 2 and one message for wrong use."""
+    command = [sys.executable, "preprocess/extract_features_uni.py", "--config", "demo/dml", "--mode", "internal"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    command += ["--data_dir", str(data_dir), "--extract_mode", "target", "--slides", "A1,Q7"]
+    wrong = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "error: --slides Q7: no counts" in wrong.stderr
+    assert _caches(data_dir) == []
