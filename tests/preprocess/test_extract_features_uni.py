@@ -320,7 +320,7 @@ def test_wrong_flags(flags, message):
 def test_an_encoder_that_cannot_be_had(data_dir):
     with pytest.raises(ValueError, match="Unknown encoder 'unii'"):
         _run(data_dir, "all", "--encoder", "unii")
-    with pytest.raises(FileNotFoundError, match=r"weights.*nowhere\.bin"):
+    with pytest.raises(FileNotFoundError, match=r"weight file nowhere\.bin .*does not exist"):
         _run(data_dir, "all", "--weights", "nowhere.bin")
     with pytest.raises(ValueError, match=r"--token_pool 3 does not divide the 4 x 4 grid"):
         _run(data_dir, "token", "--token_pool", "3")
