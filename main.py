@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 from utils.cli import device_from, run, say
-from utils.config import LARGE, Config, load_config
+from utils.config import LARGE, Config, config_label, load_config
 
 MODES = ("train", "test", "external_test", "predict", "doctor", "compare", "import_reference")
 # Flags that set one key of the configuration; --set SECTION.key=value sets any.
@@ -71,6 +71,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="any PyTorch device, e.g. cpu")
     group.add_argument("--num_workers", type=int, help="threads that read tokens")
     group.add_argument("--checkpoint_seconds", type=float, default=60.0, help="least time between two checkpoints")
+    group.add_argument("--no_report", action="store_true", help="write the tables, not the figures and report.html")
     group.add_argument("--model_path", help="run folder, fold folder or checkpoint")
     group.add_argument("--seeds", type=_numbers, help="repeat the run with these seeds, e.g. 0,1,2")
     group.add_argument("--runs", nargs="+", metavar="RUN", help="run folders to compare; the first is the reference")
@@ -138,12 +139,13 @@ def run_train(arguments: argparse.Namespace) -> None:
     if config.MODEL.name == "gene_dml" and not config.LOSS.use_kmeans and config.LOSS.group_weight > 0:
         say("Instance groups come from spectral clustering; --use_kmeans selects the paper's k-means.")
     options = TrainOptions(
-        config_name=arguments.config_name,
+        config_name=config_label(arguments.config_name),
         run_name=arguments.run_name or f"exp_{config.GENERAL.exp_id}",
         device=device_from(arguments.gpu, arguments.device),
         folds=arguments.folds if arguments.fold is None else [arguments.fold, *(arguments.folds or [])],
         resume=arguments.resume,
         checkpoint_seconds=arguments.checkpoint_seconds,
+        with_report=not arguments.no_report,
     )
     if arguments.seeds is None:
         train(config, options)

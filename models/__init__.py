@@ -39,7 +39,9 @@ def build_model(
     if config.name in BASELINES:
         from models.baselines import build_baseline
 
-        return build_baseline(config, feature_dim=feature_dim, num_genes=num_genes, pooled_dim=pooled_dim)
+        return build_baseline(
+            config, feature_dim=feature_dim, num_genes=num_genes, pooled_dim=pooled_dim, num_neighbors=num_neighbors
+        )
     raise ValueError(f"Unknown model '{config.name}'. Set MODEL.name to one of: gene_dml, {', '.join(BASELINES)}.")
 
 

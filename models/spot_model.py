@@ -44,6 +44,11 @@ class ClosedForm(SpotModel):
         self._fitted_shapes: dict[str, tuple[int | None, ...]] = {}
         self._register_fitted("num_training_spots", (), dtype=torch.int64)
 
+    @property
+    def sized_at_load(self) -> set[str]:
+        """Buffers whose size the training data decide: a checkpoint may hold them in another size than a fresh model."""
+        return {name for name, shape in self._fitted_shapes.items() if None in shape}
+
     @torch.no_grad()
     def fit(
         self,

@@ -41,7 +41,7 @@ def convert(config: Config, source: Source, out: str) -> Path:
     spec = backbone_spec(config.DATA.encoder)
     model = make_model(config, feature_dim=spec.pooled_dim, token_dim=spec.dim, num_genes=len(genes))
     load_weights(model, weights, source.path)
-    fold = next(iter(find_folds(config, layout, [source.fold])))
+    (fold,), _ = find_folds(config, layout, [source.fold])
     split = {
         "fold": fold.index,
         "name": fold.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -219,10 +219,13 @@ def new_model(study: Study, split: Split) -> nn.Module:
     return model.to(study.device)
 
 
-def start_folder(folder: Path, study: Study, split: Split) -> None:
-    """Write the split and the panel before the first epoch, so that they stand beside whatever comes."""
+def start_folder(folder: Path, study: Study, split: Split, notices: Sequence[str]) -> None:
+    """Write the split and the panel before the first epoch, so that they stand beside whatever comes.
+
+    notices: sentences about what was left out, for the summary.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "split.json", split.to_dict(study.config.EVALUATION.protocol))
+    write_json(folder / "split.json", {**split.to_dict(study.config.EVALUATION.protocol), "notes": list(notices)})
     write_text(folder / "genes.txt", "\n".join(split.genes) + "\n")
 
 

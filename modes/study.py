@@ -38,10 +38,11 @@ class Study:
         return Precision(self.config.TRAINING.precision, self.device)
 
 
-def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> list[Fold]:
+def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> tuple[list[Fold], list[str]]:
     """The folds that can be run with the slides on disk, inner validation patient included (clean protocol).
 
-    Says what is skipped; ValueError when a wanted fold cannot be run.
+    Returns them and one sentence for each thing that is left out, which is also said; ValueError when a wanted fold
+    cannot be run.
     """
     spec = layout.spec
     slides = layout.slides_on_disk()
@@ -62,7 +63,7 @@ def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> 
         folds = [possible[index] for index in sorted(set(wanted))]
     if config.EVALUATION.protocol == "clean" and config.EVALUATION.fixed_epochs is None:
         folds = [with_validation(fold, config.GENERAL.seed) for fold in folds]
-    return folds
+    return folds, notices
 
 
 def slides_of(layout: Layout, patients: Sequence[str]) -> list[str]:

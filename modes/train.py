@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from datasets.folds import Fold
 from evaluation.report import format_table, write_report, write_summary
 from evaluation.summary import summarise
 from modes.compose import open_layout
@@ -30,13 +31,14 @@ class TrainOptions:
     folds: Sequence[int] | None
     resume: bool
     checkpoint_seconds: float
+    with_report: bool = True  # figures and report.html; the tables are written in any case
 
 
 def train(config: Config, options: TrainOptions) -> Path:
     """Train and test the folds, write the summary; returns the run folder."""
     layout = open_layout(config)
     run_dir = Path(config.GENERAL.log_path) / options.config_name / options.run_name
-    folds = find_folds(config, layout, options.folds)
+    folds, notices = find_folds(config, layout, options.folds)
     patients = sorted(
         {p for fold in folds for p in (*fold.test_patients, *fold.train_patients, *fold.validation_patients)}
     )
@@ -50,8 +52,8 @@ def train(config: Config, options: TrainOptions) -> Path:
         if (folder / "result.json").exists():
             say(f"Fold {fold.index} ({fold.name}): complete, nothing to do.")
             continue
-        train_fold(study, fold, folder, options.checkpoint_seconds)
-    say(finish_run(run_dir))
+        train_fold(study, fold, folder, options.checkpoint_seconds, notices)
+    say(finish_run(run_dir, options.with_report))
     return run_dir
 
 
@@ -65,10 +67,10 @@ def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> 
         )
 
 
-def train_fold(study: Study, fold, folder: Path, checkpoint_seconds: float) -> None:
+def train_fold(study: Study, fold: Fold, folder: Path, checkpoint_seconds: float, notices: Sequence[str]) -> None:
     """Train one fold, or go on with it, then test the chosen weights."""
     split = prepare_split(study, fold)
-    start_folder(folder, study, split)
+    start_folder(folder, study, split, notices)
     run = FoldRun(study, split, folder, new_model(study, split), checkpoint_seconds)
     if run.model.is_closed_form:
         fit_closed_form(run)
@@ -77,9 +79,10 @@ def train_fold(study: Study, fold, folder: Path, checkpoint_seconds: float) -> N
     score_checkpoint(study, folder / "best.pt", folder)
 
 
-def finish_run(run_dir: Path) -> str:
+def finish_run(run_dir: Path, with_report: bool = True) -> str:
     """Write summary.json, summary.md and report.html over the complete folds; returns the table for the terminal."""
     summary = summarise(run_dir)
     write_summary(run_dir, summary)
-    write_report(run_dir)
+    if with_report:
+        write_report(run_dir)
     return format_table(summary)

@@ -155,6 +155,15 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     return _build(values, problems)
 
 
+def config_label(name_or_path: str | Path) -> str:
+    """What a configuration is called in the folder of its runs: "her2st/dml", or the name of a YAML file elsewhere."""
+    if (CONFIG_DIR / f"{name_or_path}.yaml").is_file():
+        return str(name_or_path)
+    path = _config_path(name_or_path).resolve()
+    inside = path.is_relative_to(CONFIG_DIR)
+    return str(path.relative_to(CONFIG_DIR).with_suffix("")) if inside else path.stem
+
+
 def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
     """The configuration with `SECTION.key=value` overrides."""
     values, problems = _flatten(config.to_dict(), "")
