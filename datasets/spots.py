@@ -90,18 +90,22 @@ def load_store(
     sha256: str | None,
     config_name: str,
     with_neighbors: bool = True,
+    hold_neighbors: bool = True,
+    genes: Sequence[str] | None = None,
 ) -> SpotStore:
     """Read tables and features of the slides and verify every cache before anything is computed.
 
     sha256: weights that the features must come from; None takes those of the first slide, and all must agree.
     config_name: for the command that repairs a cache.
+    hold_neighbors: False verifies the neighbor features but leaves them on disk, for slides too large to hold them
+        (`read_rows` gets at them).  genes: read only their counts; None = all.
     Raises ValueError / FileNotFoundError listing every slide that cannot be used and the command that repairs it.
     """
     reader = _FeatureReader(layout, encoder, sha256, config_name)
     records, problems, start = [], [], 0
     for slide in slides:
         try:
-            table = load_slide(layout, slide)
+            table = load_slide(layout, slide, genes)
             image_size = reader.verify(slide, table, with_neighbors)
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
@@ -111,7 +115,7 @@ def load_store(
     if problems:
         raise ValueError(_joined(problems))
     assert records, "load_store needs at least one slide"
-    return reader.read(records, with_neighbors)
+    return reader.read(records, with_neighbors and hold_neighbors)
 
 
 def _joined(problems: Sequence[str]) -> str:
@@ -228,6 +232,14 @@ class _FeatureReader:
         if path.exists():
             return read_features(path)
         return read_published(self.layout.published_path(kind, record.name), record.table.n_obs)
+
+
+def read_rows(layout: Layout, kind: str, record: SlideRecord, rows: slice) -> np.ndarray:
+    """Features ("target" or "neighbor") of consecutive spots of a slide that `load_store` has verified."""
+    path = layout.cache_path(kind, record.name)
+    if path.exists():
+        return read_features(path, rows)
+    return read_published(layout.published_path(kind, record.name), record.table.n_obs)[rows]
 
 
 def slide_targets(table: AnnData, genes: Sequence[str], smoothing: bool = True) -> np.ndarray:

@@ -110,7 +110,7 @@ def make_predict(
             parts, start = [], 0
             for batch in slide.chunks(config.EVALUATION.chunk_size):
                 chunk = None if global_tokens is None else global_tokens[start : start + len(batch)]
-                parts.append(_scales(model(**_inputs(batch, encode), global_tokens=chunk)))
+                parts.append(scale_predictions(model(**model_inputs(batch, encode), global_tokens=chunk)))
                 start += len(batch)
         return {scale: torch.cat([part[scale] for part in parts]) for scale in parts[0]}
 
@@ -130,10 +130,11 @@ def _forward(model: nn.Module, needs: Needs, encode: Encode, batch: SpotBatch):
     global_tokens = None
     if needs.slides:
         global_tokens = model.encode_slides(batch.slide_features, batch.grid_xy, batch.lengths, batch.slide_rows)
-    return model(**_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
+    return model(**model_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
 
 
-def _inputs(batch: SpotBatch, encode: Encode) -> dict[str, Tensor | None]:
+def model_inputs(batch: SpotBatch, encode: Encode) -> dict[str, Tensor | None]:
+    """What every model is called with, beside the global tokens."""
     return {
         "target_tokens": encode(batch),
         "target_features": batch.target_features,
@@ -142,7 +143,8 @@ def _inputs(batch: SpotBatch, encode: Encode) -> dict[str, Tensor | None]:
     }
 
 
-def _scales(prediction: object) -> dict[str, Tensor]:
+def scale_predictions(prediction: object) -> dict[str, Tensor]:
+    """{scale: (B, G) float32 on the CPU} of the scales that the model has."""
     found = {scale: getattr(prediction, name) for scale, name in SCALES.items()}
     return {scale: value.float().cpu() for scale, value in found.items() if value is not None}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from datasets.expression import UNIT
 from datasets.slides import open_slide
@@ -48,15 +49,20 @@ def score_checkpoint(study: Study, checkpoint: Path, folder: Path) -> dict:
 
 def restored_predict(study: Study, content: dict, checkpoint: Path):
     """`predict(slide)` with the weights of a checkpoint."""
-    config = config_from_dict(content["config"], str(checkpoint))
+    model = restored_model(content, checkpoint, study.device)
+    return make_predict(model, study.config, study.encode, study.precision)
+
+
+def restored_model(content: dict, checkpoint: Path, device: torch.device) -> nn.Module:
+    """The model of a checkpoint with its weights."""
     model = make_model(
-        config,
+        config_from_dict(content["config"], str(checkpoint)),
         feature_dim=content["encoder"]["dim"],
         token_dim=content["encoder"]["token_dim"],
         num_genes=len(content["genes"]),
-    ).to(study.device)
+    ).to(device)
     load_weights(model, content["model"], checkpoint)
-    return make_predict(model, study.config, study.encode, study.precision)
+    return model
 
 
 def check_encoder(content: dict, study: Study, checkpoint: Path) -> None:
