@@ -70,6 +70,31 @@ def read_counts(path: str | Path, genes: Sequence[str] | None = None) -> AnnData
     return AnnData(matrix, obs=pd.DataFrame(index=ids), var=pd.DataFrame(index=columns))
 
 
+def read_gene_names(path: str | Path) -> list[str]:
+    """The genes of a table of text, without reading the counts."""
+    path = require_file(path, "It should hold the raw counts of a slide, spots x genes.")
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            header, first = file.readline(), file.readline()
+        return _text_columns(path, header, first)[1:]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable table of counts (truncated?): {error}") from error
+
+
+def gene_names(path: str | Path) -> list[str]:
+    """Names of the genes of a table of counts, in its order; quick for parquet, of which only the header is read."""
+    path = require_file(path, "It should hold the raw counts of a slide, spots x genes.")
+    if not path.name.endswith(".parquet"):
+        return list(read_counts(path).var_names)
+    try:
+        schema = pa.parquet.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable table of counts: {str(error).splitlines()[0]}") from error
+    index = _index_columns(schema)
+    return [name for name in schema.names if name not in index]
+
+
 def round_ids(spots: Sequence[str]) -> tuple[list[str], list[str]]:
     """Spot ids in the form "round(x)xround(y)", and those that are no "XxY"."""
     ids, wrong = [], []
@@ -94,11 +119,7 @@ Table = tuple[object, list[str], list[str]]  # values (dense, sparse or a pyarro
 
 def _read_parquet(path: Path, genes: Sequence[str] | None) -> Table:
     file = pa.parquet.ParquetFile(path)
-    names = file.schema_arrow.names
-    pandas_metadata = file.schema_arrow.pandas_metadata or {}
-    index = [name for name in pandas_metadata.get("index_columns", []) if isinstance(name, str) and name in names]
-    if not index:  # written without an index: the ids are the one column of text
-        index = [field.name for field in file.schema_arrow if _is_text(field.type)][:1]
+    names, index = file.schema_arrow.names, _index_columns(file.schema_arrow)
     if not index:
         raise ValueError(f"{path} has no column of spot ids; write it with the ids as the index of the table.")
     columns = [name for name in names if name not in index]
@@ -109,25 +130,21 @@ def _read_parquet(path: Path, genes: Sequence[str] | None) -> Table:
     return table.select(columns), table.column(index[0]).to_pylist(), columns
 
 
+def _index_columns(schema: pa.Schema) -> list[str]:
+    """Columns that hold the spot ids: the index of pandas, or, without one, the first column of text."""
+    listed = (schema.pandas_metadata or {}).get("index_columns", [])
+    index = [name for name in listed if isinstance(name, str) and name in schema.names]
+    return index or [field.name for field in schema if _is_text(field.type)][:1]
+
+
 def _read_text(path: Path) -> Table:
     """Tab or comma separated text; the header may leave out the name of the first column, as R writes it."""
     opener = gzip.open if path.name.endswith(".gz") else open
     with opener(path, "rb") as file:
         content = file.read()
-    separator = "," if ".csv" in path.suffixes else "\t"
     header, _, body = content.replace(b"\r\n", b"\n").partition(b"\n")
-    names = [name.strip('"') for name in header.decode().split(separator)]
-    first = body.partition(b"\n")[0]
-    if not first:
-        raise ValueError(f"{path} holds no spots: it ends after its first line.")
-    width = first.decode().count(separator) + 1
-    if width == len(names) + 1:
-        names = ["", *names]
-    if width != len(names) or width < 2:
-        raise ValueError(
-            f"{path}: the header names {len(names)} columns, the first row has {width}, separated by {separator!r}. "
-            "Expected a row of genes, then one row a spot: its id and the counts."
-        )
+    names = _text_columns(path, header, body.partition(b"\n")[0])
+    width, separator = len(names), _separator(path)
     plain = _read_plain_integers(body, separator.encode(), width)
     if plain is not None:
         return *plain, names[1:]
@@ -138,6 +155,27 @@ def _read_text(path: Path) -> Table:
         convert_options=pa.csv.ConvertOptions(column_types={"0": pa.string()}),
     )
     return table.select(range(1, width)), table.column(0).to_pylist(), names[1:]
+
+
+def _separator(path: Path) -> str:
+    return "," if ".csv" in path.suffixes else "\t"
+
+
+def _text_columns(path: Path, header: bytes, first_row: bytes) -> list[str]:
+    """Names of all columns, that of the ids included, checked against the first row."""
+    separator = _separator(path)
+    names = [name.strip('"') for name in header.decode().rstrip("\r\n").split(separator)]
+    if not first_row.strip():
+        raise ValueError(f"{path} holds no spots: it ends after its first line.")
+    width = first_row.decode().count(separator) + 1
+    if width == len(names) + 1:
+        names = ["", *names]
+    if width != len(names) or width < 2:
+        raise ValueError(
+            f"{path}: the header names {len(names)} columns, the first row has {width}, separated by {separator!r}. "
+            "Expected a row of genes, then one row a spot: its id and the counts."
+        )
+    return names
 
 
 def _read_plain_integers(body: bytes, separator: bytes, width: int) -> tuple[np.ndarray, list[str]] | None:

@@ -37,7 +37,7 @@ class DatasetSpec:
     exchanged_pixels: the two pixel columns of the spot table are exchanged, x of the array counts rows and y columns
                       (the published external sets only; SPEC 1).
     sort_by:          order of the rows, "yx" or "xy", in terms of the columns of the spot table.
-    microns_per_pixel: one number, or one per patient, or None = unknown.
+    microns_per_pixel: one number, or one per patient or slide, or None = unknown.
     external:         an external test set, in data_dir/test/<name>.
     training_type:    the type whose models an external set is meant for.
     prepared_by:      the script, with its arguments, that writes the data folder; for messages.
@@ -80,7 +80,7 @@ class DatasetSpec:
     def microns_of(self, slide: str) -> float | None:
         """Size of a pixel of the full-resolution image in micrometres, or None if it is not known."""
         if isinstance(self.microns_per_pixel, Mapping):
-            return self.microns_per_pixel.get(self.patient_of(slide))
+            return self.microns_per_pixel.get(slide, self.microns_per_pixel.get(self.patient_of(slide)))
         return self.microns_per_pixel
 
     def _advice(self) -> str:

@@ -67,7 +67,7 @@ def read_spots(path: str | Path) -> pd.DataFrame:
     path = require_file(path, "It should list the spots of a slide, tab separated: x, y, pixel_x, pixel_y.")
     try:
         table = pd.read_csv(path, sep="\t")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a readable tab separated table: {error}") from error
     return check_spots(table, str(path))
 

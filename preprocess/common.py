@@ -7,34 +7,31 @@ script stops and says so. Every file is written whole or not at all.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet
 from anndata import AnnData
 
-from datasets.counts import read_counts, some
+from datasets.counts import some
 from datasets.expression import empty_spots, highest_mean_panel
 from datasets.layout import Layout
-from datasets.slides import open_slide
 from datasets.tables import check_inside, join, load_slide
+from preprocess.panels import write_panel
+from preprocess.placing import image_size, place_file, write_counts, write_spots
 from utils.cli import progress, say
-from utils.files import load_names, sha256, write_atomically, write_text
+from utils.files import load_names
 
 
 @dataclass
 class RawSlide:
     """One slide as its source has it.
 
-    counts: raw counts, spots x genes.  spots: checked table indexed by id.  spots_file: the original of the table when
-    it can be copied as it is.  image: None = the source has none.  extra: further files, target -> source.
+    counts: raw counts, spots x genes.  spots: checked table indexed by id.  source: where both are from, for messages.
+    spots_file: the original of the table when it can be copied as it is.  image: None = the source has none; image_name:
+    its name here when not its own.  write_patches: given the checked slide, writes the patches that the source has in
+    place of an image.  extra: further files, target -> source.  Files of the source may be compressed (.gz).
     """
 
     name: str
@@ -44,6 +41,7 @@ class RawSlide:
     spots_file: Path | None = None
     image: Path | None = None
     image_name: str | None = None
+    write_patches: Callable[[AnnData], None] | None = None
     extra: dict[Path, Path] = field(default_factory=dict)
 
 
@@ -157,15 +155,18 @@ def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnDat
     joined = join(raw.counts, raw.spots, layout.spec, f"Slide {raw.name}: {raw.source}")
     joined.uns["slide"], joined.uns["patient"] = raw.name, patient
     if raw.image is not None:
-        with open_slide(raw.image) as image:
-            check_inside(joined, image.size, raw.image)
-    write_counts(layout.new_counts_path(raw.name), joined, options)
+        check_inside(joined, image_size(raw.image), raw.image)
+    write_counts(layout.new_counts_path(raw.name), joined, overwrite=options.overwrite)
     if raw.spots_file is not None:
         place_file(raw.spots_file, layout.spots_path(raw.name), overwrite=options.overwrite)
     else:
-        write_spots(layout.spots_path(raw.name), raw.spots, options)
+        write_spots(layout.spots_path(raw.name), raw.spots, overwrite=options.overwrite)
     for target, origin in raw.extra.items():
         place_file(origin, target, overwrite=options.overwrite)
+    image = "missing" if raw.image is None else place_image(layout, raw, options)
+    if raw.write_patches is not None:
+        raw.write_patches(joined)
+        image = "patches" if raw.image is None else f"{image}, patches"
     dropped = joined.uns["dropped"]
     return joined, Prepared(
         name=raw.name,
@@ -174,119 +175,19 @@ def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnDat
         genes=joined.n_vars,
         spots_without_counts=len(dropped["spots_without_counts"]),
         counts_without_spot=len(dropped["counts_without_spot"]),
-        image="missing" if raw.image is None else place_image(layout, raw, options),
+        image=image,
         notes=[f"without counts: {some(dropped['spots_without_counts'])}"] if dropped["spots_without_counts"] else [],
     )
 
 
 def place_image(layout: Layout, raw: RawSlide, options: Options) -> str:
     """Copy or link the image to the place that the spec's pattern finds; another image there is an error."""
-    name = raw.image_name or raw.image.name
-    folder = layout.images_dir / Path(layout.image_pattern(raw.name)).parent
-    target = folder / name
+    name = raw.image_name or raw.image.name.removesuffix(".gz")
+    target = layout.images_dir / Path(layout.image_pattern(raw.name)).parent / name
     done = place_file(raw.image, target, overwrite=options.overwrite, link=options.link)
     found = layout.image_path(raw.name)  # ValueError if another image is there as well
     assert found == target, f"{target} is not what {layout.image_pattern(raw.name)} finds: {found}"
     return done
-
-
-def place_file(source: Path, target: Path, *, overwrite: bool, link: bool = False) -> str:
-    """Copy (or link) a file. Returns "copied", "linked" or "kept" (the same content is there already).
-
-    Raises ValueError if the target is there, differs, and --overwrite is not given.
-    """
-    source = source.resolve(strict=True)
-    if target.exists() or target.is_symlink():
-        if target.exists() and same_content(source, target):
-            return "kept"
-        if not overwrite:
-            raise ValueError(f"{target} is there already and differs from {source}. Use --overwrite to replace it.")
-    if not link:
-        write_atomically(target, lambda temporary: shutil.copyfile(source, temporary))
-        return "copied"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.link")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(source)
-    os.replace(temporary, target)
-    return "linked"
-
-
-def same_content(first: Path, second: Path) -> bool:
-    if first.samefile(second):
-        return True
-    return first.stat().st_size == second.stat().st_size and sha256(first) == sha256(second)
-
-
-def write_counts(path: Path, slide: AnnData, options: Options) -> None:
-    """Counts as parquet, index = spot ids, one int32 column a gene. Every gene of the source is kept, so that a panel
-    can be computed from any patients; an existing file must hold the same counts."""
-    if path.exists() and not options.overwrite:
-        if not same_counts(read_counts(path), slide):
-            raise ValueError(f"{path} is there already and holds other counts. Use --overwrite to replace it.")
-        return
-    table = counts_table(slide)
-    # Neither dictionaries nor statistics: with thousands of short columns they only cost time, here and at every reading.
-    settings = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
-    write_atomically(path, lambda temporary: pa.parquet.write_table(table, temporary, **settings))
-
-
-def same_counts(first: AnnData, second: AnnData) -> bool:
-    """Whether two slides hold the same counts, in whatever order of spots and genes."""
-    if set(first.obs_names) != set(second.obs_names) or set(first.var_names) != set(second.var_names):
-        return False
-    return (first[second.obs_names, second.var_names].X != second.X).nnz == 0
-
-
-def counts_table(slide: AnnData) -> pa.Table:
-    """Counts as columns, with the ids as what pandas takes for the index.
-
-    Made column by column from the matrix: by way of a pandas table it takes ten times as long, and the description of
-    each of thousands of columns is read again at every opening.
-    """
-    dense = slide.X.astype(np.int32).toarray(order="F")
-    columns = [pa.array(dense[:, gene]) for gene in range(slide.n_vars)]
-    index = {"name": "spot", "field_name": "spot", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
-    description = {"index_columns": ["spot"], "column_indexes": [], "columns": [index]}
-    table = pa.table([pa.array(slide.obs_names.tolist()), *columns], names=["spot", *slide.var_names])
-    return table.replace_schema_metadata({"pandas": json.dumps(description)})
-
-
-def write_spots(path: Path, spots: pd.DataFrame, options: Options) -> None:
-    """The spot table, tab separated; an existing file must say the same."""
-    text = spots.to_csv(sep="\t", index=False)
-    if path.exists() and not options.overwrite and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path} is there already and differs. Use --overwrite to replace it.")
-    write_text(path, text)
-
-
-PANEL_METHODS = {
-    "mean": "highest mean of log(1 + counts per 10 000 of all genes of the spot) over all spots of the slides",
-    "mean_raw": "highest mean raw count over all spots of the slides",
-    "hvg": "highly variable genes of scanpy (flavor seurat, batch = slide) on log(1 + counts per 10 000)",
-    "hmhvg": "genes whose worse rank of the two, by mean and by variability, is best",
-}
-
-
-def write_panel(path: Path, genes: Sequence[str], *, overwrite: bool, method: str, **how: object) -> str:
-    """Write a panel: a plain `.npy` array of strings, with how it was made beside it as `.json`.
-
-    An existing panel is never replaced without --overwrite: it may be the published one, or one chosen on purpose.
-    returns: what was done, one sentence.
-    """
-    if path.exists() and not overwrite:
-        there = load_names(path)
-        if there == list(genes):
-            return f"{path} is kept: it holds this panel."
-        changed = len(set(genes) - set(there))
-        return (
-            f"{path} is kept: it holds {len(there)} genes, {changed} of the {len(genes)} genes chosen now are not among "
-            "them. Use --overwrite to replace it."
-        )
-    write_atomically(path, lambda temporary: np.save(temporary, np.array(list(genes))))
-    record = {"method": method, "meaning": PANEL_METHODS[method], "num_genes": len(genes), **how, "genes": list(genes)}
-    write_text(path.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
-    return f"{path}: {len(genes)} genes, {PANEL_METHODS[method]}."
 
 
 def verify(layout: Layout, prepared: Sequence[Prepared]) -> None:

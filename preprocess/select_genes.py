@@ -30,7 +30,7 @@ from datasets.folds import Fold, available_folds, make_folds
 from datasets.layout import Layout
 from datasets.spec import get_spec
 from datasets.tables import load_slide
-from preprocess.common import PANEL_METHODS, write_panel
+from preprocess.panels import PANEL_METHODS, write_panel
 from utils.cli import progress, run, say
 from utils.config import load_config
 

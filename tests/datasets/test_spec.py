@@ -33,6 +33,8 @@ def test_patient_and_pixel_size_of_a_slide():
     assert spec.patient_of("E3") == "E"
     assert (spec.microns_of("A1"), spec.microns_of("H3")) == (0.93, 0.68)
     assert SPECS["NCBI464"].microns_of("NCBI464") == 1.04
+    scanned_twice = DatasetSpec(name="own", patient_pattern="^(.)", microns_per_pixel={"A": 0.5, "A2": 0.25})
+    assert (scanned_twice.microns_of("A1"), scanned_twice.microns_of("A2")) == (0.5, 0.25)
     assert SPECS["skinst"].microns_of("P2_ST_rep1") is None
 
 
