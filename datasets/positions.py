@@ -6,6 +6,7 @@ Space Ranger names rows before columns (`pxl_row_in_fullres` is y, `pxl_col_in_f
 
 from __future__ import annotations
 
+import gzip
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _COLUMNS = {  # of each kind: x, y in full-resolution px, and the integer grid (
     _SPOT_TABLE: (("pixel_x", "pixel_y"), ("x", "y")),
     _PIXELS: (("x", "y"), None),
 }
+_GZIP = b"\x1f\x8b"
 _ID_COLUMNS = ("barcode", "spot_id", "id", "spot")
 EXPECTED = (
     "Expected comma or tab separated: Space Ranger's tissue_positions.csv or tissue_positions_list.csv; a spot table with "
@@ -89,14 +91,15 @@ def read_positions(path: str | Path) -> Positions:
 def _read_table(path: Path) -> pd.DataFrame:
     """The table with lower-case column names; those of Space Ranger or x, y are supplied where there is no header."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if content[:2] == _GZIP else content).decode("utf-8-sig")
         first = text.partition("\n")[0]
         separator = "\t" if "\t" in first else ","
         cells = [cell.strip().strip('"') for cell in first.rstrip("\r").split(separator)]
         names = _names_without_header(cells)
         table = pd.read_csv(io.StringIO(text), sep=separator, header=None if names else 0, dtype=str, names=names)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file ({error.reason}). {EXPECTED}") from error
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no text file ({error}). {EXPECTED}") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise ValueError(f"{path} is not a readable table: {error}. {EXPECTED}") from error
     table.columns = [str(name).strip().lower() for name in table.columns]

@@ -1,0 +1,239 @@
+"""Space Ranger folders of both generations in, the documented layout out; images and genes that do not fit are refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.layout import Layout
+from datasets.spec import get_spec
+from datasets.tables import load_slide
+from preprocess.prepare_visium import main, training_panel
+from preprocess.visium_outs import read_outs
+from tests.space_ranger import Outs, write_outs
+from utils.files import load_names
+
+SYMBOLS = ["GAPDH", "TP53", "ERBB2", "TBCE", "KRT5", "TBCE", "CD3E", "SILENT"]  # TBCE twice, as in 10x references
+PANEL = ["CD3E", "ERBB2", "NOT_THERE", "SILENT", "TBCE", "TP53"]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 255, (400, 520, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def panel_file(tmp_path) -> Path:
+    path = tmp_path / "panel.txt"
+    path.write_text("\n".join(PANEL) + "\n")
+    return path
+
+
+def _prepare(outs: Outs, data_dir: Path, panel: Path, *more: str, image: Path | None = None) -> Layout:
+    flags = [
+        "--source",
+        str(outs.folder),
+        "--image",
+        str(image or outs.image),
+        "--name",
+        "visium",
+        "--panel",
+        str(panel),
+    ]
+    main([*flags, "--data_dir", str(data_dir), *more])
+    return Layout(data_dir, get_spec("visium", data_dir))
+
+
+@pytest.mark.parametrize(("generation", "matrix"), [(1, "h5"), (2, "h5"), (1, "h5 v2"), (2, "mtx")])
+def test_both_generations_give_the_documented_layout(tmp_path, picture, panel_file, generation, matrix, capsys):
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS, generation=generation, matrix=matrix)
+    layout = _prepare(outs, tmp_path / "data", panel_file, "--training_type", "demo")
+    assert layout.root == tmp_path / "data" / "test" / "visium" and layout.spec.training_type == "demo"
+    assert layout.spec.microns_per_pixel == {"visium": pytest.approx(100 / 60, rel=1e-3)}
+    table = load_slide(layout, "visium")
+    assert table.n_obs == outs.in_tissue.sum()
+    # The row/column trap: x must be pxl_col_in_fullres, and every row of counts must stay with its own barcode.
+    for i in np.flatnonzero(outs.in_tissue):
+        row = table.obs_names.get_loc(f"{outs.array_col[i]}x{outs.array_row[i]}")
+        assert table.obsm["spatial"][row] == pytest.approx(outs.pixels[i], abs=1e-3)
+        assert table.obsm["grid"][row].tolist() == [outs.array_col[i], outs.array_row[i]]
+        assert table[row, "ERBB2"].X.sum() == outs.counts[i, SYMBOLS.index("ERBB2")]
+        assert table[row, "TBCE"].X.sum() == outs.counts[i, [3, 5]].sum()
+    matched = load_names(layout.panel_path)
+    assert matched == [gene for gene in PANEL if gene != "NOT_THERE"]
+    assert [PANEL[i] for i in np.load(layout.panel_index_path)] == matched
+    told = capsys.readouterr().out
+    assert "5 of the 6 genes" in told and "not scored: NOT_THERE" in told and "added up: TBCE" in told
+    assert "60.0 px between neighbors" in told and "extract_features_uni.py --mode external" in told
+
+
+def test_rows_of_a_hexagonal_array_touch_by_one_column(tmp_path, picture, panel_file):
+    """The stated convention: the 3 x 3 neighborhood holds a spot's four neighbors in the rows above and below."""
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    grid = load_slide(_prepare(outs, tmp_path / "data", panel_file), "visium").obsm["grid"]
+    differences = grid[:, None] - grid[None]
+    touching = (np.abs(differences).max(axis=2) == 1).sum(axis=1)
+    assert touching.max() == 4
+    assert ((np.abs(differences[..., 0]) == 1) <= (np.abs(differences[..., 1]) % 2 == 1)).all()
+
+
+def test_a_gene_measured_as_zero_is_kept_and_others_without_counts_are_not(tmp_path, picture, panel_file):
+    outs = write_outs(tmp_path / "outs", picture, [*SYMBOLS, "ZERO"])
+    import h5py
+
+    with h5py.File(outs.folder / "filtered_feature_bc_matrix.h5", "r+") as file:
+        data, indices = file["matrix/data"][:], file["matrix/indices"][:]
+        data[np.isin(indices, [SYMBOLS.index("SILENT"), len(SYMBOLS)])] = 0
+        file["matrix/data"][:] = data
+    table = load_slide(_prepare(outs, tmp_path / "data", panel_file), "visium")
+    assert table[:, "SILENT"].X.sum() == 0 and "ZERO" not in table.var_names
+
+
+def test_samples_share_a_set_and_only_genes_of_all_of_them_match(tmp_path, picture, panel_file):
+    first = write_outs(tmp_path / "a" / "outs", picture, SYMBOLS)
+    second = write_outs(tmp_path / "b" / "outs", picture, SYMBOLS[1:], pitch=50.0, seed=1)
+    _prepare(first, tmp_path / "data", panel_file, "--sample", "S1")
+    fewer = write_outs(tmp_path / "c" / "outs", picture, ["TP53", "CD3E", "OTHER"], seed=2)
+    _prepare(second, tmp_path / "data", panel_file, "--sample", "S2")
+    layout = _prepare(fewer, tmp_path / "data", panel_file, "--sample", "S3")
+    assert layout.slides_on_disk() == ["S1", "S2", "S3"] and load_names(layout.panel_path) == ["CD3E", "TP53"]
+    assert layout.spec.microns_of("S2") == pytest.approx(2.0, rel=1e-3)
+    assert layout.spec.microns_of("S1") == pytest.approx(100 / 60, rel=1e-3)
+
+
+def test_ensembl_panel_is_matched_by_the_ids_and_said(tmp_path, picture, capsys):
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    panel = tmp_path / "panel.txt"
+    panel.write_text("ENSG00000000002.7\nENSG00000000003\nENSG99999999999\n")
+    layout = _prepare(outs, tmp_path / "data", panel)
+    assert load_names(layout.panel_path) == ["ENSG00000000002.7", "ENSG00000000003"]
+    table = load_slide(layout, "visium", ["ENSG00000000002.7"])
+    assert table.X.sum() == outs.counts[outs.in_tissue, 1].sum()
+    assert "matched by Ensembl ids: the panel lists Ensembl ids" in capsys.readouterr().out
+
+
+def test_file_without_symbols_needs_a_table_and_takes_one(tmp_path, picture, panel_file, capsys):
+    ids = [f"ENSG{i:011d}" for i in range(1, len(SYMBOLS) + 1)]
+    outs = write_outs(tmp_path / "outs", picture, ids, ids=ids, matrix="mtx")
+    with pytest.raises(ValueError, match=r"One lists Ensembl ids, the other symbols.*--gene_map"):
+        _prepare(outs, tmp_path / "data", panel_file)
+    assert not (tmp_path / "data").exists()
+    table = tmp_path / "map.tsv"
+    table.write_text("".join(f"{i}\t{symbol}\n" for i, symbol in zip(ids, SYMBOLS)))
+    layout = _prepare(outs, tmp_path / "data", panel_file, "--gene_map", str(table))
+    assert "TP53" in load_names(layout.panel_path) and "symbols by --gene_map" in capsys.readouterr().out
+
+
+def test_no_common_gene_tells_the_cause(tmp_path, picture, panel_file):
+    mouse = write_outs(tmp_path / "outs", picture, [symbol.capitalize() for symbol in SYMBOLS])
+    with pytest.raises(ValueError, match=r"No gene of the panel .*differ only in upper and lower case.*species"):
+        _prepare(mouse, tmp_path / "data", panel_file)
+
+
+def test_images_that_are_not_the_full_resolution_one_are_refused(tmp_path, picture, panel_file):
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    hires = outs.folder / "spatial" / "tissue_hires_image.png"
+    with pytest.raises(
+        ValueError, match=r"130 x 100 pixels, the positions refer to about 520 x 400.*smaller tissue_hires"
+    ):
+        _prepare(outs, tmp_path / "data", panel_file, image=hires)
+    turned, enlarged = tmp_path / "turned.png", tmp_path / "enlarged.png"
+    Image.fromarray(picture).transpose(Image.Transpose.ROTATE_90).save(turned)
+    with pytest.raises(ValueError, match="sides are exchanged"):
+        _prepare(outs, tmp_path / "data", panel_file, image=turned)
+    Image.fromarray(picture).resize((1040, 800)).save(enlarged)
+    with pytest.raises(ValueError, match="scaled by about 2"):  # all positions lie inside it
+        _prepare(outs, tmp_path / "data", panel_file, image=enlarged)
+    hires.unlink()  # without it, positions outside the image tell
+    small = tmp_path / "small.png"
+    Image.fromarray(picture).resize((130, 100)).save(small)
+    with pytest.raises(ValueError, match=r"spots lie outside .*small.png.*not the full-resolution one"):
+        _prepare(outs, tmp_path / "data", panel_file, image=small)
+    assert not list((tmp_path / "data").rglob("*.parquet"))
+
+
+def test_unreadable_or_foreign_sources(tmp_path, picture, panel_file):
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    positions = outs.folder / "spatial" / "tissue_positions.csv"
+    text = positions.read_text()
+    positions.write_text(text.replace("-1,", "-2,"))
+    with pytest.raises(ValueError, match=r"No barcode of .*tissue_positions.csv.*different slides"):
+        _prepare(outs, tmp_path / "data", panel_file)
+    positions.write_text("\n".join(line.replace(",1,", ",0,", 1) for line in text.splitlines()))
+    with pytest.raises(ValueError, match=r"none of \d+ spots is under tissue"):
+        _prepare(outs, tmp_path / "data", panel_file)
+    positions.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no tissue_positions.csv and no tissue_positions_list.csv"):
+        _prepare(outs, tmp_path / "data", panel_file)
+    positions.write_text(text)
+    matrix = outs.folder / "filtered_feature_bc_matrix.h5"
+    matrix.write_bytes(matrix.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="not a readable matrix of Space Ranger"):
+        _prepare(outs, tmp_path / "data", panel_file)
+    matrix.unlink()
+    with pytest.raises(FileNotFoundError, match="no filtered_feature_bc_matrix"):
+        _prepare(outs, tmp_path / "data", panel_file)
+
+
+def test_the_second_run_keeps_and_a_changed_one_needs_overwrite(tmp_path, picture, panel_file):
+    outs = write_outs(tmp_path / "a" / "outs", picture, SYMBOLS)
+    _prepare(outs, tmp_path / "data", panel_file, "--link")
+    layout = _prepare(outs, tmp_path / "data", panel_file)
+    assert layout.image_path("visium").is_symlink()
+    other = write_outs(tmp_path / "b" / "outs", picture, SYMBOLS, seed=3)
+    with pytest.raises(ValueError, match="--overwrite"):
+        _prepare(other, tmp_path / "data", panel_file)
+    _prepare(other, tmp_path / "data", panel_file, "--overwrite")
+
+
+def test_a_set_of_another_origin_is_not_mixed_with_ours(tmp_path, picture, panel_file):
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    (tmp_path / "data" / "test" / "visium" / "ST-cnts").mkdir(parents=True)
+    with pytest.raises(ValueError, match="set of another origin"):
+        _prepare(outs, tmp_path / "data", panel_file)
+
+
+def test_the_panel_comes_from_one_place(tmp_path, tiny_data):
+    panel = training_panel(tiny_data, "mine", None, "demo", None)
+    assert panel.genes == load_names(tiny_data / "demo" / "genes_demo.npy") and panel.type == "demo"
+    with pytest.raises(ValueError, match=r"--training_type TYPE .*--panel FILE, or --model_path RUN"):
+        training_panel(tiny_data, "mine", None, None, None)
+    with pytest.raises(FileNotFoundError, match=r"genes_her2st.npy does not exist. Prepare her2st first"):
+        training_panel(tmp_path, "10x_breast_ff1", None, None, None)
+
+
+def test_scale_factors_stand_in_where_the_array_cannot_be_fitted(tmp_path, picture):
+    from preprocess.visium_outs import microns_per_pixel
+
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    positions = outs.folder / "spatial" / "tissue_positions.csv"
+    positions.write_text(
+        "\n".join(positions.read_text().splitlines()[:3])
+    )  # header, one spot beside the tissue, one on it
+    assert microns_per_pixel(read_outs(outs.folder)) == pytest.approx(100 / 60, rel=1e-3)
+    (outs.folder / "spatial" / "scalefactors_json.json").unlink()
+    assert microns_per_pixel(read_outs(outs.folder)) is None
+
+
+def test_geo_names_are_found(tmp_path, picture, panel_file):
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS, generation=1)
+    flat = tmp_path / "geo"
+    flat.mkdir()
+    for path in [*outs.folder.rglob("*.csv"), *outs.folder.rglob("*.json"), *outs.folder.rglob("*.h5")]:
+        shutil.copy(path, flat / f"GSM1_{path.name}")
+    subprocess.run(["gzip", str(flat / "GSM1_tissue_positions_list.csv")], check=True)
+    assert len(read_outs(flat).positions) == outs.in_tissue.sum()
+
+
+def test_command_line_ends_with_status_2_and_one_message(tmp_path):
+    command = [sys.executable, str(ROOT / "preprocess" / "prepare_visium.py"), "--source", str(tmp_path / "none")]
+    command += ["--image", "x.tif", "--name", "v", "--panel", str(tmp_path / "none.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
