@@ -44,7 +44,16 @@ def read_counts(path: str | Path, genes: Sequence[str] | None = None) -> AnnData
         raise ValueError(
             f"{path} is not a readable table of counts (truncated?): {str(error).splitlines()[0]}"
         ) from error
-    matrix, spots, columns = table
+    return check_counts(*table, source=str(path), genes=genes)
+
+
+def check_counts(
+    matrix: object, spots: Sequence[str], columns: Sequence[str], *, source: str, genes: Sequence[str] | None = None
+) -> AnnData:
+    """Counts from anywhere, checked; see `read_counts`. `source` names them in the message.
+
+    matrix: (N, M) dense, sparse, or a pyarrow Table; spots: N ids; columns: M genes.
+    """
     problems = []
     ids, wrong = round_ids(spots)
     if wrong:
@@ -65,7 +74,7 @@ def read_counts(path: str | Path, genes: Sequence[str] | None = None) -> AnnData
         matrix, problems = _checked(matrix, ids, columns)
     if problems:
         raise ValueError(
-            f"{path}: {'; '.join(problems)}. Expected raw counts, spots x genes; correct or replace the file."
+            f"{source}: {'; '.join(problems)}. Expected raw counts, spots x genes; correct or replace the file."
         )
     return AnnData(matrix, obs=pd.DataFrame(index=ids), var=pd.DataFrame(index=columns))
 
@@ -83,10 +92,12 @@ def read_gene_names(path: str | Path) -> list[str]:
 
 
 def gene_names(path: str | Path) -> list[str]:
-    """Names of the genes of a table of counts, in its order; quick for parquet, of which only the header is read."""
+    """Names of the genes of a table of counts, in its order; of parquet and text only the header is read."""
     path = require_file(path, "It should hold the raw counts of a slide, spots x genes.")
-    if not path.name.endswith(".parquet"):
+    if path.name.endswith(".h5ad"):
         return list(read_counts(path).var_names)
+    if not path.name.endswith(".parquet"):
+        return read_gene_names(path)
     try:
         schema = pa.parquet.read_schema(path)
     except (pa.ArrowException, OSError) as error:
