@@ -90,7 +90,7 @@ def source_folder(source: Path, contents: str) -> Path:
     return source
 
 
-def chosen_slides(found: Sequence[str], wanted: str | None, where: Path) -> list[str]:
+def chosen_slides(found: Sequence[str], wanted: str | None, where: Path, flag: str = "--slides") -> list[str]:
     """The slides of `--slides A,B` (all without it), sorted; ValueError for one that the source does not have."""
     if wanted is None:
         return sorted(found)
@@ -98,7 +98,7 @@ def chosen_slides(found: Sequence[str], wanted: str | None, where: Path) -> list
     absent = [name for name in names if name not in found]
     if absent or not names:
         raise ValueError(
-            f"--slides {wanted}: {some(absent) or 'nothing'} is not in {where}; found {some(sorted(found), 12)}."
+            f"{flag} {wanted}: {some(absent) or 'nothing'} is not in {where}; found {some(sorted(found), 12)}."
         )
     return sorted(set(names))
 
