@@ -191,8 +191,8 @@ class HestPatches:
             first = int(np.flatnonzero(away)[0]) if away.any() else 0
             raise ValueError(
                 f"Slide {self.sample.name}: {self.path}: {max(away.sum(), 1)} patches do not lie around their spots, for "
-                f"example {barcodes[first]}: corner {corners[first].tolist()}, spot {centers[first].tolist()}. The patches and the "
-                "expression are of different versions; download both again."
+                f"example {barcodes[first]}: corner {corners[first].tolist()}, spot {centers[first].tolist()}. The "
+                "patches and the expression are of different versions; download both again."
             )
         return 2 * half / self.size
 
