@@ -129,7 +129,7 @@ Table = tuple[object, list[str], list[str]]  # values (dense, sparse or a pyarro
 
 
 def _read_parquet(path: Path, genes: Sequence[str] | None) -> Table:
-    file = pa.parquet.ParquetFile(path)
+    file = pa.parquet.ParquetFile(path, memory_map=True, pre_buffer=False)  # many short columns: no read-ahead
     names, index = file.schema_arrow.names, _index_columns(file.schema_arrow)
     if not index:
         raise ValueError(f"{path} has no column of spot ids; write it with the ids as the index of the table.")
