@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.key=value", help="any configuration key")
     _add_run_flags(parser.add_argument_group("run"))
     _add_method_flags(parser.add_argument_group("method"))
+    _add_predict_flags(parser.add_argument_group("prediction of a slide"))
     return parser
 
 
@@ -97,6 +98,21 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--fixed_epochs", type=int, help="train N epochs instead of choosing one")
     for name in ("normalize_fused", "no_instance_loss", "no_group_loss", "no_neighbor", "no_global"):
         group.add_argument(f"--{name}", action="store_true")
+
+
+def _add_predict_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--image", help="the slide: any plain image or whole-slide format")
+    group.add_argument("--spots", help="positions: csv or tsv with x, y in pixels, or those of Space Ranger")
+    group.add_argument("--pitch_px", type=float, help="without --spots: grid on the tissue, spots this many px apart")
+    group.add_argument("--pitch_um", type=float, help="the same in micrometres")
+    group.add_argument("--mpp", type=float, help="micrometres per pixel (default: of the slide's metadata)")
+    group.add_argument("--match_mpp", action="store_true", help="scale patches to the field of view of the training")
+    group.add_argument("--min_tissue", type=float, help="share of a patch that must be tissue (default: 0.5)")
+    group.add_argument("--genes", type=_names, help="also draw maps of these genes, e.g. ERBB2,GNAS")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _numbers(text: str) -> list[int]:
@@ -174,9 +190,37 @@ def run_import_reference(arguments: argparse.Namespace) -> None:
     convert(config_of(arguments), source, required(arguments, "out"))
 
 
+def run_external_test(arguments: argparse.Namespace) -> None:
+    from modes.external import external_test
+
+    test_name, model_path = required(arguments, "test_name"), required(arguments, "model_path")
+    device = device_from(arguments.gpu, arguments.device)
+    external_test(model_path, test_name, arguments.fold, overrides_of(arguments), device)
+
+
+def run_predict(arguments: argparse.Namespace) -> None:
+    from modes.predict import PredictOptions, predict
+
+    options = PredictOptions(
+        image=required(arguments, "image"),
+        out=required(arguments, "out"),
+        spots=arguments.spots,
+        pitch_px=arguments.pitch_px,
+        pitch_um=arguments.pitch_um,
+        mpp=arguments.mpp,
+        match_mpp=arguments.match_mpp,
+        min_tissue=arguments.min_tissue,
+        genes=tuple(arguments.genes or ()),
+    )
+    model_path, device = required(arguments, "model_path"), device_from(arguments.gpu, arguments.device)
+    predict(model_path, options, arguments.fold, overrides_of(arguments), device)
+
+
 RUN_OF_MODE = {
     "train": run_train,
     "test": run_test,
+    "external_test": run_external_test,
+    "predict": run_predict,
     "compare": run_compare,
     "import_reference": run_import_reference,
 }

@@ -192,6 +192,7 @@ def checkpoint_content(study: Study, split: Split, weights: dict[str, Tensor], p
             **asdict(study.store.encoder),
             "dim": study.store.target_features.shape[1],
             "token_dim": study.token_dim,
+            "token_pool": study.token_pool,
         },
         "fold": split.to_dict(study.config.EVALUATION.protocol),
         "training_mean": split.training_mean,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.expression import UNIT
+from datasets.layout import Layout
 from datasets.slides import open_slide
 from datasets.spots import SlideRecord, slide_targets
 from engine import evaluate
@@ -96,7 +97,7 @@ def write_slide(
     study: Study, record: SlideRecord, result: SlideResult, path: Path, content: dict, checkpoint: Path
 ) -> None:
     """The prediction `.h5ad` of one test slide, with a down-scaled image where the image is at hand."""
-    image, scale = thumbnail(study, record)
+    image, scale = thumbnail(study.layout, record)
     write_prediction(
         path,
         slide=record.name,
@@ -124,10 +125,10 @@ def write_slide(
     )
 
 
-def thumbnail(study: Study, record: SlideRecord) -> tuple[np.ndarray | None, float]:
+def thumbnail(layout: Layout, record: SlideRecord) -> tuple[np.ndarray | None, float]:
     """(image, its pixels per full-resolution pixel); (None, 1) where only features are at hand."""
     try:
-        path = study.layout.image_path(record.name)
+        path = layout.image_path(record.name)
     except FileNotFoundError:
         return None, 1.0
     with open_slide(path) as slide:

@@ -12,7 +12,7 @@ from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
 from datasets.folds import Fold, available_folds, make_folds, with_validation
 from datasets.layout import Layout
 from datasets.spots import SpotStore, load_store
-from datasets.tokens import open_tokens
+from datasets.tokens import CachedTokens, open_tokens
 from engine import Precision
 from modes.compose import Encode, load_encoder, make_encode, needs_of
 from utils.cli import say
@@ -36,6 +36,12 @@ class Study:
     @property
     def precision(self) -> Precision:
         return Precision(self.config.TRAINING.precision, self.device)
+
+    @property
+    def token_pool(self) -> int:
+        """By how much the grid of patch tokens is pooled in the token caches; 1 where the encoder runs."""
+        source = self.maker.source
+        return source.store.identity.token_pool if isinstance(source, CachedTokens) else 1
 
 
 def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> tuple[list[Fold], list[str]]:

@@ -37,32 +37,26 @@ class TinyRun:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_data, tmp_path_factory) -> TinyRun:
-    """Gene-DML trained for two epochs on two folds of a part of `tiny_data`: patients A, B, C with one slide each.
-
-    Everything of `--mode train` but the report, whose figures take longer than all the rest.
-    """
-    from evaluation.report import write_summary
-    from evaluation.summary import summarise
-    from modes.compose import open_layout
-    from modes.study import find_folds, open_study
-    from modes.train import train_fold
+    """Gene-DML trained for two epochs on two folds of a part of `tiny_data`: patients A, B, C with one slide each."""
+    from modes.train import TrainOptions, train
     from preprocess.extract_features_uni import main as extract
     from utils.config import load_config
-    from utils.runs import open_run
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("tiny_run")
-    data_dir, config_file, run_dir = folder / "data", folder / "tiny.yaml", folder / "logs" / "tiny" / "run"
+    data_dir, config_file = folder / "data", folder / "tiny.yaml"
     shutil.copytree(tiny_data, data_dir, ignore=shutil.ignore_patterns("?2*", "D*"))
     config_file.write_text(CONFIG)
     shared = ["--data_dir", str(data_dir), "--device", "cpu", "--num_workers", "1"]
     extract(["--config", str(config_file), "--extract_mode", "all", "--views", "1", *shared])
     config = load_config(config_file, [f"DATA.data_dir={data_dir}", f"GENERAL.log_path={folder / 'logs'}"])
-    layout = open_layout(config)
-    open_run(run_dir, config, resume=False)
-    study = open_study(config, "tiny", layout, layout.slides_on_disk(), torch.device("cpu"))
-    folds, notices = find_folds(config, layout, [0, 1])
-    for fold in folds:
-        train_fold(study, fold, run_dir / f"fold_{fold.index}", checkpoint_seconds=60.0, notices=notices)
-    write_summary(run_dir, summarise(run_dir))
-    return TinyRun(run_dir, data_dir, str(config_file))
+    options = TrainOptions(
+        config_name="tiny",
+        run_name="run",
+        device=torch.device("cpu"),
+        folds=[0, 1],
+        resume=False,
+        checkpoint_seconds=60.0,
+        with_report=False,
+    )
+    return TinyRun(train(config, options), data_dir, str(config_file))

@@ -1,0 +1,157 @@
+"""An external test set: every fold of a run and the mean of their predictions, scored on the genes that are measured.
+
+The headline is declared beforehand: it is the mean of the folds' predictions, not the best fold. PCC(H) is over a list
+that the training run fixed; no number here is chosen on the external slides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from evaluation import aggregation
+from evaluation.fold_files import plain
+from evaluation.slide_scores import SlideResult, score_slide, score_training_mean
+from evaluation.tables import Table, label, number
+from utils.files import write_atomically, write_text
+
+MEAN = "mean of folds"
+SCORES = ("pcc_all", "pcc_h", "pcc_highly_variable", "mse", "mae")
+EXPLANATION = (
+    "Scored are only the panel genes that the external set has measured and that every fold predicts; the measured targets "
+    "are counts per 10 000 of these genes, the predictions were learned per 10 000 of the whole panel. That moves MSE and "
+    "MAE, and PCC hardly."
+)
+
+
+@dataclass(eq=False)
+class Predictor:
+    """One fold, or the mean of all, with its scores as they come in slide by slide.
+
+    training_mean: (2, G) mean target over its training spots, smoothed and unsmoothed.  gene_lists: "h" (PCC(H)) and
+    others, fixed in training; all of genes that are scored.
+    """
+
+    name: str
+    training_mean: np.ndarray
+    gene_lists: dict[str, list[str]]
+    tables: list[pd.DataFrame] = field(default_factory=list)
+
+    def add(self, result: SlideResult) -> None:
+        """Score one slide; only the scores are kept."""
+        means = dict(zip(("smoothed", "unsmoothed"), self.training_mean))
+        self.tables += [score_slide(result), score_training_mean(result, means)]
+
+
+def combined_list(lists: Sequence[Sequence[str]], genes: Sequence[str]) -> list[str]:
+    """One list out of those of the folds: the genes that most folds list; among equals the better mean place.
+
+    genes: those that are scored. The list is as long as those of the folds are on average, restricted to `genes`.
+    """
+    restricted = [[gene for gene in names if gene in set(genes)] for names in lists if names]
+    if not restricted:
+        return []
+    times = Counter(gene for names in restricted for gene in names)
+    places = {gene: np.mean([names.index(gene) for names in restricted if gene in names]) for gene in times}
+    size = round(np.mean([len(names) for names in restricted]))
+    return sorted(times, key=lambda gene: (-times[gene], places[gene], gene))[:size]
+
+
+def score_predictors(predictors: Sequence[Predictor]) -> dict[str, pd.DataFrame]:
+    """per_gene (predictor, scale, truth, gene, metrics: mean over slides of a patient, then patients), per_slide
+    (predictor, slide, patient, scale, truth, means over genes) and overall (predictor, scale, truth, means)."""
+    found: dict[str, list[pd.DataFrame]] = {"per_gene": [], "per_slide": [], "overall": []}
+    for predictor in predictors:
+        scores = pd.concat(predictor.tables, ignore_index=True)
+        slides = aggregation.slide_table(scores, predictor.gene_lists)
+        patients = aggregation.patient_table(scores, predictor.gene_lists)
+        tables = {
+            "per_gene": aggregation.gene_table(scores, "clean"),
+            "per_slide": slides,
+            "overall": aggregation.fold_table(slides, patients, "clean"),
+        }
+        for name, table in tables.items():
+            table.insert(0, "predictor", predictor.name)
+            found[name].append(table)
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+
+
+def external_summary(predictors: Sequence[Predictor], about: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
+    """The summary (plain values; undefined is None) and the tables of `score_predictors`.
+
+    about: what the scores are of: run, test_name, protocol, slides {slide: spots}, genes, missing_genes, notes, unit, ...;
+    kept as it is. Added: headline (of the mean of the folds' predictions, or of the only fold), predictors (rows of the
+    fused prediction against the smoothed target), scales (rows of everything), gene_lists.
+    """
+    tables = score_predictors(predictors)
+    overall = tables["overall"]
+    fused, of_mean = aggregation.select(overall), aggregation.select(overall, "training_mean")
+    rows = []
+    for row, mean in zip(fused.to_dict("records"), of_mean.to_dict("records"), strict=True):
+        assert row["predictor"] == mean["predictor"]
+        scores = {name: row[name] for name in aggregation.value_columns(overall) if name != "predictor"}
+        errors = {f"training_mean_{name}": mean[name] for name in ("mse", "mae")}
+        undefined = int(row["undefined_pearson"])
+        rows.append({"predictor": row["predictor"], **scores, **errors, "undefined_pearson": undefined})
+    headline = {name: value for name, value in rows[-1].items() if name != "undefined_pearson"}
+    notes = [*about.get("notes", []), EXPLANATION]
+    if undefined := rows[-1]["undefined_pearson"]:
+        notes.append(f"PCC undefined for {undefined} (slide, gene) pairs, constant within the slide; means skip them.")
+    lists = {predictor.name: predictor.gene_lists for predictor in predictors}
+    summary = {
+        **about,
+        "num_genes": len(about["genes"]),
+        "headline": headline,
+        "predictors": rows,
+        "scales": overall.to_dict("records"),
+        "gene_lists": lists,
+        "notes": notes,
+    }
+    return plain(summary), tables
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """Predictors as rows; the last one is the headline."""
+    names = [*SCORES, "training_mean_mse", "training_mean_mae"]
+    rows = [(str(row["predictor"]), *(number(row.get(name)) for name in names)) for row in summary["predictors"]]
+    return Table(("prediction", *(label(name) for name in names)), tuple(rows), footer=1 if len(rows) > 1 else 0)
+
+
+def list_note(found: Sequence[str], listed: int, origin: str) -> str:
+    """What PCC(H) is over."""
+    if not found:
+        return f"PCC(H) is undefined: {origin}."
+    return f"PCC(H) is over {len(found)} genes of {origin}; {listed} were listed there."
+
+
+def write_external(folder: Path, summary: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> None:
+    """Write per_gene.csv, per_slide.csv, summary.md and, last, summary.json into `folder`."""
+    for name in ("per_gene", "per_slide"):
+        table = tables[name]
+        write_atomically(
+            folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False, float_format="%.10g")
+        )
+    write_text(folder / "summary.md", _markdown(summary))
+    write_text(folder / "summary.json", json.dumps(plain(summary), indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _markdown(summary: Mapping[str, Any]) -> str:
+    slides = ", ".join(f"{name} ({spots} spots)" for name, spots in summary["slides"].items())
+    missing = summary["missing_genes"]
+    parts = [
+        f"# {summary['run']} on {summary['test_name']}",
+        f"{slides}; {summary['num_genes']} genes. Unit of every error: {summary['unit']}.",
+        summary_table(summary).to_markdown(),
+        "## Notes",
+        "\n".join(f"- {note}" for note in summary["notes"]),
+    ]
+    if missing:
+        parts += ["## Genes that are predicted but not measured", ", ".join(missing)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,186 @@
+"""Trained folds applied together to one slide, its spots streaming through all of them."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets.batches import SpotBatch
+from engine import Precision
+from modes.compose import Needs, model_inputs, needs_of, scale_predictions
+from modes.scoring import restored_model
+from modes.test import restored_config
+from utils.checkpoint import find_checkpoint, fold_checkpoints, load_checkpoint
+from utils.config import Config
+
+# Spots that pass the models at a time: their tokens and the activations of the fusion take about 4 MB a spot.
+CHUNK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Member:
+    """One trained fold: its checkpoint, and the model on the device."""
+
+    path: Path
+    content: dict
+    config: Config
+    model: nn.Module
+    precision: Precision
+
+    @property
+    def name(self) -> str:
+        return f"fold_{self.content['fold']['fold']}"
+
+    @property
+    def genes(self) -> list[str]:
+        return self.content["genes"]
+
+    @property
+    def needs(self) -> Needs:
+        return needs_of(self.config)
+
+
+def load_members(
+    model_path: str | Path, fold: int | None, overrides: Sequence[str], device: torch.device
+) -> list[Member]:
+    """Every fold of a run folder, or the one that a fold folder, a checkpoint or `fold` means.
+
+    Raises FileNotFoundError if there is no checkpoint, ValueError if the folds cannot work on the same features.
+    """
+    path = Path(model_path)
+    paths = list(fold_checkpoints(path).values()) if fold is None and path.is_dir() else []
+    members = []
+    for checkpoint in paths or [find_checkpoint(path, fold)]:
+        content = load_checkpoint(checkpoint)
+        config = restored_config(content, checkpoint, overrides)
+        model = restored_model(content, checkpoint, device).eval()
+        members.append(Member(checkpoint, content, config, model, Precision(config.TRAINING.precision, device)))
+    _check_alike(members)
+    return members
+
+
+def _check_alike(members: Sequence[Member]) -> None:
+    def what_it_reads(member: Member) -> dict[str, object]:
+        encoder, data = member.content["encoder"], member.config.DATA
+        return {
+            "encoder": (encoder["name"], encoder["sha256"], token_pool_of(member)),
+            "patch size": data.patch_size,
+            "number of neighbors": data.num_neighbors,
+            "data set": data.type,
+        }
+
+    first = what_it_reads(members[0])
+    for member in members[1:]:
+        differences = [
+            f"{name} {value} instead of {first[name]}"
+            for name, value in what_it_reads(member).items()
+            if value != first[name]
+        ]
+        if differences:
+            raise ValueError(
+                f"{member.path} and {members[0].path} cannot be averaged: {'; '.join(differences)}. Give one of them with "
+                "--model_path."
+            )
+
+
+def token_pool_of(member: Member) -> int:
+    """By how much the patch tokens that the fold was trained on were pooled."""
+    return member.content["encoder"].get("token_pool", 1)
+
+
+def run_folder(members: Sequence[Member], model_path: str | Path) -> Path:
+    """Where results go: the run folder for all of its folds, the fold's own folder for one."""
+    return Path(model_path) if len(members) > 1 else members[0].path.parent
+
+
+def shared_genes(members: Sequence[Member]) -> list[str]:
+    """Genes that every fold predicts, in the order of the first (the clean protocol gives each fold its own panel)."""
+    shared = set.intersection(*(set(member.genes) for member in members))
+    genes = [gene for gene in members[0].genes if gene in shared]
+    if not genes:
+        raise ValueError(
+            f"The panels of {len(members)} folds share no gene, so their predictions have no mean. Choose one with --fold."
+        )
+    return genes
+
+
+def columns_of(member: Member, genes: Sequence[str]) -> np.ndarray:
+    """(G,) places of the genes in the fold's panel."""
+    place = {gene: index for index, gene in enumerate(member.genes)}
+    return np.array([place[gene] for gene in genes], dtype=np.int64)
+
+
+@torch.inference_mode()
+def stream_predictions(
+    members: Sequence[Member], features: Tensor, grid_xy: Tensor, batches: Iterable[SpotBatch]
+) -> Iterator[tuple[slice, list[dict[str, np.ndarray]]]]:
+    """Yield (rows, [{scale: (b, panel) float32} of each fold]) for the batches, which hold consecutive spots.
+
+    features (N, D), grid_xy (N, 2): all spots of the slide, for the global encoders. The features of a batch are made
+    once and pass every fold; what is held is one batch and one global token a spot and fold.
+    """
+    global_tokens = [_global_tokens(member, features, grid_xy) for member in members]
+    for batch in batches:
+        rows = slice(int(batch.rows[0]), int(batch.rows[-1]) + 1)
+        assert rows.stop - rows.start == len(batch), "spots of a batch are consecutive"
+        found = []
+        for member, tokens in zip(members, global_tokens):
+            inputs = model_inputs(batch, lambda batch: batch.target_tokens)
+            with member.precision.autocast():
+                prediction = member.model(**inputs, global_tokens=None if tokens is None else tokens[rows])
+            found.append({scale: values.numpy() for scale, values in scale_predictions(prediction).items()})
+        yield rows, found
+
+
+def _global_tokens(member: Member, features: Tensor, grid_xy: Tensor) -> Tensor | None:
+    if not member.needs.slides:
+        return None
+    with member.precision.autocast():
+        return member.model.encode_slides(features, grid_xy, [len(features)], None)
+
+
+def mean_prediction(predictions: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Mean over the folds of each scale, (b, G) float32."""
+    return {scale: np.mean([prediction[scale] for prediction in predictions], axis=0) for scale in predictions[0]}
+
+
+def field_of_view_of(members: Sequence[Member]) -> float | None:
+    """Mean width of a training patch in micrometres; None where no fold knows it."""
+    known = [size for member in members if (size := member.content.get("field_of_view_um")) is not None]
+    return float(np.mean(known)) if known else None
+
+
+def compare_fields_of_view(trained: float | None, here: float | None, what: str) -> tuple[str, bool]:
+    """A sentence about the width of a patch in training and here, and whether they differ by more than 20 %."""
+    if trained is None or here is None:
+        unknown = " and ".join(
+            name for name, value in (("in training", trained), (f"on {what}", here)) if value is None
+        )
+        return f"The width of a patch {unknown} is unknown, so it cannot be compared.", False
+    sentence = f"A patch is {here:.0f} um wide on {what} and was {trained:.0f} um wide in training"
+    if abs(here / trained - 1) <= 0.2:
+        return f"{sentence}.", False
+    return (
+        f"{sentence}, a factor of {here / trained:.2f}: cells look {'smaller' if here > trained else 'larger'} than those "
+        "the model has learned from.",
+        True,
+    )
+
+
+def peak_memory() -> dict[str, float]:
+    """Greatest memory of this process so far, in GB: of the host and, if there is one, of the CUDA device."""
+    peak = {"host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}  # KiB on Linux
+    if torch.cuda.is_available():
+        peak["device_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return peak
+
+
+def describe_peak(peak: dict[str, float]) -> str:
+    device = f", {peak['device_gb']:.2f} GB of the device" if "device_gb" in peak else ""
+    return f"Peak memory: {peak['host_gb']:.2f} GB of the host{device}."

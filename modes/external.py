@@ -1,0 +1,213 @@
+"""--mode external_test: the folds of a run on slides of another origin, each and as the mean of their predictions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets.encoding import default_workers
+from datasets.expression import UNIT
+from datasets.slides import open_slide
+from datasets.spots import SlideRecord, read_rows, slide_targets
+from evaluation.external import (
+    MEAN,
+    Predictor,
+    combined_list,
+    external_summary,
+    list_note,
+    summary_table,
+    write_external,
+)
+from evaluation.predictions import write_prediction
+from evaluation.protocol import SlideResult
+from modes.ensemble import (
+    CHUNK_SIZE,
+    Member,
+    columns_of,
+    describe_peak,
+    load_members,
+    mean_prediction,
+    peak_memory,
+    run_folder,
+    stream_predictions,
+)
+from modes.external_data import ExternalTest, external_layout, open_test, warnings_of
+from modes.scoring import spot_diameter, thumbnail
+from modes.streaming import Part, encoded_parts, plan_for, spot_batches
+from utils.cli import progress, say
+
+
+def external_test(
+    model_path: str | Path, test_name: str, fold: int | None, overrides: Sequence[str], device: torch.device
+) -> Path:
+    """Test a run on <data_dir>/test/<test_name>; returns the folder with the results, <run>/external/<test_name>."""
+    members = load_members(model_path, fold, overrides, device)
+    layout = external_layout(members[0].config, test_name)
+    test = open_test(members, layout, device)
+    folder = run_folder(members, model_path) / "external" / layout.name
+    notes = warnings_of(test)
+    for note in notes:
+        say(note)
+    predictors, list_notes = make_predictors(test)
+    for record in progress(test.store.slides, description=layout.name, unit="slide"):
+        score_slide_of(test, record, predictors, folder / "predictions" / f"{record.name}.h5ad")
+    peak = peak_memory()
+    summary, tables = external_summary(predictors, about(test, folder, [*notes, *list_notes], peak))
+    write_external(folder, summary, tables)
+    say(summary_table(summary).to_text())
+    for note in summary["notes"][len(notes) :]:
+        say(f"Note: {note}")
+    say(f"Unit of every error: {UNIT}. {describe_peak(peak)} Written to {folder}")
+    return folder
+
+
+def make_predictors(test: ExternalTest) -> tuple[list[Predictor], list[str]]:
+    """The folds and, last, their mean, each with the gene lists that training fixed; and what PCC(H) is over."""
+    genes, scored = test.genes, set(test.genes)
+    lists_of_folds = [highly_predictive_of(member) for member in test.members]
+    means = [member.content["training_mean"].numpy()[:, columns_of(member, genes)] for member in test.members]
+    variable = [member.content["gene_lists"].get("highly_variable", []) for member in test.members]
+    predictors = [
+        Predictor(
+            member.name,
+            mean,
+            {"h": [g for g in listed if g in scored], "highly_variable": [g for g in hvg if g in scored]},
+        )
+        for member, mean, listed, hvg in zip(test.members, means, lists_of_folds, variable)
+    ]
+    if len(predictors) > 1:
+        lists = {"h": combined_list(lists_of_folds, genes), "highly_variable": combined_list(variable, genes)}
+        predictors.append(Predictor(MEAN, np.mean(means, axis=0), lists))
+    is_paper = test.members[0].content["fold"]["protocol"] == "paper"
+    origin = "the list that the run's folds were scored on" if is_paper else "the lists fixed from training data"
+    if not any(lists_of_folds):
+        origin = "no list of the training run is at hand (summary.json of the run, or a checkpoint with its lists)"
+    listed = max(len(names) for names in lists_of_folds)
+    return predictors, [list_note(predictors[-1].gene_lists["h"], listed, origin)]
+
+
+def highly_predictive_of(member: Member) -> list[str]:
+    """The genes of PCC(H) as the training run has fixed them: in the checkpoint (clean), in its summary (paper)."""
+    if member.content["fold"]["protocol"] != "paper":
+        return member.content["gene_lists"].get("highly_predictive", [])
+    path = member.path.parent.parent / "summary.json"
+    if not path.is_file():
+        return []
+    try:
+        genes = json.loads(path.read_text(encoding="utf-8"))["pcc_h"]["paper"]["genes"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not the summary of a run ({error}). Make it again: --mode test --model_path RUN"
+        ) from error
+    return [str(gene) for gene in genes]
+
+
+def score_slide_of(test: ExternalTest, record: SlideRecord, predictors: Sequence[Predictor], path: Path) -> None:
+    """Predict one slide by every fold, score each and their mean, write the prediction of the mean."""
+    columns = [columns_of(member, test.genes) for member in test.members]
+    features = test.store.target_features[record.start : record.stop].float()
+    whole = features.to(test.device), torch.from_numpy(record.table.obsm["grid"])
+    is_valid = test.store.neighbor_is_valid[record.start : record.stop].numpy()
+    batches = spot_batches(parts_of(test, record), features, is_valid, test.device)
+    chunks: list[list[dict[str, np.ndarray]]] = [[] for _ in test.members]
+    for _, found in stream_predictions(test.members, *whole, batches):
+        for held, prediction, chosen in zip(chunks, found, columns):
+            held.append({scale: values[:, chosen] for scale, values in prediction.items()})
+    predictions = [{scale: np.concatenate([part[scale] for part in held]) for scale in held[0]} for held in chunks]
+    if len(predictors) > 1:
+        predictions.append(mean_prediction(predictions))
+    measured = slide_targets(record.table, test.genes)
+    unsmoothed = slide_targets(record.table, test.genes, smoothing=False)
+    for predictor, prediction in zip(predictors, predictions, strict=True):
+        result = SlideResult(
+            slide=record.name,
+            patient=record.patient,
+            spot_ids=list(record.table.obs_names),
+            grid_xy=record.table.obsm["grid"],
+            genes=test.genes,
+            measured=measured,
+            measured_unsmoothed=unsmoothed,
+            predictions=prediction,
+        )
+        predictor.add(result)
+    write_slide(test, record, result, path)
+
+
+def parts_of(test: ExternalTest, record: SlideRecord) -> Iterator[Part]:
+    """Tokens and neighbor features of consecutive spots, from the caches or, without token caches, encoded now."""
+    size = min(CHUNK_SIZE, test.config.EVALUATION.chunk_size)
+
+    def neighbors(rows: slice) -> np.ndarray | None:
+        return read_rows(test.layout, "neighbor", record, rows) if test.members[0].needs.neighbors else None
+
+    if test.encoder is not None:
+        plan = plan_for(test.members[0], ("token",))
+        with open_slide(test.layout.image_path(record.name)) as slide:
+            centers = record.table.obsm["center"]
+            for rows, tokens, _ in encoded_parts(slide, centers, test.encoder, plan, default_workers(), size):
+                yield rows, tokens, neighbors(rows)
+        return
+    for start in range(0, record.table.n_obs, size):
+        rows = slice(start, min(start + size, record.table.n_obs))
+        in_store = record.rows[rows]
+        tokens = None if test.tokens is None else test.tokens.get(in_store, torch.zeros_like(in_store))
+        yield rows, tokens, neighbors(rows)
+
+
+def write_slide(test: ExternalTest, record: SlideRecord, result: SlideResult, path: Path) -> None:
+    """The prediction of the mean of the folds, beside what was measured."""
+    image, scale = thumbnail(test.layout, record)
+    write_prediction(
+        path,
+        slide=record.name,
+        spot_ids=result.spot_ids,
+        genes=result.genes,
+        predictions=result.predictions,
+        spatial_px=record.table.obsm["spatial"],
+        grid_xy=record.table.obsm["grid"],
+        measured=result.measured,
+        measured_unsmoothed=result.measured_unsmoothed,
+        image=image,
+        image_scale=scale,
+        spot_diameter_px=spot_diameter(record.table.obsm["spatial"], test.layout.patch_size),
+        unit=UNIT,
+        provenance=provenance_of(test.members),
+    )
+
+
+def provenance_of(members: Sequence[Member]) -> dict[str, object]:
+    """Which models made a prediction."""
+    made = members[0].content["encoder"]
+    return {
+        "checkpoints": [f"{member.path.parent.name}/{member.path.name}" for member in members],
+        "epochs": [int(member.content["epoch"]) for member in members],
+        "prediction": MEAN if len(members) > 1 else members[0].name,
+        "training_type": members[0].config.DATA.type,
+        "protocol": members[0].content["fold"]["protocol"],
+        "encoder": made["name"],
+        "encoder_sha256": made["sha256"],
+        "patch_size": members[0].config.DATA.patch_size,
+        "smoothing": "mean over the 3x3 array neighborhood",
+        "log_base": 10,
+    }
+
+
+def about(test: ExternalTest, folder: Path, notes: list[str], peak: dict[str, float]) -> dict[str, object]:
+    """Everything of the summary that is no score."""
+    return {
+        "run": folder.parent.parent.resolve().name,
+        "test_name": test.layout.name,
+        "training_type": test.config.DATA.type,
+        "protocol": test.members[0].content["fold"]["protocol"],
+        "slides": {record.name: record.table.n_obs for record in test.store.slides},
+        "genes": test.genes,
+        "missing_genes": test.missing,
+        "checkpoints": [f"{member.path.parent.name}/{member.path.name}" for member in test.members],
+        "unit": UNIT,
+        "peak_memory": peak,
+        "notes": notes,
+    }

@@ -1,0 +1,252 @@
+"""--mode predict: one H&E slide without counts in, one AnnData file of predicted expression out.
+
+The frozen encoder runs while the slide is read: once over all spots for the pooled features that the global encoder sees,
+once more in chunks for tokens and neighbors. Nothing is cached, and memory does not grow with the tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.counts import some
+from datasets.encoding import default_workers
+from datasets.expression import UNIT
+from datasets.slides import Slide, open_slide
+from evaluation.maps import Tissue, predicted_map
+from evaluation.predictions import read_prediction, tissue_image, write_prediction
+from evaluation.style import save_figure
+from modes.ensemble import (
+    CHUNK_SIZE,
+    Member,
+    columns_of,
+    compare_fields_of_view,
+    describe_peak,
+    field_of_view_of,
+    load_members,
+    mean_prediction,
+    peak_memory,
+    shared_genes,
+    stream_predictions,
+)
+from modes.external import provenance_of
+from modes.scoring import THUMBNAIL_PX
+from modes.slide_spots import SlideSpots, spots_of_file, spots_on_tissue
+from modes.streaming import Part, encoded_parts, open_encoder, plan_for, pooled_features, spot_batches, validity
+from utils.cli import say
+from utils.files import require_file, safe_name
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """image: the slide.  out: the .h5ad.  spots: file of positions; without it a grid is laid over the tissue.
+
+    pitch_px, pitch_um: distance of two spots of that grid (default: one patch beside the other).  mpp: micrometres per
+    pixel, default that of the slide's metadata.  match_mpp: scale patches to the training's field of view.
+    min_tissue: share of a patch that must be tissue.  genes: maps of these are drawn beside the file.
+    """
+
+    image: str | Path
+    out: str | Path
+    spots: str | Path | None = None
+    pitch_px: float | None = None
+    pitch_um: float | None = None
+    mpp: float | None = None
+    match_mpp: bool = False
+    min_tissue: float | None = None
+    genes: tuple[str, ...] = ()
+
+
+def predict(
+    model_path: str | Path, options: PredictOptions, fold: int | None, overrides: Sequence[str], device: torch.device
+) -> Path:
+    """Predict a slide with the mean of the folds of a run, or with one of them; returns the file written.
+
+    Everything that can be wrong is found before the encoder runs. Raises ValueError / FileNotFoundError.
+    """
+    out = _check_options(options)
+    members = load_members(model_path, fold, overrides, device)
+    genes = shared_genes(members)
+    _check_genes(options.genes, genes)
+    image = require_file(options.image, "--image should be the slide to predict.")
+    with open_slide(image) as slide:
+        mpp = options.mpp or slide.microns_per_pixel
+        covered_px, view_note = covered_by_patch(members, mpp, options.match_mpp)
+        say(view_note)
+        spots = find_spots(slide, options, mpp, covered_px)
+        say(spots.note)
+        encoder = open_encoder(members[0], device)
+        predictions = predict_spots(members, genes, slide, spots.centers, spots.table.obsm["grid"], encoder, covered_px)
+        picture, scale = slide.thumbnail(THUMBNAIL_PX)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_prediction(
+        out,
+        slide=safe_name(image.stem, "Image"),
+        spot_ids=list(spots.table.obs_names),
+        genes=genes,
+        predictions=predictions,
+        spatial_px=spots.table.obsm["spatial"],
+        grid_xy=spots.table.obsm["grid"],
+        measured=None,
+        measured_unsmoothed=None,
+        image=picture,
+        image_scale=scale,
+        spot_diameter_px=spots.spot_diameter_px,
+        unit=UNIT,
+        provenance={
+            **provenance_of(members),
+            "image": image.name,
+            "image_size": list(slide.size),
+            "microns_per_pixel": mpp,
+            "patch_covers_px": covered_px,
+            "field_of_view": view_note,
+            "spots": spots.note,
+        },
+    )
+    maps = draw_maps(out, options.genes)
+    say(
+        f"{out}: {len(spots.table)} spots x {len(genes)} genes, {UNIT}; {describe_members(members)}. "
+        + (f"Maps: {', '.join(path.name for path in maps)}. " if maps else "")
+        + describe_peak(peak_memory())
+    )
+    return out
+
+
+def describe_members(members: Sequence[Member]) -> str:
+    return f"mean of {len(members)} folds" if len(members) > 1 else members[0].name.replace("_", " ")
+
+
+def _check_options(options: PredictOptions) -> Path:
+    """Contradicting or impossible flags, all in one message; returns the path to write."""
+    problems = []
+    out = Path(options.out)
+    if out.suffix != ".h5ad":
+        problems.append(f"--out {out} should end with .h5ad.")
+    grid_flags = {
+        "--pitch_px": options.pitch_px, "--pitch_um": options.pitch_um, "--min_tissue": options.min_tissue
+    }  # fmt: skip
+    given = [name for name, value in grid_flags.items() if value is not None]
+    if options.spots is not None and given:
+        problems.append(f"{', '.join(given)} shape the grid on the tissue, but --spots gives the positions.")
+    if options.pitch_px is not None and options.pitch_um is not None:
+        problems.append("--pitch_px and --pitch_um are both given; give one of them.")
+    for name, value in {**grid_flags, "--mpp": options.mpp}.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            problems.append(f"{name} should be more than zero, found {value:g}.")
+    if options.min_tissue is not None and options.min_tissue > 1:
+        problems.append(f"--min_tissue is a share of a patch, at most 1, found {options.min_tissue:g}.")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return out
+
+
+def _check_genes(wanted: Sequence[str], genes: Sequence[str]) -> None:
+    unknown = [gene for gene in wanted if gene not in genes]
+    if unknown:
+        close = sorted({name for gene in unknown for name in difflib.get_close_matches(gene, genes, n=2)})
+        raise ValueError(
+            f"--genes {', '.join(unknown)}: not among the {len(genes)} genes that the run predicts "
+            f"({'near: ' + ', '.join(close) if close else some(genes)})."
+        )
+
+
+def covered_by_patch(members: Sequence[Member], mpp: float | None, match_mpp: bool) -> tuple[int, str]:
+    """Level-0 px that a patch covers, and a sentence about its field of view in training and here."""
+    patch_px, trained = members[0].config.DATA.patch_size, field_of_view_of(members)
+    if match_mpp:
+        if mpp is None:
+            raise ValueError("--match_mpp needs the size of a pixel, which the slide does not tell. Give --mpp.")
+        if trained is None:
+            raise ValueError(
+                "--match_mpp: the size of a pixel of the training slides is not known to this run (microns_per_pixel of the "
+                "data set), so there is no field of view to match. Leave the flag out."
+            )
+        covered = max(2, 2 * round(trained / mpp / 2))
+        return covered, f"A patch covers {covered} px ({covered * mpp:.0f} um), scaled to {patch_px} px as in training."
+    sentence, differs = compare_fields_of_view(trained, None if mpp is None else patch_px * mpp, "this slide")
+    return patch_px, f"WARNING: {sentence} --match_mpp rescales the patches." if differs else sentence
+
+
+def find_spots(slide: Slide, options: PredictOptions, mpp: float | None, covered_px: int) -> SlideSpots:
+    """The spots of the file, or those of a grid on the tissue."""
+    if options.spots is not None:
+        return spots_of_file(slide, Path(options.spots))
+    return spots_on_tissue(
+        slide,
+        pitch_px=options.pitch_px,
+        pitch_um=options.pitch_um,
+        mpp=mpp,
+        covered_px=covered_px,
+        min_tissue=options.min_tissue,
+    )
+
+
+def predict_spots(
+    members: Sequence[Member],
+    genes: Sequence[str],
+    slide: Slide,
+    centers: np.ndarray,
+    grid_xy: np.ndarray,
+    encoder,
+    covered_px: int,
+) -> dict[str, np.ndarray]:
+    """{scale: (N, G) float32}, the mean over the folds, in the order of `centers` (N, 2).
+
+    encoder: a PatchEncoder.  covered_px: level-0 px that a patch covers; it is scaled to the patch size.
+    """
+    member, device, num_workers = members[0], encoder.device, default_workers()
+    source_size = None if covered_px == member.config.DATA.patch_size else covered_px
+    kinds = tuple(k for k, is_read in (("token", member.needs.tokens), ("neighbor", member.needs.neighbors)) if is_read)
+    target_plan = plan_for(member, ("target",), source_size)
+    features = pooled_features(slide, centers, encoder, target_plan, num_workers)
+    is_valid = validity(centers, slide.size, covered_px, member.config)
+    chunk_size = min(CHUNK_SIZE, member.config.EVALUATION.chunk_size)
+    if kinds:
+        parts = encoded_parts(slide, centers, encoder, plan_for(member, kinds, source_size), num_workers, chunk_size)
+    else:
+        parts = _empty_parts(len(centers), chunk_size)
+    batches = spot_batches(parts, features, is_valid, device)
+    return collect_mean(members, genes, features.to(device), torch.from_numpy(grid_xy), batches)
+
+
+def _empty_parts(num_spots: int, size: int) -> Iterator[Part]:
+    """For models that read the pooled feature alone."""
+    for start in range(0, num_spots, size):
+        yield slice(start, min(start + size, num_spots)), None, None
+
+
+def collect_mean(
+    members: Sequence[Member], genes: Sequence[str], features: Tensor, grid_xy: Tensor, batches
+) -> dict[str, np.ndarray]:
+    """The mean prediction of the folds for all spots; only the shared genes of one result are held."""
+    columns = [columns_of(member, genes) for member in members]
+    whole: dict[str, np.ndarray] = {}
+    for rows, found in stream_predictions(members, features, grid_xy, batches):
+        chosen = [
+            {scale: values[:, places] for scale, values in prediction.items()}
+            for prediction, places in zip(found, columns)
+        ]
+        for scale, values in mean_prediction(chosen).items():
+            whole.setdefault(scale, np.full((len(features), len(genes)), np.nan, dtype=np.float32))[rows] = values
+    return whole
+
+
+def draw_maps(out: Path, genes: Sequence[str]) -> list[Path]:
+    """PNG and SVG maps of the genes beside the file; returns the PNGs."""
+    if not genes:
+        return []
+    adata = read_prediction(out)
+    image, scale, diameter = tissue_image(adata)
+    tissue = Tissue(next(iter(adata.uns["spatial"])), adata.obsm["spatial"], diameter, image, scale)
+    paths = []
+    for gene in genes:
+        figure = predicted_map(tissue, gene, predicted=np.asarray(adata[:, gene].X).ravel(), unit=UNIT)
+        paths.append(save_figure(figure, out.with_name(f"{out.stem}_{gene.replace('/', '-')}"))[0])
+    return paths
