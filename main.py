@@ -174,7 +174,8 @@ def run_test(arguments: argparse.Namespace) -> None:
 
     device = device_from(arguments.gpu, arguments.device)
     data_type = load_config(arguments.config_name).DATA.type if arguments.config_name else None
-    test(required(arguments, "model_path"), arguments.fold, overrides_of(arguments), device, data_type)
+    model_path, with_report = required(arguments, "model_path"), not arguments.no_report
+    test(model_path, arguments.fold, overrides_of(arguments), device, data_type, with_report)
 
 
 def run_compare(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,11 +29,17 @@ FREE_KEYS = (
 
 
 def test(
-    model_path: str, fold: int | None, overrides: Sequence[str], device: torch.device, data_type: str | None = None
+    model_path: str,
+    fold: int | None,
+    overrides: Sequence[str],
+    device: torch.device,
+    data_type: str | None = None,
+    with_report: bool = True,
 ) -> None:
     """Test one fold, or all folds of a run folder, and write tables and predictions beside the checkpoint.
 
     data_type: DATA.type of the configuration given on the command line, if any; must be the checkpoint's.
+    with_report: figures and report.html of the run folder; the tables are written in any case.
     """
     path = Path(model_path)
     if fold is None and path.is_dir() and fold_checkpoints(path):
@@ -43,7 +50,7 @@ def test(
         _test_checkpoint(checkpoint, fold, overrides, device, data_type)
     run_dir = checkpoints[0].parent.parent
     if (run_dir / "config.yaml").is_file():
-        say(finish_run(run_dir))
+        say(finish_run(run_dir, with_report))
 
 
 def restored_config(content: dict, checkpoint: Path, overrides: Sequence[str]) -> Config:
@@ -83,5 +90,10 @@ def _test_checkpoint(
     summary = score_checkpoint(study, checkpoint, checkpoint.parent)
     say(
         f"Fold {trained['fold']} ({trained['name']}): PCC(A) {summary['pcc_all']:.4f}, MSE {summary['mse']:.4f} "
-        f"(training mean {summary['training_mean']['mse']:.4f}); written to {checkpoint.parent}"
+        f"(training mean {_known(summary['training_mean']['mse'])}); written to {checkpoint.parent}"
     )
+
+
+def _known(value: float) -> str:
+    """A score, or that there is none: an imported checkpoint does not say what its training spots were like on average."""
+    return "unknown" if math.isnan(value) else f"{value:.4f}"
