@@ -175,16 +175,23 @@ def check_batch_sizes(sizes: Sequence[int], k: int, fold: str) -> None:
 
 
 def epoch_rows(
-    store: SpotStore, rows: Tensor, *, batch_size: int, minimum: int, slides_per_batch: int, generator: torch.Generator
+    slide_of_row: Tensor,
+    rows: Tensor,
+    *,
+    batch_size: int,
+    minimum: int,
+    slides_per_batch: int,
+    generator: torch.Generator,
 ) -> list[Tensor]:
     """The batches of one epoch: every row once, shuffled.
 
+    slide_of_row: (R,) of the store; rows: those of the training slides.
     slides_per_batch = 0: spots of all slides are mixed (the paper). N > 0: every batch is drawn from N slides, so that
     the global encoder runs over N slides only; a named change of the sampling.
     """
     if slides_per_batch == 0:
         return split_rows(rows[torch.randperm(len(rows), generator=generator)], batch_size, minimum)
-    slide_of_row = store.slide_of_row[rows]
+    slide_of_row = slide_of_row[rows]
     slides = torch.unique(slide_of_row)
     slides = slides[torch.randperm(len(slides), generator=generator)]
     batches = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +92,7 @@ def load_store(
     with_neighbors: bool = True,
     hold_neighbors: bool = True,
     genes: Sequence[str] | None = None,
+    inspect: Callable[[list[SlideRecord]], None] | None = None,
 ) -> SpotStore:
     """Read tables and features of the slides and verify every cache before anything is computed.
 
@@ -99,6 +100,7 @@ def load_store(
     config_name: for the command that repairs a cache.
     hold_neighbors: False verifies the neighbor features but leaves them on disk, for slides too large to hold them
         (`read_rows` gets at them).  genes: read only their counts; None = all.
+    inspect: called with the verified slides before any feature is read; what it raises stops here.
     Raises ValueError / FileNotFoundError listing every slide that cannot be used and the command that repairs it.
     """
     reader = _FeatureReader(layout, encoder, sha256, config_name)
@@ -115,6 +117,8 @@ def load_store(
     if problems:
         raise ValueError(_joined(problems))
     assert records, "load_store needs at least one slide"
+    if inspect is not None:
+        inspect(records)
     return reader.read(records, with_neighbors and hold_neighbors)
 
 
@@ -201,7 +205,6 @@ class _FeatureReader:
             )
             for record in records
         ]
-        lengths = torch.tensor([table.n_obs for table in tables])
         return SpotStore(
             slides=records,
             encoder=EncoderIdentity(self.encoder, self.sha256 or "unknown"),
@@ -209,7 +212,7 @@ class _FeatureReader:
             neighbor_features=self._read_kind("neighbor", records) if with_neighbors else None,
             neighbor_is_valid=torch.from_numpy(np.concatenate(validity)),
             grid_xy=torch.from_numpy(np.concatenate([table.obsm["grid"] for table in tables])),
-            slide_of_row=torch.repeat_interleave(torch.arange(len(records)), lengths),
+            slide_of_row=slide_of_row(records),
         )
 
     def _read_kind(self, kind: str, records: list[SlideRecord]) -> Tensor:
@@ -234,6 +237,12 @@ class _FeatureReader:
         return read_published(self.layout.published_path(kind, record.name), record.table.n_obs)
 
 
+def slide_of_row(records: Sequence[SlideRecord]) -> Tensor:
+    """(R,) place of each row's slide among the records."""
+    lengths = torch.tensor([record.stop - record.start for record in records])
+    return torch.repeat_interleave(torch.arange(len(records)), lengths)
+
+
 def read_rows(layout: Layout, kind: str, record: SlideRecord, rows: slice) -> np.ndarray:
     """Features ("target" or "neighbor") of consecutive spots of a slide that `load_store` has verified."""
     path = layout.cache_path(kind, record.name)
@@ -245,8 +254,16 @@ def read_rows(layout: Layout, kind: str, record: SlideRecord, rows: slice) -> np
 def slide_targets(table: AnnData, genes: Sequence[str], smoothing: bool = True) -> np.ndarray:
     """Targets of a slide for a gene panel (SPEC 2): float32 (N, G), log10(1 + counts per 10 000 of the panel).
 
-    Raises ValueError that names the slide and the panel genes it does not hold.
+    Raises ValueError as `check_panel`.
     """
+    check_panel(table, genes)
+    counts = table[:, list(genes)].X
+    counts = counts.toarray() if hasattr(counts, "toarray") else np.asarray(counts)
+    return expression_targets(counts, table.obsm["grid"], smoothing=smoothing)
+
+
+def check_panel(table: AnnData, genes: Sequence[str]) -> None:
+    """Raise ValueError that names the slide and the panel genes it does not hold."""
     missing = [gene for gene in genes if gene not in table.var_names]
     if missing:
         raise ValueError(
@@ -254,9 +271,6 @@ def slide_targets(table: AnnData, genes: Sequence[str], smoothing: bool = True) 
             f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}). Make a panel of the genes that all slides "
             "have: python preprocess/select_genes.py --config NAME --overwrite"
         )
-    counts = table[:, list(genes)].X
-    counts = counts.toarray() if hasattr(counts, "toarray") else np.asarray(counts)
-    return expression_targets(counts, table.obsm["grid"], smoothing=smoothing)
 
 
 def store_targets(store: SpotStore, slides: Iterable[str], genes: Sequence[str], smoothing: bool = True) -> Tensor:

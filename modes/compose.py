@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,12 @@ from datasets.layout import Layout
 from datasets.spec import get_spec
 from engine import Precision, Step
 from models import build_loss, build_model
-from models.backbones import build_backbone
+from models.backbones import build_backbone, find_weights
 from models.baselines import build_baseline_loss
 from utils.config import Config
 
 SCALES = {"fused": "fused", "target": "target", "neighbor": "neighbor", "global": "global_"}
+WEIGHT_FOLDERS = (Path(__file__).resolve().parents[1] / "weights", Path("weights"))
 Encode = Callable[[SpotBatch], Tensor | None]
 
 
@@ -52,9 +54,14 @@ def needs_of(config: Config) -> Needs:
     )
 
 
-def load_encoder(config: Config, device: torch.device, *, allow_download: bool = False) -> nn.Module:
+def find_encoder(config: Config) -> Path:
+    """The file of the encoder's weights; FileNotFoundError says how to get it. Reads nothing."""
+    return find_weights(config.DATA.encoder, config.DATA.weights, search=WEIGHT_FOLDERS)
+
+
+def load_encoder(config: Config, device: torch.device) -> nn.Module:
     """The frozen patch encoder, on the device."""
-    return build_backbone(config.DATA.encoder, config.DATA.weights, allow_download=allow_download).to(device)
+    return build_backbone(config.DATA.encoder, config.DATA.weights, search=WEIGHT_FOLDERS).to(device)
 
 
 def make_encode(encoder: nn.Module | None) -> Encode:

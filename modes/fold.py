@@ -77,7 +77,7 @@ class FoldRun:
         self.generator.manual_seed(generator_for(*keys, "clusters").initial_seed())
         generator = generator_for(*keys, "batches")
         batches = epoch_rows(
-            store,
+            store.slide_of_row,
             store.rows_of(self.split.train_slides),
             batch_size=config.TRAINING.batch_size,
             minimum=config.LOSS.k,

@@ -11,12 +11,14 @@ from torch import nn
 from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
 from datasets.folds import Fold, available_folds, make_folds, with_validation
 from datasets.layout import Layout
-from datasets.spots import SpotStore, load_store
+from datasets.spots import SlideRecord, SpotStore, check_panel, load_store, slide_of_row
 from datasets.tokens import CachedTokens, open_tokens
 from engine import Precision
-from modes.compose import Encode, load_encoder, make_encode, needs_of
+from models.backbones import BackboneSpec, backbone_spec
+from modes.compose import Encode, find_encoder, load_encoder, make_encode, needs_of
 from utils.cli import say
 from utils.config import Config
+from utils.files import load_names
 from utils.runs import generator_for
 
 
@@ -77,9 +79,30 @@ def slides_of(layout: Layout, patients: Sequence[str]) -> list[str]:
     return [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in set(patients)]
 
 
-def open_study(config: Config, config_name: str, layout: Layout, slides: Sequence[str], device: torch.device) -> Study:
-    """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens."""
+def open_study(
+    config: Config,
+    config_name: str,
+    layout: Layout,
+    slides: Sequence[str],
+    device: torch.device,
+    folds: Sequence[Fold] = (),
+) -> Study:
+    """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens.
+
+    folds: those that will be trained; k and the gene panel are checked against them. The cheap comes first: the encoder
+    and its weights, then tables and headers of caches, then k and panel, and only then the features are read.
+    """
     needs = needs_of(config)
+    spec = backbone_spec(config.DATA.encoder)
+    if needs.tokens and runs_encoder(config, layout, slides):
+        find_encoder(config)
+    panel = load_names(layout.panel_path) if folds and config.EVALUATION.protocol == "paper" else []
+
+    def inspect(records: list[SlideRecord]) -> None:
+        check_clusters(config, layout, records, folds)
+        for record in records:
+            check_panel(record.table, panel)
+
     store = load_store(
         layout,
         slides,
@@ -87,7 +110,9 @@ def open_study(config: Config, config_name: str, layout: Layout, slides: Sequenc
         sha256=None,
         config_name=config_name,
         with_neighbors=needs.neighbors,
+        inspect=inspect,
     )
+    _check_width(store, spec, layout)
     source, encoder, token_dim = None, None, store.target_features.shape[1]
     if needs.tokens:
         source, encoder = _open_source(config, config_name, layout, store, device)
@@ -129,17 +154,33 @@ def _open_source(
     return source, encoder
 
 
-def check_clusters(study: Study, folds: Sequence[Fold]) -> None:
-    """k against the smallest batch of every fold, before the first epoch."""
-    config = study.config
+def runs_encoder(config: Config, layout: Layout, slides: Sequence[str]) -> bool:
+    """Whether the frozen encoder will run in training: without a token cache of every slide, or when asked for."""
+    missing = [slide for slide in slides if not layout.cache_path("token", slide).exists()]
+    return config.DATA.tokens == "online" or (config.DATA.tokens == "auto" and bool(missing))
+
+
+def _check_width(store: SpotStore, spec: BackboneSpec, layout: Layout) -> None:
+    """Published features do not say which encoder made them; only their width can contradict the configuration."""
+    width = store.target_features.shape[1]
+    if store.encoder.sha256 == "unknown" and width != spec.pooled_dim:
+        raise ValueError(
+            f"the features in {layout.root} have width {width}, those of {spec.name} have {spec.pooled_dim}: another encoder "
+            "made them (published features do not say which). Name it with --encoder, or extract those of "
+            f"{spec.name}: python preprocess/extract_features_uni.py --encoder {spec.name} --overwrite (with its other flags)"
+        )
+
+
+def check_clusters(config: Config, layout: Layout, records: Sequence[SlideRecord], folds: Sequence[Fold]) -> None:
+    """k against the smallest batch of every fold, before the first feature is read."""
     if config.MODEL.name != "gene_dml" or config.LOSS.group_weight == 0:
         return
     for fold in folds:
-        rows = study.store.rows_of(slides_of(study.layout, fold.train_patients))
+        rows = torch.cat([record.rows for record in records if record.patient in fold.train_patients])
         sizes = [
             len(batch)
             for batch in epoch_rows(
-                study.store,
+                slide_of_row(records),
                 rows,
                 batch_size=config.TRAINING.batch_size,
                 minimum=config.LOSS.k,

@@ -15,10 +15,10 @@ from modes.compose import open_layout
 from modes.fold import FoldRun, fit_closed_form, new_model, start_folder
 from modes.scoring import score_checkpoint
 from modes.split import prepare_split
-from modes.study import Study, check_clusters, find_folds, open_study
+from modes.study import Study, find_folds, open_study
 from utils.cli import say
 from utils.config import Config, with_overrides
-from utils.runs import open_run
+from utils.runs import check_run, open_run
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ def train(config: Config, options: TrainOptions) -> Path:
     """Train and test the folds, write the summary; returns the run folder."""
     layout = open_layout(config)
     run_dir = Path(config.GENERAL.log_path) / options.config_name / options.run_name
+    check_run(run_dir, config, options.resume)
     folds, notices = find_folds(config, layout, options.folds)
     patients = sorted(
         {p for fold in folds for p in (*fold.test_patients, *fold.train_patients, *fold.validation_patients)}
     )
     slides = [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in patients]
+    study = open_study(config, options.config_name, layout, slides, options.device, folds)
     open_run(run_dir, config, options.resume)
-    study = open_study(config, options.config_name, layout, slides, options.device)
-    check_clusters(study, folds)
     say(f"Run folder: {run_dir}")
     for fold in folds:
         folder = run_dir / f"fold_{fold.index}"

@@ -45,14 +45,23 @@ def generator_for(*keys: object) -> torch.Generator:
 def open_run(folder: Path, config: Config, resume: bool) -> None:
     """Make the run folder with its resolved configuration and versions, or check that it may be continued.
 
+    Raises ValueError as `check_run`.
+    """
+    check_run(folder, config, resume)
+    if not (folder / "config.yaml").exists():
+        save_config(config, folder / "config.yaml")
+        write_json(folder / "versions.json", versions())
+
+
+def check_run(folder: Path, config: Config, resume: bool) -> None:
+    """Whether a run may start or go on in the folder; nothing is written.
+
     A folder that holds a run is continued only on request and only with the configuration it was started with.
     """
     saved = folder / "config.yaml"
     if not saved.exists():
         if resume and folder.exists():
             raise ValueError(f"--resume: {folder} holds no config.yaml, so no run was started there.")
-        save_config(config, saved)
-        write_json(folder / "versions.json", versions())
         return
     if not resume:
         raise ValueError(
