@@ -103,6 +103,7 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
 def _add_predict_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--image", help="the slide: any plain image or whole-slide format")
     group.add_argument("--spots", help="positions: csv or tsv with x, y in pixels, or those of Space Ranger")
+    group.add_argument("--exchanged_pixels", action="store_true", help="--spots is of a published external set")
     group.add_argument("--pitch_px", type=float, help="without --spots: grid on the tissue, spots this many px apart")
     group.add_argument("--pitch_um", type=float, help="the same in micrometres")
     group.add_argument("--mpp", type=float, help="micrometres per pixel (default: of the slide's metadata)")
@@ -206,6 +207,7 @@ def run_predict(arguments: argparse.Namespace) -> None:
         image=required(arguments, "image"),
         out=required(arguments, "out"),
         spots=arguments.spots,
+        exchanged_pixels=arguments.exchanged_pixels,
         pitch_px=arguments.pitch_px,
         pitch_um=arguments.pitch_um,
         mpp=arguments.mpp,

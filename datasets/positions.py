@@ -51,6 +51,11 @@ class Positions:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def exchanged(self) -> Positions:
+        """With x and y exchanged, of the pixels and of the grid: for tables of the published external sets."""
+        grid = None if self.grid is None else self.grid[:, ::-1]
+        return Positions(self.ids, self.pixels[:, ::-1], grid, self.in_tissue, self.kind)
+
     def under_tissue(self) -> Positions:
         """Only the spots that lie under tissue."""
         keep = self.in_tissue

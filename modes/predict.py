@@ -50,12 +50,14 @@ class PredictOptions:
 
     pitch_px, pitch_um: distance of two spots of that grid (default: one patch beside the other).  mpp: micrometres per
     pixel, default that of the slide's metadata.  match_mpp: scale patches to the training's field of view.
+    exchanged_pixels: the positions are of a published external set, whose two pixel columns are exchanged.
     min_tissue: share of a patch that must be tissue.  genes: maps of these are drawn beside the file.
     """
 
     image: str | Path
     out: str | Path
     spots: str | Path | None = None
+    exchanged_pixels: bool = False
     pitch_px: float | None = None
     pitch_um: float | None = None
     mpp: float | None = None
@@ -135,6 +137,8 @@ def _check_options(options: PredictOptions) -> Path:
     given = [name for name, value in grid_flags.items() if value is not None]
     if options.spots is not None and given:
         problems.append(f"{', '.join(given)} shape the grid on the tissue, but --spots gives the positions.")
+    if options.exchanged_pixels and options.spots is None:
+        problems.append("--exchanged_pixels is about the columns of --spots, which is not given.")
     if options.pitch_px is not None and options.pitch_um is not None:
         problems.append("--pitch_px and --pitch_um are both given; give one of them.")
     for name, value in {**grid_flags, "--mpp": options.mpp}.items():
@@ -177,7 +181,7 @@ def covered_by_patch(members: Sequence[Member], mpp: float | None, match_mpp: bo
 def find_spots(slide: Slide, options: PredictOptions, mpp: float | None, covered_px: int) -> SlideSpots:
     """The spots of the file, or those of a grid on the tissue."""
     if options.spots is not None:
-        return spots_of_file(slide, Path(options.spots))
+        return spots_of_file(slide, Path(options.spots), options.exchanged_pixels)
     return spots_on_tissue(
         slide,
         pitch_px=options.pitch_px,

@@ -60,9 +60,14 @@ def spots_on_tissue(
     return SlideSpots(_table(slide, ids, grid.centers.astype(np.float64), grid.grid), pitch, note)
 
 
-def spots_of_file(slide: Slide, path: Path) -> SlideSpots:
-    """Spots at given pixels; where the file has no array positions they are found from the pixels."""
+def spots_of_file(slide: Slide, path: Path, exchanged_pixels: bool = False) -> SlideSpots:
+    """Spots at given pixels; where the file has no array positions they are found from the pixels.
+
+    exchanged_pixels: the convention of the published external sets, see `DatasetSpec`.
+    """
     positions = read_positions(path)
+    if exchanged_pixels:
+        positions = positions.exchanged()
     num_listed = len(positions)
     positions = positions.under_tissue()
     if len(positions) == 0:
