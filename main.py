@@ -157,6 +157,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         say("Instance groups come from spectral clustering; --use_kmeans selects the paper's k-means.")
     options = TrainOptions(
         config_name=config_label(arguments.config_name),
+        config_file=arguments.config_name,
         run_name=arguments.run_name or f"exp_{config.GENERAL.exp_id}",
         device=device_from(arguments.gpu, arguments.device),
         folds=arguments.folds if arguments.fold is None else [arguments.fold, *(arguments.folds or [])],

@@ -164,7 +164,7 @@ class _FeatureReader:
         if image_size is None:
             with open_slide(self.layout.image_path(slide)) as image:
                 image_size = image.size
-        check_inside(table, image_size)
+        check_inside(table, image_size, self._image_path(slide) or "its image")
         return image_size
 
     def _verify_cache(self, kind: str, slide: str, table: AnnData) -> tuple[int, int]:

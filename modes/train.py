@@ -23,7 +23,7 @@ from utils.runs import check_run, open_run
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What a training is asked for beside its configuration."""
+    """What a training is asked for beside its configuration. config_name: of the folder of its runs."""
 
     config_name: str
     run_name: str
@@ -32,6 +32,7 @@ class TrainOptions:
     resume: bool
     checkpoint_seconds: float
     with_report: bool = True  # figures and report.html; the tables are written in any case
+    config_file: str | None = None  # the configuration as it was given, for the commands in messages; else config_name
 
 
 def train(config: Config, options: TrainOptions) -> Path:
@@ -44,7 +45,7 @@ def train(config: Config, options: TrainOptions) -> Path:
         {p for fold in folds for p in (*fold.test_patients, *fold.train_patients, *fold.validation_patients)}
     )
     slides = [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in patients]
-    study = open_study(config, options.config_name, layout, slides, options.device, folds)
+    study = open_study(config, options.config_file or options.config_name, layout, slides, options.device, folds)
     open_run(run_dir, config, options.resume)
     say(f"Run folder: {run_dir}")
     for fold in folds:
