@@ -91,6 +91,27 @@ def read_gene_names(path: str | Path) -> list[str]:
         raise ValueError(f"{path} is not a readable table of counts (truncated?): {error}") from error
 
 
+def spot_names(path: str | Path) -> list[str]:
+    """The spot ids of a table of counts as they are written, in its order, without taking the counts apart."""
+    path = require_file(path, "It should hold the raw counts of a slide, spots x genes.")
+    try:
+        if path.name.endswith(".parquet"):
+            file = pa.parquet.ParquetFile(path)
+            index = _index_columns(file.schema_arrow)
+            return file.read(columns=index[:1]).column(0).to_pylist() if index else []
+        if path.name.endswith(".h5ad"):
+            return anndata.read_h5ad(path, backed="r").obs_names.tolist()
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+            file.readline()
+            separator = _separator(path).encode()
+            return [line.partition(separator)[0].decode().strip('"') for line in file if line.strip()]
+    except (pa.ArrowException, OSError, EOFError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a readable table of counts (truncated?): {str(error).splitlines()[0]}. Take the original file "
+            "again."
+        ) from error
+
+
 def gene_names(path: str | Path) -> list[str]:
     """Names of the genes of a table of counts, in its order; of parquet and text only the header is read."""
     path = require_file(path, "It should hold the raw counts of a slide, spots x genes.")

@@ -234,8 +234,16 @@ def read_published(path: str | Path, num_spots: int) -> np.ndarray:
 
     Its rows can only be told apart by their number, so a wrong number is refused with the likely cause.
     """
-    path = Path(path)
-    tensor = load_tensors(path)
+    return _published(Path(path), num_spots, memory_map=False).float().numpy()
+
+
+def verify_published(path: str | Path, num_spots: int) -> tuple[int, ...]:
+    """The shape of published features, checked as in `read_published`, without reading the numbers."""
+    return tuple(_published(Path(path), num_spots, memory_map=True).shape)
+
+
+def _published(path: Path, num_spots: int, *, memory_map: bool) -> torch.Tensor:
+    tensor = load_tensors(path, memory_map=memory_map)
     if not isinstance(tensor, torch.Tensor) or tensor.dim() not in (2, 3) or not tensor.is_floating_point():
         found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ValueError(f"{path} should hold one tensor of features, N x D or N x M x D; found {found}.")
@@ -247,7 +255,7 @@ def read_published(path: str | Path, num_spots: int) -> np.ndarray:
             f"python preprocess/extract_features_uni.py --extract_mode {'target' if tensor.dim() == 2 else 'neighbor'} "
             f"--slides {path.stem} (with --config, or --mode external --test_name)"
         )
-    return tensor.float().numpy()
+    return tensor
 
 
 def _likely_cause(tensor: torch.Tensor, num_spots: int) -> str:

@@ -12,7 +12,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from datasets.expression import expression_targets
-from datasets.feature_cache import read_features, read_identity, read_published, verify_cache
+from datasets.feature_cache import read_features, read_identity, read_published, verify_cache, verify_published
 from datasets.geometry import neighbor_validity
 from datasets.layout import Layout
 from datasets.slides import open_slide
@@ -103,7 +103,7 @@ def load_store(
     inspect: called with the verified slides before any feature is read; what it raises stops here.
     Raises ValueError / FileNotFoundError listing every slide that cannot be used and the command that repairs it.
     """
-    reader = _FeatureReader(layout, encoder, sha256, config_name)
+    reader = FeatureReader(layout, encoder, sha256, config_name)
     records, problems, start = [], [], 0
     for slide in slides:
         try:
@@ -144,20 +144,28 @@ def extraction_command(
     return f"python preprocess/extract_features_uni.py {where} {' '.join(flags)}"
 
 
-class _FeatureReader:
-    """Finds each slide's features (our caches, else the published .pt), verifies and reads them."""
+class FeatureReader:
+    """Finds each slide's features (our caches, else the published .pt), verifies and reads them.
+
+    sha256: of the weights; None until the first slide with a cache says it, and then of all.
+    """
 
     def __init__(self, layout: Layout, encoder: str, sha256: str | None, config_name: str):
         self.layout, self.encoder, self.sha256, self.config_name = layout, encoder, sha256, config_name
 
     def verify(self, slide: str, table: AnnData, with_neighbors: bool) -> tuple[int, int]:
-        """Check the slide's features against its spots and image; returns the image size (width, height)."""
+        """Check the slide's features against its spots and image; returns the image size (width, height).
+
+        Reads headers and identifiers only. table: with ids and centres; its counts are not used.
+        """
         image_size = None
         for kind in ("target", "neighbor") if with_neighbors else ("target",):
             path = self.layout.cache_path(kind, slide)
             if path.exists():
                 image_size = self._verify_cache(kind, slide, table)
-            elif self.layout.published_path(kind, slide) is None:
+            elif (published := self.layout.published_path(kind, slide)) is not None:
+                verify_published(published, table.n_obs)
+            else:
                 raise FileNotFoundError(
                     f"{path} does not exist: slide {slide} has no {kind} features. Run: {self._command(kind, slide)}"
                 )

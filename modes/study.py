@@ -52,12 +52,7 @@ def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> 
     Returns them and one sentence for each thing that is left out, which is also said; ValueError when a wanted fold
     cannot be run.
     """
-    spec = layout.spec
-    slides = layout.slides_on_disk()
-    on_disk = sorted({spec.patient_of(slide) for slide in slides})
-    patients = list(spec.patients) or on_disk
-    folds = make_folds(patients, spec.fold_scheme, spec.num_folds, spec.fold_seed)
-    folds, notices = available_folds(folds, on_disk)
+    folds, notices = possible_folds(layout)
     for notice in notices:
         say(notice)
     if wanted is not None:
@@ -72,6 +67,14 @@ def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> 
     if config.EVALUATION.protocol == "clean" and config.EVALUATION.fixed_epochs is None:
         folds = [with_validation(fold, config.GENERAL.seed) for fold in folds]
     return folds, notices
+
+
+def possible_folds(layout: Layout) -> tuple[list[Fold], list[str]]:
+    """The folds that the slides on disk allow, and one sentence for each thing that is left out."""
+    spec = layout.spec
+    on_disk = sorted({spec.patient_of(slide) for slide in layout.slides_on_disk()})
+    folds = make_folds(list(spec.patients) or on_disk, spec.fold_scheme, spec.num_folds, spec.fold_seed)
+    return available_folds(folds, on_disk)
 
 
 def slides_of(layout: Layout, patients: Sequence[str]) -> list[str]:

@@ -19,9 +19,12 @@ def save_checkpoint(path: str | Path, content: Mapping) -> None:
     write_atomically(path, lambda temporary: torch.save({"schema": SCHEMA, **content}, temporary))
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint of this project; ValueError when it is something else or of another schema."""
-    content = load_tensors(path)
+def load_checkpoint(path: str | Path, *, memory_map: bool = False) -> dict:
+    """Read a checkpoint of this project; ValueError when it is something else or of another schema.
+
+    memory_map: for who needs what stands beside the weights.
+    """
+    content = load_tensors(path, memory_map=memory_map)
     if not isinstance(content, dict) or "schema" not in content:
         raise ValueError(
             f"{path} is not a checkpoint of this program (no 'schema' entry). A checkpoint of the published code is "

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,11 +66,14 @@ def require_file(path: str | Path, hint: str) -> Path:
     return path
 
 
-def load_tensors(path: str | Path) -> object:
-    """Read a `.pt` file with PyTorch's safe loader (tensors, numbers, strings, lists and dicts only) on the CPU."""
+def load_tensors(path: str | Path, *, memory_map: bool = False) -> object:
+    """Read a `.pt` file with PyTorch's safe loader (tensors, numbers, strings, lists and dicts only) on the CPU.
+
+    memory_map: leave the numbers of the tensors on disk until they are used (files in the old format are read anyway).
+    """
     path = require_file(path, "Check the path.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=memory_map and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds objects other than tensors, numbers, strings, lists and dicts, and files from elsewhere "
