@@ -10,6 +10,7 @@ python main.py --mode doctor --config_name her2st/dml
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from utils.cli import device_from, run, say
 from utils.config import LARGE, Config, config_label, load_config
@@ -38,6 +39,7 @@ KEY_OF_FLAG = {
 SWITCHES = {
     "use_kmeans": "LOSS.use_kmeans=true",
     "normalize_fused": "LOSS.normalize_fused=true",
+    "start_at_mean": "TRAINING.start_at_mean=true",
     "no_instance_loss": "LOSS.instance_weight=0",
     "no_group_loss": "LOSS.group_weight=0",
     "no_neighbor": "MODEL.use_neighbor=false",
@@ -96,7 +98,7 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--slides_per_batch", type=int, help="draw every batch from N slides (0: from all)")
     group.add_argument("--protocol", choices=("clean", "paper"), help="how epochs, genes and averages are chosen")
     group.add_argument("--fixed_epochs", type=int, help="train N epochs instead of choosing one")
-    for name in ("normalize_fused", "no_instance_loss", "no_group_loss", "no_neighbor", "no_global"):
+    for name in ("normalize_fused", "start_at_mean", "no_instance_loss", "no_group_loss", "no_neighbor", "no_global"):
         group.add_argument(f"--{name}", action="store_true")
 
 
@@ -220,6 +222,24 @@ def run_predict(arguments: argparse.Namespace) -> None:
     predict(model_path, options, arguments.fold, overrides_of(arguments), device)
 
 
+def run_doctor(arguments: argparse.Namespace) -> None:
+    from modes.doctor import Question, doctor
+
+    config = config_of(arguments)
+    run_name = arguments.run_name or f"exp_{config.GENERAL.exp_id}"
+    question = Question(
+        config_name=arguments.config_name,
+        run_dir=Path(config.GENERAL.log_path) / config_label(arguments.config_name) / run_name,
+        resume=arguments.resume,
+        gpu=arguments.gpu,
+        device=arguments.device,
+        fold=arguments.fold,
+        model_path=arguments.model_path,
+        test_name=arguments.test_name,
+    )
+    doctor(config, question)
+
+
 RUN_OF_MODE = {
     "train": run_train,
     "test": run_test,
@@ -227,6 +247,7 @@ RUN_OF_MODE = {
     "predict": run_predict,
     "compare": run_compare,
     "import_reference": run_import_reference,
+    "doctor": run_doctor,
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from models.attention import FeedForward, TransformerLayer
 from models.encoders import FusionEncoder, GeneEncoder, GlobalEncoder, NeighborEncoder
@@ -15,7 +16,7 @@ from models.position import GridConvolution
 
 BASELINES = ("mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_probe", "triplex")
 
-__all__ = ["BASELINES", "Embeddings", "GeneDML", "Prediction", "build_loss", "build_model"]
+__all__ = ["BASELINES", "Embeddings", "GeneDML", "Prediction", "build_loss", "build_model", "start_at_mean"]
 
 
 def build_model(
@@ -43,6 +44,19 @@ def build_model(
             config, feature_dim=feature_dim, num_genes=num_genes, pooled_dim=pooled_dim, num_neighbors=num_neighbors
         )
     raise ValueError(f"Unknown model '{config.name}'. Set MODEL.name to one of: gene_dml, {', '.join(BASELINES)}.")
+
+
+@torch.no_grad()
+def start_at_mean(model: nn.Module, mean: Tensor) -> None:
+    """Set the bias of every head's last Linear to `mean` (G,), the training mean of the targets.
+
+    The published code starts from a bias near zero, two units below the targets, and spends its first epochs on that
+    offset; the gradients of that phase are many times those of the signal. The set of functions the model can learn is
+    the same.
+    """
+    for head in model.output_heads():
+        last = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+        last.bias.copy_(mean)
 
 
 def _build_gene_dml(config: Any, *, feature_dim: int, pooled_dim: int, num_genes: int, num_neighbors: int) -> GeneDML:

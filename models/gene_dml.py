@@ -107,6 +107,10 @@ class GeneDML(nn.Module):
         """True if `forward` needs global tokens; otherwise `encode_slides` need not be called."""
         return self.global_encoder is not None
 
+    def output_heads(self) -> list[nn.Module]:
+        """The heads that predict expression, fused first."""
+        return [self.fused_predictor, *self.scale_predictors.values()]
+
     def encode_slides(
         self, slide_features: Tensor, grid_xy: Tensor, lengths: list[int], rows: Tensor | None = None
     ) -> Tensor:

@@ -16,6 +16,10 @@ class FeatureRegressor(SpotModel):
         super().__init__()
         self.head = head
 
+    def output_heads(self) -> list[nn.Module]:
+        """The head that predicts expression."""
+        return [self.head]
+
     def forward(
         self,
         *,

@@ -89,6 +89,10 @@ class Triplex(nn.Module):
         self.needs_neighbors = neighbor_encoder is not None
         self.needs_slides = global_encoder is not None
 
+    def output_heads(self) -> list[nn.Module]:
+        """The heads that predict expression."""
+        return list(self.heads.values())
+
     def encode_slides(
         self, slide_features: Tensor, grid_xy: Tensor, lengths: list[int], rows: Tensor | None = None
     ) -> Tensor:

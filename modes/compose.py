@@ -16,6 +16,7 @@ from engine import Precision, Step
 from models import build_loss, build_model
 from models.backbones import build_backbone, find_weights
 from models.baselines import build_baseline_loss
+from modes.compiled import CompiledForward
 from utils.config import Config
 
 SCALES = {"fused": "fused", "target": "target", "neighbor": "neighbor", "global": "global_"}
@@ -95,9 +96,11 @@ def make_step(model: nn.Module, config: Config, encode: Encode, generator: torch
         loss = build_loss(config.LOSS, generator=generator)
     else:
         loss = build_baseline_loss(config.MODEL.name)
+    # The encoder over whole slides is not compiled: its shapes change with the slides of every batch.
+    forward = CompiledForward(model) if config.TRAINING.compile else model
 
     def step(batch: SpotBatch) -> dict[str, Tensor]:
-        return loss(_forward(model, needs, encode, batch), batch.expression)
+        return loss(_forward(model, forward, needs, encode, batch), batch.expression)
 
     return step
 
@@ -126,18 +129,18 @@ def make_predict(
 
 def batch_clusters(model: nn.Module, config: Config, encode: Encode, batch: SpotBatch) -> tuple[Tensor, Tensor]:
     """(B,) clusters of a batch by its fused and by its gene vectors, as the instance-group loss forms them."""
-    prediction = _forward(model, needs_of(config), encode, batch)
+    prediction = _forward(model, model, needs_of(config), encode, batch)
     loss = build_loss(config.LOSS)
     embeddings = prediction.embeddings
     return loss.cluster(embeddings.fused_cluster).labels.cpu(), loss.cluster(embeddings.gene_cluster).labels.cpu()
 
 
-def _forward(model: nn.Module, needs: Needs, encode: Encode, batch: SpotBatch):
-    """The model on a training batch: the slides of the batch through the global encoder, then its spots."""
+def _forward(model: nn.Module, forward: Callable, needs: Needs, encode: Encode, batch: SpotBatch):
+    """The model on a training batch: its slides through the global encoder, then its spots through `forward`."""
     global_tokens = None
     if needs.slides:
         global_tokens = model.encode_slides(batch.slide_features, batch.grid_xy, batch.lengths, batch.slide_rows)
-    return model(**model_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
+    return forward(**model_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
 
 
 def model_inputs(batch: SpotBatch, encode: Encode) -> dict[str, Tensor | None]:
@@ -167,7 +170,9 @@ class Optimization:
     @classmethod
     def of(cls, model: nn.Module, config: Config, precision: Precision) -> Optimization:
         training = config.TRAINING
-        optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
+        # Fused: the same update in one pass over the weights.
+        fused = precision.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=fused)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, training.lr_step_epochs, gamma=training.lr_decay)
         return cls(optimizer, scheduler, precision)
 

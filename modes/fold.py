@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from datasets.batches import TrainingBatches, epoch_rows
 from engine import Progress, evaluate, fit, train_one_epoch
 from evaluation.protocol import SlideResult, epoch_scores
+from models import start_at_mean
 from modes.compose import Optimization, batch_clusters, make_model, make_predict, make_step
 from modes.split import Split
 from modes.study import Study
@@ -217,6 +218,9 @@ def new_model(study: Study, split: Split) -> nn.Module:
         token_dim=study.token_dim,
         num_genes=len(split.genes),
     )
+    if study.config.TRAINING.start_at_mean and not model.is_closed_form:
+        rows = study.store.rows_of(split.train_slides)
+        start_at_mean(model, split.targets[rows].mean(dim=0))
     return model.to(study.device)
 
 
@@ -226,7 +230,12 @@ def start_folder(folder: Path, study: Study, split: Split, notices: Sequence[str
     notices: sentences about what was left out, for the summary.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "split.json", {**split.to_dict(study.config.EVALUATION.protocol), "notes": list(notices)})
+    described = {
+        **split.to_dict(study.config.EVALUATION.protocol),
+        "tokens": study.token_source,
+        "notes": list(notices),
+    }
+    write_json(folder / "split.json", described)
     write_text(folder / "genes.txt", "\n".join(split.genes) + "\n")
 
 

@@ -86,6 +86,7 @@ class Training:
     learning_rate: float = 1e-4
     lr_step_epochs: int = 20
     lr_decay: float = 0.95
+    start_at_mean: bool = False  # output biases start at the training mean instead of near zero (not in the paper)
     precision: str = "auto"  # auto | float32 | bf16 | fp16
     compile: bool = False
     slides_per_batch: int = 0  # 0: spots of all slides are mixed, as in the paper
