@@ -1,0 +1,201 @@
+"""The doctor on the machine: encoder and weights, device, memory and disk against what the run will need."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from datasets.encoding import VIEW_COUNTS
+from datasets.layout import Layout
+from datasets.spots import extraction_command
+from models.backbones import BackboneSpec, backbone_spec
+from modes.compose import find_encoder, make_model, needs_of
+from modes.findings import Findings
+from modes.study import runs_encoder
+from utils.cli import device_from
+from utils.config import Config
+
+FLOAT = 4  # bytes
+# What a layer keeps for the backward pass, in widths of its token: two normed inputs, q, k, v, the attention's output and
+# its projection, the output of the feed-forward part; and twice the width of the hidden layer, before and after GELU.
+KEPT_WIDTHS, KEPT_HIDDEN = 8, 2
+
+
+def check_encoder(
+    config: Config, layout: Layout, slides: Sequence[str], have_features: bool, findings: Findings
+) -> BackboneSpec | None:
+    """The encoder's name, the size of its patches, and its weights where the run (or an extraction before it) needs them."""
+
+    def takes_patches() -> BackboneSpec:
+        found = backbone_spec(config.DATA.encoder)
+        found.check_size(layout.patch_size, layout.patch_size)
+        return found
+
+    spec = findings.attempt("encoder", takes_patches)
+    if spec is None:
+        return None
+    online = needs_of(config).tokens and runs_encoder(config, layout, slides)
+    if have_features and not online:
+        findings.ok("encoder", f"{spec.name}: not needed in training, everything it gives is cached.")
+        return spec
+    path = findings.attempt("encoder", lambda: find_encoder(config))
+    if path is not None:
+        why = "it runs in every step" if online and have_features else "for the extraction"
+        findings.ok("encoder", f"{spec.name}: {path} ({why}).")
+    return spec
+
+
+def check_device(gpu: int | None, device: str | None, findings: Findings) -> torch.device | None:
+    """The device asked for; None if it is not there."""
+    if gpu is None and device is None and not torch.cuda.is_available():
+        findings.warning("device", "no CUDA device: the CPU is used, which is for small models and trials.")
+        return torch.device("cpu")
+    found = findings.attempt("device", lambda: device_from(gpu, device))
+    if found is not None:
+        name = f" ({torch.cuda.get_device_name(found)})" if found.type == "cuda" else ""
+        findings.ok("device", f"{found}{name}.")
+    return found
+
+
+def check_token_cache(
+    config: Config,
+    config_name: str,
+    layout: Layout,
+    spots: int,
+    slides: Sequence[str],
+    spec: BackboneSpec,
+    findings: Findings,
+) -> None:
+    """What a token cache would take, where there is none and the model reads tokens."""
+    if not needs_of(config).tokens or not runs_encoder(config, layout, slides) or config.DATA.tokens == "online":
+        return
+    views = VIEW_COUNTS[-1]
+    nbytes = spots * views * spec.num_tokens(layout.patch_size) * spec.dim * 2  # float16
+    free = shutil.disk_usage(layout.root).free
+    text = (
+        f"without token caches the encoder runs in every step. A cache of {views} views would take {gigabytes(nbytes)}, "
+        f"{gigabytes(free)} are free in {layout.root}"
+    )
+    command = extraction_command(layout, "token", None, spec.name, config_name)
+    if nbytes > free:
+        findings.warning(
+            "tokens",
+            f"{text}. One view takes {gigabytes(nbytes / views)} (--views 1: no augmentation), pooled tokens about a quarter "
+            f"(--token_pool 2): {command}",
+        )
+    else:
+        findings.warning("tokens", f"{text}: {command}")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes that a run will hold, roughly."""
+
+    features: int
+    patches: int  # where the encoder runs
+    encoder: int
+    model: int  # weights, gradients, Adam's two moments, and the best weights so far
+    batch: int  # activations of a training step
+
+    @property
+    def total(self) -> int:
+        return self.features + self.patches + self.encoder + self.model + self.batch
+
+
+def demand(
+    config: Config, spec: BackboneSpec, spots: int, slide_sizes: Sequence[int], online: bool, half: bool
+) -> Demand:
+    """What the run will hold, from sizes alone: the model is built without memory.
+
+    half: activations in 16 bits.  slide_sizes: number of spots of each slide.
+    """
+    needs, data, tiles = needs_of(config), config.DATA, config.DATA.num_neighbors**2
+    with torch.device("meta"):
+        model = make_model(config, feature_dim=spec.pooled_dim, token_dim=spec.dim, num_genes=data.num_genes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    batch = 0
+    if needs.tokens:
+        tokens = spec.num_tokens(data.patch_size)
+        batch = _activations(config, spec, tokens, slide_sizes) * (FLOAT // 2 if half else FLOAT)
+    return Demand(
+        features=spots * spec.pooled_dim * (1 + tiles * needs.neighbors) * FLOAT,
+        patches=spots * data.patch_size**2 * 3 if online else 0,
+        encoder=_encoder_bytes(config) if online else 0,
+        model=parameters * FLOAT * 5,
+        batch=batch,
+    )
+
+
+def _activations(config: Config, spec: BackboneSpec, num_tokens: int, slide_sizes: Sequence[int]) -> int:
+    """Numbers kept for the backward pass of one batch: fusion, neighbor encoder, and the slides that the batch touches."""
+    model, size = config.MODEL, min(config.TRAINING.batch_size, sum(slide_sizes))
+    tiles, width = config.DATA.num_neighbors**2 * model.use_neighbor, model.projection_dim
+    fused_tokens = num_tokens + tiles + model.use_global
+    fusion = fused_tokens * (KEPT_WIDTHS * width + 2 * KEPT_HIDDEN * model.fusion_mlp_dim) + num_tokens * spec.dim
+    neighbor = tiles * model.neighbor_depth * (KEPT_WIDTHS + KEPT_HIDDEN * model.neighbor_mlp_ratio) * spec.pooled_dim
+    slides = sorted(slide_sizes, reverse=True)[: config.TRAINING.slides_per_batch or size]
+    context = sum(slides) * model.global_depth * (KEPT_WIDTHS + KEPT_HIDDEN * model.global_mlp_ratio) * spec.pooled_dim
+    return round(size * (fusion + neighbor) + context * model.use_global)
+
+
+def _encoder_bytes(config: Config) -> int:
+    """Size of the weight file; 0 where there is none, which is a finding of its own."""
+    try:
+        return find_encoder(config).stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def check_memory(need: Demand, device: torch.device, findings: Findings) -> None:
+    """The demand against the memory of the host and of the device."""
+    parts = {
+        "features": need.features,
+        "patches": need.patches,
+        "encoder": need.encoder,
+        "model with Adam": need.model,
+        "a training step": need.batch,
+    }
+    listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
+    on_cuda = device.type == "cuda"
+    # Features and patches stay on the host where they do not fit beside the rest (DATA.residence=auto).
+    host = need.features + need.patches + need.encoder + (0 if on_cuda else need.model + need.batch)
+    limits = [("host memory", host, available_memory())]
+    if on_cuda:
+        limits.append(
+            (f"memory of {device}", need.encoder + need.model + need.batch, torch.cuda.mem_get_info(device)[0])
+        )
+    for where, needed, free in limits:
+        if needed > free:
+            findings.problem(
+                "memory",
+                f"about {gigabytes(needed)} of {where} are needed, {gigabytes(free)} are free ({listed}). Choose a smaller "
+                "--batch_size, --slides_per_batch 5, a smaller model, or a larger machine.",
+            )
+        else:
+            findings.ok("memory", f"{where}: about {gigabytes(needed)} of {gigabytes(free)} free ({listed}).")
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may still take: of the machine, and of its control group where it has a limit."""
+    amounts = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        amounts.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        amounts.append(int(limit.read_text()) - int(used.read_text()))
+    return min(amounts, default=_physical_memory())
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.3g} GB"

@@ -1,0 +1,132 @@
+"""--mode doctor: everything that can be known in seconds about a run that has not been started, with remedies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from datasets.folds import Fold, with_validation
+from datasets.layout import Layout
+from datasets.spots import SlideRecord
+from engine import Precision
+from models.backbones import BackboneSpec
+from modes.check_data import check_features, check_panel, check_slides, read_tables
+from modes.check_resources import check_device, check_encoder, check_memory, check_token_cache, demand
+from modes.check_tissue import check_checkpoints, check_fields_of_view, check_shared_tissue
+from modes.compose import needs_of, open_layout
+from modes.findings import PROBLEM, WARNING, Findings
+from modes.study import check_clusters, possible_folds, runs_encoder
+from utils.cli import say
+from utils.config import Config
+from utils.runs import check_run
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the doctor is asked beside the configuration. config_name: as given. run_dir: where a training would write."""
+
+    config_name: str
+    run_dir: Path
+    resume: bool = False
+    gpu: int | None = None
+    device: str | None = None
+    fold: int | None = None
+    model_path: str | None = None
+    test_name: str | None = None
+
+
+def doctor(config: Config, question: Question) -> None:
+    """Say every finding, one line each; ValueError (exit status 2) when something would stop a run."""
+    findings = examine(config, question)
+    for finding in findings.found:
+        say(str(finding))
+    problems, warnings = findings.count(PROBLEM), findings.count(WARNING)
+    if problems:
+        raise ValueError(f"{problems} problem(s) would stop this run; each is listed above with what to do about it.")
+    say(f"Nothing would stop this run ({warnings} warning(s)).")
+
+
+def examine(config: Config, question: Question) -> Findings:
+    """All findings, from the data folder to the memory; what depends on something missing is left out."""
+    findings = Findings()
+    device = check_device(question.gpu, question.device, findings)
+    if question.model_path is None:
+        findings.attempt("run", lambda: check_run(question.run_dir, config, question.resume))
+    layout = findings.attempt("data", lambda: open_layout(config, question.test_name))
+    if layout is None:
+        return findings
+    slides = check_slides(layout, findings)
+    records = read_tables(layout, slides, findings)
+    have_features = False
+    if records:
+        before = findings.count(PROBLEM)
+        check_features(config, question.config_name, layout, records, findings)
+        have_features = findings.count(PROBLEM) == before
+        check_shared_tissue(config, layout, slides, findings)
+        check_fields_of_view(layout, slides, findings)
+    spec = check_encoder(config, layout, slides, have_features, findings)
+    if records and question.test_name is None and question.model_path is None:
+        _check_training(config, question, layout, records, findings)
+    if records and spec is not None:
+        _check_sizes(config, question, layout, records, spec, device, findings)
+    if question.model_path is not None:
+        check_checkpoints(question.model_path, question.fold, config, layout, slides, findings)
+    return findings
+
+
+def _check_training(
+    config: Config, question: Question, layout: Layout, records: Sequence[SlideRecord], findings: Findings
+) -> None:
+    """Genes, folds, and clusters against the batches of each fold."""
+    check_panel(config, layout, [record.name for record in records], findings)
+    folds = findings.attempt("folds", lambda: _folds(config, layout, question.fold, findings))
+    if folds and len(records) == len(layout.slides_on_disk()):
+        findings.attempt("clusters", lambda: check_clusters(config, layout, records, folds))
+
+
+def _check_sizes(
+    config: Config,
+    question: Question,
+    layout: Layout,
+    records: Sequence[SlideRecord],
+    spec: BackboneSpec,
+    device: torch.device | None,
+    findings: Findings,
+) -> None:
+    """What the slides need of disk and memory."""
+    spots, slides = records[-1].stop, [record.name for record in records]
+    check_token_cache(config, question.config_name, layout, spots, slides, spec, findings)
+    if device is None:
+        return
+    online = needs_of(config).tokens and runs_encoder(config, layout, slides)
+    precision = findings.attempt("device", lambda: Precision(config.TRAINING.precision, device))
+    if precision is not None:
+        sizes = [record.stop - record.start for record in records]
+        half = precision.dtype != torch.float32
+        need = findings.attempt("memory", lambda: demand(config, spec, spots, sizes, online, half))
+        if need is not None:
+            check_memory(need, device, findings)
+
+
+def _folds(config: Config, layout: Layout, wanted: int | None, findings: Findings) -> list[Fold]:
+    """The folds that can be run, said with their patients."""
+    folds, notices = possible_folds(layout)
+    for notice in notices:
+        findings.warning("folds", notice)
+    names = ", ".join(f"{fold.index} ({fold.name})" for fold in folds)
+    if wanted is not None and wanted not in [fold.index for fold in folds]:
+        raise ValueError(f"fold {wanted} cannot be run; these can: {names}. Choose one of them with --fold.")
+    if config.EVALUATION.protocol == "clean" and config.EVALUATION.fixed_epochs is None:
+        folds = [with_validation(fold, config.GENERAL.seed) for fold in folds]
+        alone = [fold.name for fold in folds if not fold.validation_patients]
+        if alone:
+            findings.warning(
+                "folds",
+                f"{', '.join(alone)}: one training patient, none of whom can be held out to choose the epoch; all "
+                f"{config.TRAINING.epochs} epochs are trained. Choose a number with --fixed_epochs N.",
+            )
+    findings.ok("folds", f"{len(folds)} can be run: {names}.")
+    return folds

@@ -1,0 +1,59 @@
+"""What the doctor has found: one line a finding, with the remedy in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+_SHOWN = 6  # findings of one kind
+
+
+@dataclass(frozen=True)
+class Finding:
+    """level: ok, warning (a run goes on, but something should be known) or problem (a run stops there)."""
+
+    level: str
+    topic: str
+    text: str
+
+    def __str__(self) -> str:
+        first, *rest = self.text.splitlines()
+        return "\n".join([f"{self.level:<9}{self.topic:<10}{first}", *(f"{'':<19}{line}" for line in rest)])
+
+
+@dataclass
+class Findings:
+    """Findings in the order in which they were made."""
+
+    found: list[Finding] = field(default_factory=list)
+
+    def ok(self, topic: str, text: str) -> None:
+        self.found.append(Finding(OK, topic, text))
+
+    def warning(self, topic: str, text: str) -> None:
+        self.found.append(Finding(WARNING, topic, text))
+
+    def problem(self, topic: str, text: str) -> None:
+        self.found.append(Finding(PROBLEM, topic, text))
+
+    def problems(self, topic: str, texts: Sequence[str]) -> None:
+        """Several of one kind: the first few, and how many more."""
+        for text in texts[:_SHOWN]:
+            self.problem(topic, text)
+        if len(texts) > _SHOWN:
+            self.problem(topic, f"... and {len(texts) - _SHOWN} more of the kind.")
+
+    def attempt(self, topic: str, check: Callable[[], T]) -> T | None:
+        """What `check` returns; None when it raises a user's error, which becomes a problem."""
+        try:
+            return check()
+        except (ValueError, FileNotFoundError) as error:
+            self.problem(topic, str(error))
+            return None
+
+    def count(self, level: str) -> int:
+        return sum(finding.level == level for finding in self.found)
