@@ -32,7 +32,8 @@ class SpotBatch:
 
     rows (B,) places in the SpotStore (CPU); target_tokens (B, T, D) or patches (B, 3, P, P) uint8, already turned;
     target_features (B, D) pooled; neighbor_features (B, M, D), neighbor_is_valid (B, M); expression (B, G) or None;
-    slide_features (R, D), grid_xy (R, 2), lengths: S numbers adding up to R, slide_rows (B,) places in the R rows.
+    slide_features (R, D), grid_xy (R, 2), lengths: S numbers adding up to R, slide_rows (B,) places in the R rows;
+    grid_xy and slide_rows lie on the host, where the global encoder makes its index tables without waiting for a device.
     """
 
     rows: Tensor
@@ -57,7 +58,7 @@ class SlideBatch:
 
     record: SlideRecord
     slide_features: Tensor  # (N, D)
-    grid_xy: Tensor  # (N, 2)
+    grid_xy: Tensor  # (N, 2), on the host
     chunks: Callable[[int], Iterator[SpotBatch]]  # chunks(size) -> SpotBatch of at most `size` spots, in order
 
     def __len__(self) -> int:
@@ -75,7 +76,6 @@ class BatchMaker:
         self.store, self.source, self.device = store, source, device
         self.target_features = store.target_features.to(device)
         self.neighbor_is_valid = store.neighbor_is_valid.to(device)
-        self.grid_xy = store.grid_xy.to(device)
         self.neighbor_features = store.neighbor_features
         if self.neighbor_features is not None and goes_to_device(
             "neighbor features", self.neighbor_features.nbytes, device, residence
@@ -113,12 +113,12 @@ class BatchMaker:
         lengths = [self._lengths[i] for i in slides.tolist()]
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # of each slide within the R rows
         slide_rows = starts[slide_of_spot] + rows - self._starts[slides][slide_of_spot]
-        all_rows = torch.cat([self.store.slides[i].rows for i in slides.tolist()]).to(self.device, non_blocking=True)
+        all_rows = torch.cat([self.store.slides[i].rows for i in slides.tolist()])
         return {
-            "slide_features": self.target_features[all_rows].float(),
-            "grid_xy": self.grid_xy[all_rows],
+            "slide_features": self.target_features[all_rows.to(self.device, non_blocking=True)].float(),
+            "grid_xy": self.store.grid_xy[all_rows],
             "lengths": lengths,
-            "slide_rows": slide_rows.to(self.device, non_blocking=True),
+            "slide_rows": slide_rows,
         }
 
     def slide(self, record: SlideRecord) -> SlideBatch:
@@ -129,7 +129,7 @@ class BatchMaker:
                 yield self.spots(rows, torch.zeros_like(rows), expression=None, with_slides=False)
 
         whole = slice(record.start, record.stop)
-        return SlideBatch(record, self.target_features[whole].float(), self.grid_xy[whole], chunks)
+        return SlideBatch(record, self.target_features[whole].float(), self.store.grid_xy[whole], chunks)
 
 
 def goes_to_device(what: str, nbytes: int, device: torch.device, residence: str, share: float = 0.6) -> bool:

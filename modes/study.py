@@ -40,6 +40,23 @@ class Study:
         return Precision(self.config.TRAINING.precision, self.device)
 
     @property
+    def token_source(self) -> dict[str, object]:
+        """Where the target tokens come from and in which variant, for `split.json`: what a run was trained on."""
+        source = self.maker.source
+        if source is None:
+            return {"source": "none"}
+        if not isinstance(source, CachedTokens):
+            return {"source": "encoder", "views": source.num_views, "token_pool": 1}
+        identity = source.store.identity
+        return {
+            "source": "cache",
+            "views": identity.views,
+            "token_pool": identity.token_pool,
+            "dtype": identity.dtype,
+            "precision": identity.precision,
+        }
+
+    @property
     def token_pool(self) -> int:
         """By how much the grid of patch tokens is pooled in the token caches; 1 where the encoder runs."""
         source = self.maker.source
