@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         num_neighbors=config.DATA.num_neighbors,
     )
     requested = [name.strip() for name in arguments.slides.split(",") if name.strip()] if arguments.slides else None
-    slides = choose_slides(layout, requested)
+    slides = choose_slides(layout, requested, kinds)
     backbone = encoder = None
     if kinds != ("patch",):
         backbone = _build_backbone(config, arguments)

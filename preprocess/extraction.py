@@ -20,7 +20,8 @@ from datasets.feature_cache import NO_ENCODER, CacheIdentity, payload_bytes, ver
 from datasets.geometry import check_num_neighbors, check_patch_size
 from datasets.layout import Layout
 from datasets.patch_encoder import PatchEncoder, pooled_grid_side
-from datasets.slides import open_slide
+from datasets.patch_slide import PatchSlide
+from datasets.slides import Slide, open_slide
 from datasets.tables import check_inside, load_slide
 from models.backbones import Backbone
 from preprocess.cache_threads import CacheWriters
@@ -60,7 +61,6 @@ class SlideWork:
     """One slide with the caches that have to be made."""
 
     slide: str
-    image_path: Path
     spot_ids: list[str]
     centers: np.ndarray
     identities: dict[str, CacheIdentity]
@@ -108,8 +108,10 @@ def cache_shapes(layout: Layout, backbone: Backbone | None, settings: Extraction
     return {kind: shapes[kind] for kind in settings.kinds}
 
 
-def choose_slides(layout: Layout, requested: Sequence[str] | None) -> list[str]:
+def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequence[str]) -> list[str]:
     """The slides asked for, or all with an image; those without are named. Reads no image, so it comes first.
+
+    A patch cache stands for the image where neither neighbors nor the patches themselves are wanted.
 
     Raises ValueError for slides that are not there, FileNotFoundError if none has an image.
     """
@@ -123,7 +125,7 @@ def choose_slides(layout: Layout, requested: Sequence[str] | None) -> list[str]:
         return list(dict.fromkeys(requested))
     chosen, without = [], []
     for slide in known:
-        (chosen if _has_image(layout, slide) else without).append(slide)
+        (chosen if _has_pixels(layout, slide, kinds) else without).append(slide)
     if without:
         say(f"{len(without)} of {len(known)} slides have no image and are skipped: {_some(without, 40)}.")
     if not chosen:
@@ -134,12 +136,26 @@ def choose_slides(layout: Layout, requested: Sequence[str] | None) -> list[str]:
     return chosen
 
 
-def _has_image(layout: Layout, slide: str) -> bool:
+def _has_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> bool:
     try:
         layout.image_path(slide)
     except FileNotFoundError:
-        return False
+        return _patches_suffice(layout, slide, kinds)
     return True
+
+
+def _patches_suffice(layout: Layout, slide: str, kinds: Sequence[str]) -> bool:
+    return not {"neighbor", "patch"} & set(kinds) and layout.cache_path("patch", slide).is_file()
+
+
+def _open_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> Slide | PatchSlide:
+    """The image of a slide; its patch cache where there is no image and patches are enough."""
+    try:
+        return open_slide(layout.image_path(slide))
+    except FileNotFoundError:
+        if not _patches_suffice(layout, slide, kinds):
+            raise
+    return PatchSlide(layout.cache_path("patch", slide))
 
 
 def plan(
@@ -174,11 +190,10 @@ def plan(
 def _plan_slide(
     layout: Layout, slide: str, backbone: Backbone | None, encoder: PatchEncoder | None, settings: ExtractionSettings
 ) -> SlideWork:
-    image_path = layout.image_path(slide)
     table = load_slide(layout, slide)
     spot_ids, centers = list(table.obs_names), table.obsm["center"]
-    with open_slide(image_path) as image:
-        check_inside(table, image.size, image_path)
+    with _open_pixels(layout, slide, settings.kinds) as image:
+        check_inside(table, image.size, image.path)
         common = {
             "encoder": backbone.name if backbone else NO_ENCODER,
             "encoder_sha256": backbone.weights_sha256 if backbone else NO_ENCODER,
@@ -199,7 +214,7 @@ def _plan_slide(
             verify_cache(path, expected, spot_ids, centers, repair=settings.repair(kind, slide))
         else:
             pending[kind] = identity
-    return SlideWork(slide, image_path, spot_ids, centers, pending)
+    return SlideWork(slide, spot_ids, centers, pending)
 
 
 def _variant(kind: str, settings: ExtractionSettings) -> dict[str, object]:
@@ -252,7 +267,7 @@ def extract_slide(layout: Layout, item: SlideWork, encoder: PatchEncoder | None,
     paths = {kind: layout.cache_path(kind, item.slide) for kind in item.identities}
     encoder = encoder or PatchEncoder(_no_encoder, torch.device("cpu"))
     with (
-        open_slide(item.image_path) as slide,
+        _open_pixels(layout, item.slide, settings.kinds) as slide,
         progress(total=len(item.spot_ids), description=item.slide, unit="spot", leave=False) as bar,
         CacheWriters(paths, item.identities, item.spot_ids, item.centers) as writers,
     ):

@@ -226,10 +226,10 @@ def test_an_interrupted_slide_leaves_nothing_and_is_made_again(data_dir, backbon
         return PatchEncoder(encode, torch.device("cpu"), batch_size=8)
 
     with pytest.raises(error):
-        extract(layout, choose_slides(layout, None), backbone, encoder(interrupted), settings)
+        extract(layout, choose_slides(layout, None, settings.kinds), backbone, encoder(interrupted), settings)
     assert _caches(data_dir) == ["gt_features_64/A1.h5", "token_features_64/A1.h5"], "A1 whole, nothing of B1"
     assert ("the same command goes on" in capsys.readouterr().out) == (error is KeyboardInterrupt)
-    extract(layout, choose_slides(layout, None), backbone, encoder(backbone), settings)
+    extract(layout, choose_slides(layout, None, settings.kinds), backbone, encoder(backbone), settings)
     assert "1 slides are complete and skipped: A1" in capsys.readouterr().out
     assert len(_caches(data_dir)) == 4
 
