@@ -173,7 +173,8 @@ class ChildResult:
 def in_child(function: Callable, *arguments: object) -> ChildResult:
     """Run a function of a module in a fresh process and watch its memory.
 
-    A fresh process, because a process never gives back its peak. Raises RuntimeError with what the child said if it
+    A fresh process, because a process never gives back its peak. What the function returns must hold no tensors: they
+    would be sent as shared memory, which ends with the process. Raises RuntimeError with what the child said if it
     failed or was killed (out of memory).
     """
     context = multiprocessing.get_context("spawn")
@@ -190,6 +191,15 @@ def in_child(function: Callable, *arguments: object) -> ChildResult:
     if isinstance(answer, str):
         raise RuntimeError(f"{function.__name__} failed in its process: {answer}")
     return answer
+
+
+def watched(function: Callable, *arguments: object, apart: bool = True) -> ChildResult:
+    """`in_child`, or for a trial (`apart` False) in this process, where the memory found is that of everything so far."""
+    if apart:
+        return in_child(function, *arguments)
+    base, started = _status("VmRSS"), time.perf_counter()
+    value = function(*arguments)
+    return ChildResult(value, base, _status("VmHWM"), time.perf_counter() - started)
 
 
 def _work(sender, threads: int, function: Callable, arguments: tuple) -> None:

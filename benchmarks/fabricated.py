@@ -102,6 +102,12 @@ def _block(kind: str, shape: tuple[int, ...], count: int, generator: torch.Gener
     return (values.half() if kind == "token" else values).numpy()
 
 
+def fabricated_layout(folder: Path, sizes: Sizes, patch_size: int) -> Layout:
+    """Where the fabricated sections lie below `folder`."""
+    spec = DatasetSpec(name="fabricated", patient_pattern=SPECS["her2st"].patient_pattern)
+    return Layout(folder, spec, patch_size=patch_size, num_neighbors=sizes.neighbors)
+
+
 def fabricate(
     folder: Path,
     slides: dict[str, int],
@@ -112,8 +118,7 @@ def fabricate(
     patch_size: int = 224,
 ) -> Layout:
     """A data folder with the sections `slides` {name: spots}, counts of few genes and feature files."""
-    spec = DatasetSpec(name="fabricated", patient_pattern=SPECS["her2st"].patient_pattern)
-    layout = Layout(folder, spec, patch_size=patch_size, num_neighbors=sizes.neighbors)
+    layout = fabricated_layout(folder, sizes, patch_size)
     for slide, num_spots in slides.items():
         write_section(layout, slide, num_spots, num_genes)
         write_features(layout, slide, kinds, sizes)
