@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from datasets.expression import UNIT
 from datasets.layout import Layout
 from datasets.slides import open_slide
-from datasets.spots import SlideRecord, slide_targets
+from datasets.spots import SlideRecord, extraction_command, slide_targets
 from engine import evaluate
 from evaluation.predictions import write_prediction
 from evaluation.protocol import SlideResult, score_fold, write_fold
@@ -74,8 +74,8 @@ def check_encoder(content: dict, study: Study, checkpoint: Path) -> None:
     ):
         raise ValueError(
             f"{checkpoint} was trained on features of {made['name']} (weights {made['sha256'][:12]}...), the features in "
-            f"{study.layout.root} are of {found.name} ({found.sha256[:12]}...). Extract those of the checkpoint's encoder: "
-            f"python preprocess/extract_features_uni.py --encoder {made['name']} --overwrite (with its other flags)"
+            f"{study.layout.root} are of {found.name} ({found.sha256[:12]}...). Extract those of the checkpoint's encoder, "
+            f"with its weights: {extraction_command(study.layout, 'all', None, made['name'], study.config_name, True)}"
         )
 
 
