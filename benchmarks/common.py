@@ -52,6 +52,7 @@ class Report:
     rows: list[dict[str, object]] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tables: dict[str, list[dict[str, object]]] = field(default_factory=dict)  # further ones by title
     extra: dict[str, object] = field(default_factory=dict)  # further numbers, only in the JSON
 
 
@@ -261,6 +262,8 @@ def markdown(content: dict) -> str:
     parts = [f"# {content['title']}", f"`{content['command']}` on {where}, torch {content['versions']['torch']}."]
     parts.append(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in content["settings"].items()) + ".")
     parts.append(table(content["rows"]))
+    for title, rows in content["tables"].items():
+        parts += [f"## {title}", table(rows)]
     if content["goals"]:
         parts.append(table([goal_row(goal) for goal in content["goals"]]))
     parts.append("\n".join(f"- {note}" for note in content["notes"]))
