@@ -18,8 +18,9 @@ demo: setup
 	$(PYTHON) main.py --config_name demo/dml --mode train --k 8 --use_kmeans --data_dir $(DEMO)/data --log_path $(DEMO)/logs --run_name demo --resume
 	@echo "Report: $(DEMO)/logs/demo/dml/demo/report.html"
 
+# One process a core, one thread each: threads of small tensors only wait for each other.
 test: setup
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(PYTHON) -m ruff check .

@@ -230,6 +230,8 @@ def start_folder(folder: Path, study: Study, split: Split, notices: Sequence[str
     notices: sentences about what was left out, for the summary.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.pt"):  # what a kill in the middle of a save left behind
+        leftover.unlink()
     described = {
         **split.to_dict(study.config.EVALUATION.protocol),
         "tokens": study.token_source,

@@ -106,10 +106,10 @@ def weights(run: Path, fold: int) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_leaves_everything_it_promises(config):
-    run = train(with_(config, TRAINING={"epochs": 2}), options(with_report=True))
+    run = train(with_(config, TRAINING={"epochs": 2}), options(folds=[0, 2], with_report=True))
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     expected = {"config.yaml", "versions.json", "summary.json", "summary.md", "report.html"}
-    for fold, patient in enumerate("ABCD"):
+    for fold, patient in ((0, "A"), (2, "C")):
         files = (
             "split.json",
             "genes.txt",
@@ -124,7 +124,7 @@ def test_a_run_leaves_everything_it_promises(config):
         expected |= {f"fold_{fold}/predictions/{patient}{n}.h5ad" for n in (1, 2)}
     assert expected <= names
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["protocol"] == "clean" and len(summary["folds"]) == 4
+    assert summary["protocol"] == "clean" and len(summary["folds"]) == 2
     split = json.loads((run / "fold_2" / "split.json").read_text())
     assert (
         split["test_patients"] == ["C"] and len(split["validation_patients"]) == 1 and len(split["train_patients"]) == 2
