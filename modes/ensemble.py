@@ -25,7 +25,7 @@ CHUNK_SIZE = 256
 
 @dataclass(frozen=True)
 class Member:
-    """One trained fold: its checkpoint, and the model on the device."""
+    """One trained fold: the content of its checkpoint without the weights, and the model on the device."""
 
     path: Path
     content: dict
@@ -60,6 +60,7 @@ def load_members(
         content = load_checkpoint(checkpoint)
         config = restored_config(content, checkpoint, overrides)
         model = restored_model(content, checkpoint, device).eval()
+        del content["model"]  # or every fold's weights would be held twice
         members.append(Member(checkpoint, content, config, model, Precision(config.TRAINING.precision, device)))
     _check_alike(members)
     return members
@@ -94,9 +95,10 @@ def token_pool_of(member: Member) -> int:
     return member.content["encoder"].get("token_pool", 1)
 
 
-def run_folder(members: Sequence[Member], model_path: str | Path) -> Path:
-    """Where results go: the run folder for all of its folds, the fold's own folder for one."""
-    return Path(model_path) if len(members) > 1 else members[0].path.parent
+def run_folder(members: Sequence[Member], model_path: str | Path, fold: int | None) -> Path:
+    """Where results go: the run folder where all of its folds are meant, a fold's own folder where one was asked for."""
+    of_all = fold is None and Path(model_path).is_dir() and fold_checkpoints(model_path)
+    return Path(model_path) if of_all else members[0].path.parent
 
 
 def shared_genes(members: Sequence[Member]) -> list[str]:

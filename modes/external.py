@@ -48,7 +48,7 @@ def external_test(
     members = load_members(model_path, fold, overrides, device)
     layout = external_layout(members[0].config, test_name)
     test = open_test(members, layout, device)
-    folder = run_folder(members, model_path) / "external" / layout.name
+    folder = run_folder(members, model_path, fold) / "external" / layout.name
     notes = warnings_of(test)
     for note in notes:
         say(note)

@@ -158,6 +158,23 @@ def test_one_fold_alone_goes_into_its_own_folder_and_without_token_caches_gives_
     assert set(both) <= set(alone)  # the folds have panels of their own, the mean can only have what they share
 
 
+def test_an_imported_checkpoint_without_means_or_lists_is_scored_all_the_same(tested, tiny_run, tmp_path):
+    """A run of one fold, as `import_reference` leaves it: results go beside the run, what is unknown is undefined."""
+    run = tiny_run.copy(tmp_path)
+    shutil.rmtree(run / "fold_1")
+    (run / "summary.json").unlink()
+    content = load_checkpoint(run / "fold_0" / "best.pt")
+    content["fold"]["protocol"] = "paper"
+    content |= {"gene_lists": {}, "training_mean": torch.full_like(content["training_mean"], torch.nan)}
+    content["encoder"].pop("token_pool", None)
+    save_checkpoint(run / "fold_0" / "best.pt", {k: v for k, v in content.items() if k != "schema"})
+    folder = external_test(run, "demo_external", None, [f"DATA.data_dir={tested[0]}"], CPU)
+    assert folder == run / "external" / "demo_external"
+    headline = json.loads((folder / "summary.json").read_text())["headline"]
+    assert headline["predictor"] == "fold_0" and headline["mse"] > 0 and np.isfinite(headline["pcc_all"])
+    assert headline["training_mean_mse"] is None and headline["pcc_h"] is None
+
+
 def test_chunks_do_not_change_a_prediction(tested, tiny_run, tmp_path):
     data_dir, _ = tested
     run, found = tiny_run.copy(tmp_path), []
