@@ -1,0 +1,50 @@
+"""Exit statuses, and a device that is never chosen silently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from utils.cli import device_from, run
+
+
+def failing(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ValueError("bad k"), 2, "error: bad k"),
+        (FileNotFoundError("no file"), 2, "error: no file"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("ours"), 1, "Traceback"),
+    ],
+)
+def test_exit_status_says_whose_fault_it_is(error, status, text, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(failing(error))
+    assert caught.value.code == status
+    assert text in capsys.readouterr().err
+
+
+def test_success_is_zero():
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: None)
+    assert caught.value.code == 0
+
+
+def test_devices(capsys):
+    assert device_from(device="cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="give one of them"):
+        device_from(0, "cpu")
+    with pytest.raises(ValueError, match="not a device of PyTorch"):
+        device_from(device="gpu7")
+    with pytest.raises(ValueError, match=r"--gpu 99: this machine has \d+ CUDA devices?\. Leave the flag out"):
+        device_from(99)
+    if not torch.cuda.is_available():
+        assert device_from() == torch.device("cpu")
+        assert "running on the CPU" in capsys.readouterr().out

@@ -1,0 +1,63 @@
+"""Seeds that depend on their keys alone, run folders that are never mixed, logs that are whole."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from utils.config import load_config
+from utils.runs import (
+    generator_for,
+    open_run,
+    read_epochs,
+    seed_everything,
+    seed_for,
+    versions,
+    write_epochs,
+    write_json,
+)
+
+
+def test_seeds_are_the_same_everywhere_and_differ_by_key():
+    assert seed_for(2021, 0, 1) == 1772032521250331310
+    assert len({seed_for(2021, fold, epoch) for fold in range(10) for epoch in range(10)}) == 100
+    seed_everything(1, "a")
+    first = (torch.rand(3), np.random.rand(3))
+    seed_everything(1, "a")
+    assert torch.equal(first[0], torch.rand(3)) and np.array_equal(first[1], np.random.rand(3))
+    assert torch.equal(torch.rand(2, generator=generator_for("x")), torch.rand(2, generator=generator_for("x")))
+
+
+def test_a_run_folder_is_started_once_and_continued_on_request(tmp_path):
+    config = load_config("demo/dml")
+    open_run(tmp_path / "run", config, resume=False)
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())["torch"] in torch.__version__
+    with pytest.raises(ValueError, match="already holds a run"):
+        open_run(tmp_path / "run", config, resume=False)
+    open_run(tmp_path / "run", config, resume=True)
+    open_run(tmp_path / "run", load_config("demo/dml", ["DATA.data_dir=elsewhere"]), resume=True)
+    with pytest.raises(ValueError, match=r"LOSS\.k: the run has 8, asked for 9"):
+        open_run(tmp_path / "run", load_config("demo/dml", ["LOSS.k=9"]), resume=True)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="no run was started there"):
+        open_run(tmp_path / "other", config, resume=True)
+
+
+def test_epochs_are_written_whole_and_without_nan(tmp_path):
+    records = [{"epoch": 1, "test/pcc_all": math.nan}, {"epoch": 2, "test/pcc_all": np.float64(0.5)}]
+    write_epochs(tmp_path / "metrics.jsonl", records)
+    assert read_epochs(tmp_path / "metrics.jsonl") == [
+        {"epoch": 1, "test/pcc_all": None},
+        {"epoch": 2, "test/pcc_all": 0.5},
+    ]
+    write_json(tmp_path / "a.json", {"x": [math.inf, 1]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, 1]}
+
+
+def test_versions_name_the_program_and_its_packages():
+    found = versions()
+    assert {"gene_dml", "commit", "python", "torch", "timm", "numpy", "device"} <= set(found)
