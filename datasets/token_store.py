@@ -55,8 +55,7 @@ class TokenStore:
         rows, views = np.asarray(rows, dtype=np.int64), np.asarray(views, dtype=np.int64)
         self._check_request(rows, views)
         if out is None:
-            shape = (len(rows), self.num_tokens, self.dim)
-            out = torch.empty(shape, dtype=self.dtype, pin_memory=torch.cuda.is_available())
+            out = self._new_buffer(len(rows))
         assert out.is_contiguous() and out.shape == (len(rows), self.num_tokens, self.dim) and out.dtype == self.dtype
         buffer = out.numpy().reshape(len(rows), self.num_tokens * self.dim)
         files, offsets = self._file_of_row[rows], self._offsets[rows, views]
@@ -69,6 +68,13 @@ class TokenStore:
             for done in [pool.submit(self._read_part, part, files, offsets, buffer) for part in parts]:
                 done.result()
         return out
+
+    def _new_buffer(self, count: int) -> Tensor:
+        shape = (count, self.num_tokens, self.dim)
+        if torch.cuda.is_available():
+            return torch.empty(shape, dtype=self.dtype, pin_memory=True)
+        # NumPy asks for huge pages, PyTorch does not: touching hundreds of MB for the first time is then far cheaper.
+        return torch.from_numpy(np.empty(shape, dtype=self.identity.dtype))
 
     def close(self) -> None:
         if self._pool is not None:

@@ -42,10 +42,10 @@ class CachedTokens:
         return resident
 
     def get(self, rows: Tensor, views: Tensor) -> Tensor:
-        """(B, T, D) float32 tokens on the device."""
+        """(B, T, D) tokens on the device, in the type of the cache: the models widen them where they are needed."""
         if self._resident is not None:
-            return self._resident[rows.to(self.device), views.to(self.device)].float()
-        return self.store.read(rows, views).to(self.device, non_blocking=True).float()
+            return self._resident[rows.to(self.device), views.to(self.device)]
+        return self.store.read(rows, views).to(self.device, non_blocking=True)
 
 
 class CutPatches:
