@@ -50,6 +50,7 @@ from preprocess.extraction import ExtractionSettings, SlideWork, extract_slide
 from utils.cli import run
 
 TILES = 5  # a side
+SLIDE = "S1"
 VIT_L_GFLOP = 119.3  # per patch of 224 px: 24 layers, 197 tokens, width 1024
 COMBINATIONS = (("target",), ("token",), ("neighbor",), ("target", "neighbor", "token"))
 
@@ -73,7 +74,11 @@ def extraction_of(
 ) -> tuple[Layout, SlideWork, ExtractionSettings]:
     """The work of one slide, as `preprocess/extract_features_uni.py` plans it."""
     layout = Layout(folder, DatasetSpec(name="bench"), patch_size=patch_size, num_neighbors=TILES)
-    with open_slide(image_path) as image:
+    place = layout.images_dir / f"{SLIDE}.jpg"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(image_path)
+    with open_slide(place) as image:
         size = image.size
     centers = centers_in(*size, count, patch_size * TILES // 2 + 1)
     identities = {
@@ -91,7 +96,7 @@ def extraction_of(
         )
         for kind in kinds
     }
-    work = SlideWork("S1", image_path, [f"{i}x0" for i in range(count)], centers, identities)
+    work = SlideWork(SLIDE, [f"{i}x0" for i in range(count)], centers, identities)
     return layout, work, ExtractionSettings(kinds=kinds, num_workers=2, command="bench", views=views)
 
 
@@ -172,7 +177,7 @@ def same_features(folder: Path, image_path: Path, found: np.ndarray, patch_size:
     """Whether the project's neighbor features of the same spots are those of the slow version."""
     extract_all(folder / "same", image_path, len(found), found.shape[-1], patch_size)
     layout = extraction_of(folder / "same", image_path, 2, ("neighbor",), patch_size, 1)[0]
-    return bool(np.allclose(read_features(layout.cache_path("neighbor", "S1")), found, rtol=1e-4, atol=1e-4))
+    return bool(np.allclose(read_features(layout.cache_path("neighbor", SLIDE)), found, rtol=1e-4, atol=1e-4))
 
 
 # --- the report ---------------------------------------------------------------------------------------------------------
