@@ -21,9 +21,9 @@ from utils.cli import device_from
 from utils.config import Config
 
 FLOAT = 4  # bytes
-# What a layer keeps for the backward pass, in widths of its token: two normed inputs, q, k, v, the attention's output and
-# its projection, the output of the feed-forward part; and twice the width of the hidden layer, before and after GELU.
-KEPT_WIDTHS, KEPT_HIDDEN = 8, 2
+# What a layer keeps for the backward pass, in widths of its token (inputs and outputs of its norms, q, k, v, attention,
+# dropout) and in widths of its hidden layer (before and after GELU, dropout). A test compares with what autograd keeps.
+KEPT_WIDTHS, KEPT_HIDDEN = 10, 3
 
 
 def check_encoder(
@@ -121,7 +121,7 @@ def demand(
     batch = 0
     if needs.tokens:
         tokens = spec.num_tokens(data.patch_size)
-        batch = _activations(config, spec, tokens, slide_sizes) * (FLOAT // 2 if half else FLOAT)
+        batch = activations(config, spec, tokens, slide_sizes) * (FLOAT // 2 if half else FLOAT)
     return Demand(
         features=spots * spec.pooled_dim * (1 + tiles * needs.neighbors) * FLOAT,
         patches=spots * data.patch_size**2 * 3 if online else 0,
@@ -131,7 +131,7 @@ def demand(
     )
 
 
-def _activations(config: Config, spec: BackboneSpec, num_tokens: int, slide_sizes: Sequence[int]) -> int:
+def activations(config: Config, spec: BackboneSpec, num_tokens: int, slide_sizes: Sequence[int]) -> int:
     """Numbers kept for the backward pass of one batch: fusion, neighbor encoder, and the slides that the batch touches."""
     model, size = config.MODEL, min(config.TRAINING.batch_size, sum(slide_sizes))
     tiles, width = config.DATA.num_neighbors**2 * model.use_neighbor, model.projection_dim

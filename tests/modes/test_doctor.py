@@ -17,8 +17,10 @@ import yaml
 
 from datasets.layout import Layout
 from datasets.spec import get_spec
+from models import build_loss
 from models.backbones import backbone_spec
-from modes.check_resources import Demand, available_memory, check_memory, demand
+from modes.check_resources import Demand, activations, available_memory, check_memory, demand
+from modes.compose import make_model
 from modes.doctor import Question, examine
 from modes.findings import Findings
 from tests.command_line import call_main
@@ -224,6 +226,38 @@ def test_memory_is_counted_from_sizes_alone(config):
     check_memory(Demand(0, 0, 0, 0, batch=10**15), torch.device("cpu"), findings)
     has(str(findings.found[0]), "problem", "memory", r"1e\+06 GB of host memory are needed", "--batch_size")
     assert 1e8 < available_memory() < 1e14
+
+
+@pytest.mark.parametrize(("batch", "slide_sizes"), [(32, [100, 80]), (16, [300, 200])])
+def test_the_estimate_of_a_step_is_what_autograd_keeps(batch, slide_sizes):
+    settings = ["projection_dim=192", "fusion_mlp_dim=384", "neighbor_depth=2", "global_depth=2"]
+    config = with_overrides(load_config("her2st/dml"), [f"MODEL.{key}" for key in settings])
+    config = with_overrides(config, ["LOSS.k=4", "LOSS.use_kmeans=true", f"TRAINING.batch_size={batch}"])
+    spec, rows, tokens = backbone_spec("kaiko-vits16"), sum(slide_sizes), 30
+    model = make_model(config, feature_dim=spec.dim, token_dim=spec.dim, num_genes=50).train()
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    cells = torch.arange(max(slide_sizes))
+    grid = torch.cat([torch.stack([cells % 20, cells // 20], dim=1)[:size] for size in slide_sizes])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        context = model.encode_slides(torch.randn(rows, spec.dim), grid, slide_sizes, torch.arange(batch))
+        prediction = model(
+            target_tokens=torch.randn(batch, tokens, spec.dim),
+            target_features=torch.randn(batch, spec.dim),
+            neighbor_features=torch.randn(batch, 25, spec.dim),
+            neighbor_is_valid=torch.ones(batch, 25, dtype=torch.bool),
+            global_tokens=context,
+            expression=torch.rand(batch, 50),
+        )
+        loss = build_loss(config.LOSS)(prediction, torch.rand(batch, 50))["total"]
+    assert loss.isfinite()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found = sum(nbytes for pointer, (nbytes, _) in kept.items() if pointer not in parameters)
+    assert activations(config, spec, tokens, slide_sizes) * 4 == pytest.approx(found, rel=0.25)
 
 
 def renamed(data_dir: Path, source: str, target: str, slides: dict[str, str]) -> Layout:
