@@ -85,7 +85,7 @@ def how_to_get(spec: BackboneSpec) -> str:
     return (
         f"They are on the Hugging Face hub as {spec.hub} ({access}). Get them with:\n"
         f"hf download {spec.hub} {spec.files[0]} --local-dir {target}\n"
-        f"Or {put}, or add --allow_download."
+        f"Or {put}, or, in the extraction, add --allow_download."
     )
 
 

@@ -144,7 +144,7 @@ def test_one_epoch_and_the_tests_of_the_download_with_a_token_cache(download, tm
         "--mode", "external_test", "--test_name", EXTERNAL, "--model_path", run, "--data_dir", download, "--device", "cpu"
     )  # fmt: skip
     assert left.status == 0, left.said
-    scored = pd.read_csv(run / "fold_0" / "external" / EXTERNAL / "per_gene.csv")
+    scored = pd.read_csv(run / "external" / EXTERNAL / "per_gene.csv")
     assert sorted(scored["gene"].unique()) == PANEL[2:], "those that the external set has measured"
 
 
