@@ -30,8 +30,8 @@ class CompiledForward:
         try:
             found = self._forward(**inputs)
         except RuntimeError as error:  # all errors of the compiler are; one of the model comes again just below
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            say(f"TRAINING.compile: torch.compile failed ({reason[0]}); training goes on without it.")
+            reason = " ".join(str(error).split("\n")[:2]).strip() or type(error).__name__
+            say(f"TRAINING.compile: torch.compile failed ({reason}); training goes on without it.")
             self._forward = self._model
             found = self._model(**inputs)
         self._is_proven = True
