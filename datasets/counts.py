@@ -100,7 +100,9 @@ def spot_names(path: str | Path) -> list[str]:
             index = _index_columns(file.schema_arrow)
             return file.read(columns=index[:1]).column(0).to_pylist() if index else []
         if path.name.endswith(".h5ad"):
-            return anndata.read_h5ad(path, backed="r").obs_names.tolist()
+            data = anndata.read_h5ad(path, backed="r")
+            data.file.close()
+            return data.obs_names.tolist()
         with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
             file.readline()
             separator = _separator(path).encode()

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from datasets.counts import read_counts, round_ids, some
+from datasets.counts import gene_names, read_counts, round_ids, some, spot_names
 
 TABLE = pd.DataFrame(
     [[3, 0, 1], [0, 0, 0], [12, 7, 70_000]], index=["10x13", "2x4", "3x4"], columns=["GENE1", "MT-CO1", "A.B"]
@@ -35,6 +35,7 @@ def test_every_format_gives_the_same_counts(tmp_path, name):
     counts = read_counts(save(TABLE, tmp_path / name))
     pd.testing.assert_frame_equal(counts.to_df(), TABLE, check_dtype=False, check_names=False)
     assert counts.X.dtype == np.int32 and sparse.issparse(counts.X) and counts.X.nnz == 5
+    assert spot_names(tmp_path / name) == list(TABLE.index) and gene_names(tmp_path / name) == list(TABLE.columns)
     chosen = read_counts(tmp_path / name, genes=["A.B", "GENE1"])
     pd.testing.assert_frame_equal(chosen.to_df(), TABLE[["A.B", "GENE1"]], check_dtype=False, check_names=False)
 
@@ -151,6 +152,9 @@ def test_truncated_files_are_named(tmp_path, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match="is not a readable") as caught:
         read_counts(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(ValueError, match=r"is not a readable table of counts .*Take the original file again") as caught:
+        spot_names(path)
     assert str(path) in str(caught.value)
 
 

@@ -15,6 +15,7 @@ from datasets.feature_cache import (
     read_identity,
     read_published,
     verify_cache,
+    verify_published,
     write_cache,
 )
 
@@ -175,6 +176,19 @@ def test_published_tensors(tmp_path):
     torch.save({"a": torch.ones(4, 6)}, path)
     with pytest.raises(ValueError, match=r"should hold one tensor .* found dict"):
         read_published(path, 4)
+
+
+def test_published_tensors_are_verified_without_reading_them(tmp_path):
+    path = tmp_path / "A1.pt"
+    torch.save(torch.ones(4, 25, 6), path)
+    assert verify_published(path, 4) == (4, 25, 6)
+    with pytest.raises(ValueError, match="holds 4 rows but slide A1 has 5 spots"):
+        verify_published(path, 5)
+    torch.save(torch.ones(4, 6), path, _use_new_zipfile_serialization=False)
+    assert verify_published(path, 4) == (4, 6), "the old format cannot be mapped, and is read"
+    torch.save(Dangerous(), path)
+    with pytest.raises(ValueError, match="not trusted"):
+        verify_published(path, 4)
 
 
 def test_published_files_may_not_run_code(tmp_path):
