@@ -1,0 +1,79 @@
+"""Put the results of the benchmarks into docs/speed.md: goals and numbers, each with the command that measures it.
+
+    python benchmarks/table.py
+
+Reads benchmarks/results/*.json (see `make bench`) and replaces what stands between the two marks of the page.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so that `python benchmarks/x.py` works
+
+import argparse
+import json
+
+from benchmarks.common import RESULTS, goal_row, table
+from utils.cli import run, say
+from utils.files import require_file, write_text
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "speed.md"
+BEGIN, END = "<!-- measured: python benchmarks/table.py -->", "<!-- end of what was measured -->"
+
+
+def read_results(folder: Path) -> list[dict]:
+    """The JSON of every benchmark in `folder`, trials left out, sorted by file name."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    found = [content for content in found if not content.get("is_quick", True)]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no results of the benchmarks. Run: make bench")
+    return found
+
+
+def described(results: list[dict]) -> str:
+    """Markdown: all goals in one table, then every benchmark's own tables."""
+    goals = [
+        goal_row(goal) | {"command": f"`{content['command']}`"} for content in results for goal in content["goals"]
+    ]
+    parts = ["### What was asked for", table(goals)]
+    for content in results:
+        machine, versions = content["machine"], content["versions"]
+        where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+        conditions = (
+            f"{where}; {machine['torch_threads']} threads, load {machine['load_before']} at the start; "
+            f"torch {versions['torch']}, commit {versions['commit']}"
+        )
+        settings = ", ".join(f"{key} {value}" for key, value in content["settings"].items())
+        parts += [f"### {content['title']}", f"`{content['command']}`: {settings}.", f"({conditions})"]
+        parts.append(table(content["rows"]))
+        for title, rows in content["tables"].items():
+            parts += [f"{title}:", table(rows)]
+        parts.append("\n".join(f"- {note}" for note in content["notes"]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def fill(page: Path, text: str) -> None:
+    """Replace what stands between the marks. ValueError if the page lacks them."""
+    content = require_file(page, "It should hold the two marks between which the tables go.").read_text(
+        encoding="utf-8"
+    )
+    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
+        raise ValueError(f"{page} should hold the lines '{BEGIN}' and '{END}' once each, in this order.")
+    before, after = content.split(BEGIN)[0], content.split(END)[1]
+    write_text(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    arguments = parser.parse_args(argv)
+    results = read_results(arguments.results)
+    fill(arguments.page, described(results))
+    say(f"{arguments.page.name}: {len(results)} benchmarks.")
+
+
+if __name__ == "__main__":
+    run(main)
