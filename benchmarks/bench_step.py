@@ -293,6 +293,29 @@ def time_parts_of_global(scene: Scene, batch: SpotBatch, repeats: int) -> float:
     return seconds_of(both, scene.device, repeats=repeats)
 
 
+def wide_head_table(scene: Scene, size: int, repeats: int) -> list[dict[str, object]]:
+    """The fusion's attention (one head, as wide as the model) by PyTorch's kernel and by two plain matrix products.
+
+    Flash attention takes heads up to 256 wide; what PyTorch chooses beyond that may lose to the plain way, which keeps
+    (B, T, T) scores. This table decides whether `models/attention.py` should choose by the width of the head.
+    """
+    count = scene.num_tokens + scene.config.DATA.num_neighbors**2 + 1
+    width = scene.config.MODEL.projection_dim // scene.config.MODEL.fusion_heads
+    shape = (size, scene.config.MODEL.fusion_heads, count, width)
+    parts = [torch.randn(shape, device=scene.device, dtype=scene.precision.dtype, requires_grad=True) for _ in range(3)]
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.softmax(query @ key.transpose(-1, -2) * width**-0.5, dim=-1) @ value
+
+    rows = []
+    for name, attention in (("kernel of PyTorch", nn.functional.scaled_dot_product_attention), ("plain", plain)):
+        seconds = seconds_of(
+            lambda attention=attention: attention(*parts).sum().backward(), scene.device, repeats=repeats
+        )
+        rows.append({"attention": name, "head width": width, "tokens": count, "with backward (ms)": 1e3 * seconds})
+    return rows
+
+
 def section_lengths(scene: Scene, count: int) -> list[int]:
     """Spots of `count` sections; small ones for a trial with the tiny model."""
     if scene.encoder.name != "uni":
@@ -366,6 +389,8 @@ def main(argv: list[str] | None = None) -> Path:
     if not arguments.quick:
         counts = [1, 5, 10] if not on_cuda else [1, 4, 10, 30]
         report.tables["Slides of a batch"] = slides_table(scene, parts, size, counts, 1 if not on_cuda else 5)
+    if on_cuda or arguments.quick:
+        report.tables["Attention of the fusion"] = wide_head_table(scene, size, repeats)
     report.goals = goals(scene, step_s, encoder_s, rate / ceiling, differences, arguments.quick)
     path = finish(report, arguments, device, started_on)
     if arguments.profile:
