@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import FeedForward, TransformerLayer
-from models.encoders import FusionEncoder, GeneEncoder, GlobalEncoder, NeighborEncoder
+from models.context import build_global_encoder, build_neighbor_encoder
+from models.encoders import FusionEncoder, GeneEncoder
 from models.gene_dml import Embeddings, GeneDML, Prediction
 from models.losses import build_loss
-from models.position import GridConvolution
 
 BASELINES = ("mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_probe", "triplex")
 
@@ -65,8 +65,8 @@ def _build_gene_dml(config: Any, *, feature_dim: int, pooled_dim: int, num_genes
     return GeneDML(
         projection=nn.Linear(feature_dim, width),
         context_projection=nn.Linear(pooled_dim, width) if pooled_dim != feature_dim and len(scales) > 1 else None,
-        neighbor_encoder=_build_neighbor(config, pooled_dim, num_neighbors) if config.use_neighbor else None,
-        global_encoder=_build_global(config, pooled_dim) if config.use_global else None,
+        neighbor_encoder=build_neighbor_encoder(config, pooled_dim, num_neighbors) if config.use_neighbor else None,
+        global_encoder=build_global_encoder(config, pooled_dim) if config.use_global else None,
         fusion=FusionEncoder(
             layer=TransformerLayer(
                 dim=width,
@@ -86,33 +86,6 @@ def _build_gene_dml(config: Any, *, feature_dim: int, pooled_dim: int, num_genes
         fused_predictor=_predictor([width, config.predictor_dim, width, num_genes], config.predictor_dropout),
         scale_predictors={scale: _predictor([width, width, num_genes], config.predictor_dropout) for scale in scales},
     )
-
-
-def _build_neighbor(config: Any, dim: int, num_neighbors: int) -> NeighborEncoder:
-    layers = [
-        TransformerLayer(
-            dim=dim,
-            heads=config.neighbor_heads,
-            hidden_dim=round(config.neighbor_mlp_ratio * dim),
-            dropout=config.neighbor_dropout,
-            grid_side=num_neighbors,
-        )
-        for _ in range(config.neighbor_depth)
-    ]
-    return NeighborEncoder(layers=layers, dim=dim)
-
-
-def _build_global(config: Any, dim: int) -> GlobalEncoder:
-    layers = [
-        TransformerLayer(
-            dim=dim,
-            heads=config.global_heads,
-            hidden_dim=round(config.global_mlp_ratio * dim),
-            dropout=config.global_dropout,
-        )
-        for _ in range(config.global_depth)
-    ]
-    return GlobalEncoder(layers=layers, position=GridConvolution(dim=dim), dim=dim)
 
 
 def _predictor(widths: list[int], dropout: float) -> nn.Sequential:

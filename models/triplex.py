@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.attention import FeedForward, TransformerLayer, attend
+from models.attention import FeedForward, attend
+from models.context import build_global_encoder, build_neighbor_encoder
 from models.encoders import GlobalEncoder, NeighborEncoder, mean_tokens
 from models.gene_dml import Prediction, full_precision
-from models.position import GridConvolution
 
 TRUTH_WEIGHT = 0.7
 DISTILLATION_WEIGHT = 0.3
@@ -187,36 +187,9 @@ def build_triplex(config: object, *, token_dim: int, pooled_dim: int, num_genes:
     feed_forward = FeedForward(dim=dim, hidden_dim=config.fusion_mlp_dim, dropout=config.fusion_dropout)
     heads = {name: nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_genes)) for name in (*widths, "fused")}
     return Triplex(
-        neighbor_encoder=_neighbor_encoder(config, pooled_dim, num_neighbors) if config.use_neighbor else None,
-        global_encoder=_global_encoder(config, pooled_dim) if config.use_global else None,
+        neighbor_encoder=build_neighbor_encoder(config, pooled_dim, num_neighbors) if config.use_neighbor else None,
+        global_encoder=build_global_encoder(config, pooled_dim) if config.use_global else None,
         projections={name: nn.Linear(width, dim) for name, width in widths.items()},
         fusion=ScaleFusion(attentions=attentions, feed_forward=feed_forward, dim=dim),
         heads=heads,
     )
-
-
-def _neighbor_encoder(config: object, dim: int, num_neighbors: int) -> NeighborEncoder:
-    layers = [
-        TransformerLayer(
-            dim=dim,
-            heads=config.neighbor_heads,
-            hidden_dim=round(config.neighbor_mlp_ratio * dim),
-            dropout=config.neighbor_dropout,
-            grid_side=num_neighbors,
-        )
-        for _ in range(config.neighbor_depth)
-    ]
-    return NeighborEncoder(layers=layers, dim=dim)
-
-
-def _global_encoder(config: object, dim: int) -> GlobalEncoder:
-    layers = [
-        TransformerLayer(
-            dim=dim,
-            heads=config.global_heads,
-            hidden_dim=round(config.global_mlp_ratio * dim),
-            dropout=config.global_dropout,
-        )
-        for _ in range(config.global_depth)
-    ]
-    return GlobalEncoder(layers=layers, position=GridConvolution(dim=dim), dim=dim)

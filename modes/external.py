@@ -22,7 +22,6 @@ from evaluation.external import (
     summary_table,
     write_external,
 )
-from evaluation.predictions import write_prediction
 from evaluation.protocol import SlideResult
 from modes.ensemble import (
     CHUNK_SIZE,
@@ -36,7 +35,7 @@ from modes.ensemble import (
     stream_predictions,
 )
 from modes.external_data import ExternalTest, external_layout, open_test, warnings_of
-from modes.scoring import spot_diameter, thumbnail
+from modes.scoring import write_slide
 from modes.streaming import Part, encoded_parts, plan_for, spot_batches
 from utils.cli import progress, say
 
@@ -134,7 +133,7 @@ def score_slide_of(test: ExternalTest, record: SlideRecord, predictors: Sequence
             predictions=prediction,
         )
         predictor.add(result)
-    write_slide(test, record, result, path)
+    write_slide(test.layout, record, result, path, provenance_of(test.members))
 
 
 def parts_of(test: ExternalTest, record: SlideRecord) -> Iterator[Part]:
@@ -156,27 +155,6 @@ def parts_of(test: ExternalTest, record: SlideRecord) -> Iterator[Part]:
         in_store = record.rows[rows]
         tokens = None if test.tokens is None else test.tokens.get(in_store, torch.zeros_like(in_store))
         yield rows, tokens, neighbors(rows)
-
-
-def write_slide(test: ExternalTest, record: SlideRecord, result: SlideResult, path: Path) -> None:
-    """The prediction of the mean of the folds, beside what was measured."""
-    image, scale = thumbnail(test.layout, record)
-    write_prediction(
-        path,
-        slide=record.name,
-        spot_ids=result.spot_ids,
-        genes=result.genes,
-        predictions=result.predictions,
-        spatial_px=record.table.obsm["spatial"],
-        grid_xy=record.table.obsm["grid"],
-        measured=result.measured,
-        measured_unsmoothed=result.measured_unsmoothed,
-        image=image,
-        image_scale=scale,
-        spot_diameter_px=spot_diameter(record.table.obsm["spatial"], test.layout.patch_size),
-        unit=UNIT,
-        provenance=provenance_of(test.members),
-    )
 
 
 def provenance_of(members: Sequence[Member]) -> dict[str, object]:

@@ -34,8 +34,9 @@ def score_checkpoint(study: Study, checkpoint: Path, folder: Path) -> dict:
     predict = restored_predict(study, content, checkpoint)
     predictions = evaluate([study.maker.slide(record) for record in records], predict, "test slides")
     results = [slide_result(record, content["genes"], prediction) for record, prediction in zip(records, predictions)]
+    provenance = provenance_of(content, checkpoint)
     for record, result in zip(records, results):
-        write_slide(study, record, result, folder / "predictions" / f"{record.name}.h5ad", content, checkpoint)
+        write_slide(study.layout, record, result, folder / "predictions" / f"{record.name}.h5ad", provenance)
     smoothed, unsmoothed = content["training_mean"].numpy()
     scores = score_fold(
         results,
@@ -94,10 +95,10 @@ def slide_result(record: SlideRecord, genes: list[str], prediction: dict[str, Te
 
 
 def write_slide(
-    study: Study, record: SlideRecord, result: SlideResult, path: Path, content: dict, checkpoint: Path
+    layout: Layout, record: SlideRecord, result: SlideResult, path: Path, provenance: dict[str, object]
 ) -> None:
-    """The prediction `.h5ad` of one test slide, with a down-scaled image where the image is at hand."""
-    image, scale = thumbnail(study.layout, record)
+    """The prediction `.h5ad` of one measured slide, with a down-scaled image where the image is at hand."""
+    image, scale = thumbnail(layout, record)
     write_prediction(
         path,
         slide=record.name,
@@ -110,19 +111,24 @@ def write_slide(
         measured_unsmoothed=result.measured_unsmoothed,
         image=image,
         image_scale=scale,
-        spot_diameter_px=spot_diameter(record.table.obsm["spatial"], study.layout.patch_size),
+        spot_diameter_px=spot_diameter(record.table.obsm["spatial"], layout.patch_size),
         unit=UNIT,
-        provenance={
-            "checkpoint": checkpoint.name,
-            "encoder": content["encoder"]["name"],
-            "encoder_sha256": content["encoder"]["sha256"],
-            "fold": content["fold"]["fold"],
-            "protocol": content["fold"]["protocol"],
-            "epoch": content["epoch"],
-            "smoothing": "mean over the 3x3 array neighborhood",
-            "log_base": 10,
-        },
+        provenance=provenance,
     )
+
+
+def provenance_of(content: dict, checkpoint: Path) -> dict[str, object]:
+    """Which checkpoint made a prediction, and in what unit."""
+    return {
+        "checkpoint": checkpoint.name,
+        "encoder": content["encoder"]["name"],
+        "encoder_sha256": content["encoder"]["sha256"],
+        "fold": content["fold"]["fold"],
+        "protocol": content["fold"]["protocol"],
+        "epoch": content["epoch"],
+        "smoothing": "mean over the 3x3 array neighborhood",
+        "log_base": 10,
+    }
 
 
 def thumbnail(layout: Layout, record: SlideRecord) -> tuple[np.ndarray | None, float]:
