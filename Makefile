@@ -35,6 +35,7 @@ format: setup
 
 bench: setup
 	for script in benchmarks/bench_*.py; do $(PYTHON) $$script || exit 1; done
+	$(PYTHON) benchmarks/table.py
 
 clean:
 	rm -rf $(DEMO) .pytest_cache .ruff_cache
