@@ -235,7 +235,7 @@ def start_folder(folder: Path, study: Study, split: Split, notices: Sequence[str
     described = {
         **split.to_dict(study.config.EVALUATION.protocol),
         "tokens": study.token_source,
-        "notes": list(notices),
+        "run_notes": list(notices),
     }
     write_json(folder / "split.json", described)
     write_text(folder / "genes.txt", "\n".join(split.genes) + "\n")

@@ -45,7 +45,7 @@ def score_checkpoint(study: Study, checkpoint: Path, folder: Path) -> dict:
         gene_lists=content["gene_lists"],
         protocol=content["fold"]["protocol"],
     )
-    write_fold(scores, folder, extra={"epoch": content["epoch"], "unit": UNIT})
+    write_fold(scores, folder, extra={"epoch": content["epoch"] or None, "unit": UNIT})
     return scores.summary
 
 

@@ -14,10 +14,12 @@ from modes.study import open_study
 from modes.train import finish_run
 from utils.checkpoint import find_checkpoint, fold_checkpoints, load_checkpoint
 from utils.cli import say
-from utils.config import Config, config_from_dict, with_overrides
+from utils.config import Config, config_from_dict, differences, with_overrides
 
 # What a test may set differently from the training; everything else is part of the trained model.
 FREE_KEYS = (
+    "GENERAL.log_path",
+    "GENERAL.exp_id",
     "DATA.data_dir",
     "DATA.weights",
     "DATA.tokens",
@@ -55,13 +57,16 @@ def test(
 
 def restored_config(content: dict, checkpoint: Path, overrides: Sequence[str]) -> Config:
     """The configuration of a checkpoint with what this machine does differently (paths, memory, precision)."""
-    fixed = [override for override in overrides if override.partition("=")[0].strip() not in FREE_KEYS]
-    if fixed:
+    trained = config_from_dict(content["config"], str(checkpoint))
+    config = with_overrides(trained, overrides)
+    changed = [line for line in differences(trained, config) if line.split(":")[0] not in FREE_KEYS]
+    if changed:
+        listed = "\n  ".join(changed)
         raise ValueError(
-            f"{', '.join(fixed)}: this is part of what {checkpoint} was trained with and cannot be changed afterwards. "
+            f"{checkpoint} was trained with other settings, which cannot be changed afterwards:\n  {listed}\n"
             f"Free are: {', '.join(FREE_KEYS)}."
         )
-    return with_overrides(config_from_dict(content["config"], str(checkpoint)), overrides)
+    return config
 
 
 def _test_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,8 +83,14 @@ def train_fold(study: Study, fold: Fold, folder: Path, checkpoint_seconds: float
 
 def finish_run(run_dir: Path, with_report: bool = True) -> str:
     """Write summary.json, summary.md and report.html over the complete folds; returns the table for the terminal."""
-    summary = summarise(run_dir)
+    summary = summarise(run_dir, notes=_run_notes(run_dir))
     write_summary(run_dir, summary)
     if with_report:
         write_report(run_dir)
     return format_table(summary)
+
+
+def _run_notes(run_dir: Path) -> list[str]:
+    """What the folds were told at their start about slides and folds left out, each sentence once."""
+    splits = [json.loads(path.read_text()) for path in sorted(run_dir.glob("fold_*/split.json"))]
+    return list(dict.fromkeys(note for split in splits for note in split.get("run_notes", [])))

@@ -183,6 +183,17 @@ def read_config(path: str | Path) -> Config:
     return load_config(Path(path).resolve())
 
 
+def differences(run: Config, asked: Config) -> list[str]:
+    """One line "SECTION.key: the run has ..., asked for ..." for every key in which two configurations differ."""
+    before, now = run.to_dict(), asked.to_dict()
+    return [
+        f"{section}.{key}: the run has {before[section][key]!r}, asked for {value!r}"
+        for section, values in now.items()
+        for key, value in values.items()
+        if before[section][key] != value
+    ]
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML, whole or not at all."""
     write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False))

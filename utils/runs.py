@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.config import Config, read_config, save_config
+from utils.config import Config, differences, read_config, save_config
 from utils.files import write_text
 
 VERSION = "1.0.0"
@@ -68,23 +68,13 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
             f"{folder} already holds a run. Continue it with --resume, or start another with --run_name NAME "
             "(or --exp_id N)."
         )
-    differences = _differences(read_config(saved), config)
-    if differences:
-        listed = "\n  ".join(differences)
+    changed = [line for line in differences(read_config(saved), config) if line.split(":")[0] not in _MAY_CHANGE]
+    if changed:
+        listed = "\n  ".join(changed)
         raise ValueError(
             f"--resume: {saved} differs from what is asked for:\n  {listed}\n"
             "Repeat the command of the run as it was, or start another run with --run_name NAME."
         )
-
-
-def _differences(old: Config, new: Config) -> list[str]:
-    before, now = old.to_dict(), new.to_dict()
-    return [
-        f"{section}.{key}: the run has {before[section][key]!r}, asked for {value!r}"
-        for section, values in now.items()
-        for key, value in values.items()
-        if before[section][key] != value and f"{section}.{key}" not in _MAY_CHANGE
-    ]
 
 
 def versions() -> dict[str, str]:

@@ -304,3 +304,18 @@ def test_a_checkpoint_continues_on_the_other_device(config, first, second):
     (run / "config.yaml").write_text(saved)
     train(config, options(folds=[0], resume=True, device=torch.device(second)))
     assert [json.loads(line)["epoch"] for line in log(run, 0).splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_fold_is_tested_again_with_the_flags_it_was_trained_with(config):
+    """The same flags are fine; one that would make another model is refused with both values."""
+    from modes.test import test as run_test
+
+    run = train(config, options(folds=[1]))
+    before = (run / "fold_1/per_gene.csv").read_text()
+    same = ["LOSS.k=4", f"GENERAL.log_path={config.GENERAL.log_path}", f"DATA.data_dir={config.DATA.data_dir}"]
+    run_test(str(run), 1, same, torch.device("cpu"), with_report=False)
+    assert (run / "fold_1/per_gene.csv").read_text() == before
+    with pytest.raises(ValueError, match=r"(?s)other settings.*MODEL\.projection_dim: the run has 16, asked for 8"):
+        run_test(str(run), 1, ["MODEL.projection_dim=8"], torch.device("cpu"), with_report=False)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of fold 0.*folds with one: 1"):
+        run_test(str(run), 0, [], torch.device("cpu"), with_report=False)
