@@ -48,7 +48,7 @@ def described(results: list[dict]) -> str:
         settings = ", ".join(f"{key} {value}" for key, value in content["settings"].items())
         parts += [f"### {content['title']}", f"`{content['command']}`: {settings}.", f"({conditions})"]
         parts.append(table(content["rows"]))
-        for title, rows in content["tables"].items():
+        for title, rows in content.get("tables", {}).items():
             parts += [f"{title}:", table(rows)]
         parts.append("\n".join(f"- {note}" for note in content["notes"]))
     return "\n\n".join(part for part in parts if part)
