@@ -99,8 +99,8 @@ def demo_trainers(folder: Path, arguments: argparse.Namespace, device: torch.dev
     simulate(
         folder,
         patients=("A", "B") if tiny else ("A", "B", "C", "D"),
-        slides_per_patient=1 if tiny else 2,
-        grid=(6, 5) if tiny else (16, 14),
+        slides_per_patient=1,
+        grid=(6, 5) if tiny else (12, 10),
         external=False,
         num_genes=24 if tiny else 60,
     )

@@ -317,5 +317,5 @@ def test_a_fold_is_tested_again_with_the_flags_it_was_trained_with(config):
     assert (run / "fold_1/per_gene.csv").read_text() == before
     with pytest.raises(ValueError, match=r"(?s)other settings.*MODEL\.projection_dim: the run has 16, asked for 8"):
         run_test(str(run), 1, ["MODEL.projection_dim=8"], torch.device("cpu"), with_report=False)
-    with pytest.raises(FileNotFoundError, match="no checkpoint of fold 0.*folds with one: 1"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of fold 0.*folds with one: 1"):
         run_test(str(run), 0, [], torch.device("cpu"), with_report=False)

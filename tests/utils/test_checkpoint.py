@@ -31,7 +31,7 @@ def test_a_missing_one_is_named_with_what_is_there(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         find_checkpoint(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="folds with one: none.*Train first"):
+    with pytest.raises(FileNotFoundError, match=r"folds with one: none.*Train first"):
         find_checkpoint(tmp_path / "empty")
 
 
