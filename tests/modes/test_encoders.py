@@ -150,4 +150,4 @@ def test_a_convolutional_encoder_from_its_extraction_on(place):
     left = test(place)
     assert left.status == 2 and "made with encoder 'kaiko-vits16', expected 'resnet50'" in left.said, left.said
     left = test(place, "--encoder", "kaiko-vits16")
-    assert left.status == 2 and "DATA.encoder=kaiko-vits16: this is part of what" in left.said, left.said
+    assert left.status == 2 and "asked for 'kaiko-vits16'" in left.said and "DATA.encoder: the run has" in left.said, left.said
