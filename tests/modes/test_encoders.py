@@ -142,7 +142,12 @@ def test_a_convolutional_encoder_from_its_extraction_on(place):
             file.attrs["encoder_sha256"] = "of other weights"
     left = test(place)
     assert left.status == 2, left.said
-    for part in ("best.pt was trained on features of resnet50", "random-", "of other wei...", "--encoder resnet50 --overwrite"):
+    for part in (
+        "best.pt was trained on features of resnet50",
+        "random-",
+        "of other wei...",
+        "--encoder resnet50 --overwrite",
+    ):
         assert part in left.said, left.said
     for path in (place / "data").rglob("*_56/*.h5"):
         with h5py.File(path, "r+") as file:
@@ -150,4 +155,6 @@ def test_a_convolutional_encoder_from_its_extraction_on(place):
     left = test(place)
     assert left.status == 2 and "made with encoder 'kaiko-vits16', expected 'resnet50'" in left.said, left.said
     left = test(place, "--encoder", "kaiko-vits16")
-    assert left.status == 2 and "asked for 'kaiko-vits16'" in left.said and "DATA.encoder: the run has" in left.said, left.said
+    assert left.status == 2 and "asked for 'kaiko-vits16'" in left.said and "DATA.encoder: the run has" in left.said, (
+        left.said
+    )

@@ -37,7 +37,7 @@ def test_a_missing_one_is_named_with_what_is_there(run, tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     torch.save({"weight": torch.ones(1)}, tmp_path / "plain.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of this program.*import_reference"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of this program.*import_reference"):
         load_checkpoint(tmp_path / "plain.pt")
     torch.save({"schema": 99}, tmp_path / "newer.pt")
     with pytest.raises(ValueError, match="schema 99, this program reads 1"):

@@ -84,7 +84,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
 
 
 def test_a_key_without_its_section_is_recognised():
-    with pytest.raises(ValueError, match="unknown key 'k'; did you mean 'LOSS.k'"):
+    with pytest.raises(ValueError, match=r"unknown key 'k'; did you mean 'LOSS\.k'"):
         load_config("her2st/dml", ["k=3"])
 
 

@@ -89,5 +89,5 @@ def test_arrays_that_are_no_names_are_refused(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "a\\b", "..", ".hidden"])
 def test_names_cannot_leave_the_data_folder(name):
-    with pytest.raises(ValueError, match="Slide .* is not a plain name"):
+    with pytest.raises(ValueError, match=r"Slide .* is not a plain name"):
         safe_name(name, "Slide")
