@@ -186,7 +186,9 @@ def gradient_differences(scene: Scene, spots: int, lengths: list[int]) -> dict[s
     """
     size = scene.config.DATA.patch_size
     generator = torch.Generator().manual_seed(3)
-    patches = torch.randint(256, (spots, 3, size, size), dtype=torch.uint8, generator=generator)
+    # A colour for each patch: patches of noise alone are all alike, and rounding would decide their clusters.
+    colour = torch.randint(180, (spots, 3, 1, 1), generator=generator)
+    patches = (colour + torch.randint(76, (spots, 3, size, size), generator=generator)).to(torch.uint8)
     views = torch.randint(8, (spots,), generator=generator)
     turned = dihedral_views(patches, views).to(scene.device)
     with scene.precision.autocast():

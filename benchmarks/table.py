@@ -1,8 +1,9 @@
-"""Put the results of the benchmarks into docs/speed.md: goals and numbers, each with the command that measures it.
+"""Put measured tables where readers find them: speed into docs/speed.md, accuracy into README.md.
 
     python benchmarks/table.py
 
-Reads benchmarks/results/*.json (see `make bench`) and replaces what stands between the two marks of the page.
+Reads benchmarks/results/*.json (of `make bench`) and accuracy_demo/accuracy.md (of `accuracy_demo.py`) and replaces what
+stands between the two marks of each page.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.common import RESULTS, goal_row, table
 from utils.cli import run, say
 from utils.files import require_file, write_text
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "speed.md"
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured: python benchmarks/table.py -->", "<!-- end of what was measured -->"
 
 
@@ -68,11 +69,16 @@ def fill(page: Path, text: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "speed.md", help="where the speed goes")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="where the accuracy goes")
     arguments = parser.parse_args(argv)
     results = read_results(arguments.results)
     fill(arguments.page, described(results))
     say(f"{arguments.page.name}: {len(results)} benchmarks.")
+    accuracy = arguments.results / "accuracy_demo" / "accuracy.md"
+    if accuracy.is_file():
+        fill(arguments.readme, accuracy.read_text(encoding="utf-8").strip())
+        say(f"{arguments.readme.name}: accuracy.")
 
 
 if __name__ == "__main__":
