@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 WRONG_USE, INTERRUPTED = 2, 130
+INTERRUPTED_TEXT = "interrupted: finished work is kept; run the same command again (a training with --resume added)."
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -25,7 +26,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_USE)
     except KeyboardInterrupt:
-        print("\ninterrupted: finished work is kept; the same command with --resume goes on.", file=sys.stderr)
+        print(f"\n{INTERRUPTED_TEXT}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception:
         traceback.print_exc()

@@ -20,7 +20,14 @@ from utils.files import write_text
 VERSION = "1.0.0"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "anndata", "scanpy", "scikit-learn", "h5py", "pillow")
 # What may change between the start of a run and its continuation, since no result depends on it.
-_MAY_CHANGE = {"DATA.data_dir", "DATA.weights", "DATA.residence", "DATA.num_workers", "GENERAL.log_path"}
+_MAY_CHANGE = {
+    "DATA.data_dir",
+    "DATA.weights",
+    "DATA.residence",
+    "DATA.num_workers",
+    "GENERAL.log_path",
+    "EVALUATION.chunk_size",
+}
 
 
 def seed_for(*keys: object) -> int:

@@ -20,7 +20,7 @@ def failing(error):
     [
         (ValueError("bad k"), 2, "error: bad k"),
         (FileNotFoundError("no file"), 2, "error: no file"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "run the same command again (a training with --resume added)"),
         (RuntimeError("ours"), 1, "Traceback"),
     ],
 )

@@ -40,6 +40,7 @@ def test_a_run_folder_is_started_once_and_continued_on_request(tmp_path):
         open_run(tmp_path / "run", config, resume=False)
     open_run(tmp_path / "run", config, resume=True)
     open_run(tmp_path / "run", load_config("demo/dml", ["DATA.data_dir=elsewhere"]), resume=True)
+    open_run(tmp_path / "run", load_config("demo/dml", ["EVALUATION.chunk_size=256"]), resume=True)
     with pytest.raises(ValueError, match=r"LOSS\.k: the run has 8, asked for 9"):
         open_run(tmp_path / "run", load_config("demo/dml", ["LOSS.k=9"]), resume=True)
     (tmp_path / "other").mkdir()
