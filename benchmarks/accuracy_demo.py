@@ -23,8 +23,9 @@ import pandas as pd
 
 from benchmarks.common import RESULTS, machine, software
 from evaluation.comparison import write_comparison
-from evaluation.statistics import compare_methods, seed_runs
+from evaluation.statistics import compare_methods
 from evaluation.tables import NOT_DEFINED, Table, label, number
+from models.baselines import CLOSED_FORMS
 from modes.train import TrainOptions, train_seeds
 from utils.cli import device_from, run, say
 from utils.config import Config, config_label, load_config
@@ -49,12 +50,12 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "spectral": ("spectral instead of k-means", ("LOSS.use_kmeans=false",)),
     "slides_per_batch_2": ("batches from two slides", ("TRAINING.slides_per_batch=2",)),
 }
-WITHOUT_RANDOM_NUMBERS = ("mean", "ridge", "ridge_neighbor", "knn")  # every seed gives the same
 METRICS = ("pcc_all", "pcc_h", "pcc_highly_variable", "mse", "rvd")
 
 
 def train_method(config: Config, name: str, config_name: str, seeds: Sequence[int], device: str | None) -> list[Path]:
-    """Train a method once per seed, or go on with it; returns the run folders."""
+    """Train a method once per seed, or go on with it; returns the run folders. A closed form is the same for all seeds."""
+    own_seeds = seeds[:1] if name in CLOSED_FORMS else seeds
     options = TrainOptions(
         config_name=config_label(config_name),
         run_name=name,
@@ -65,8 +66,8 @@ def train_method(config: Config, name: str, config_name: str, seeds: Sequence[in
         with_report=False,
         config_file=config_name,
     )
-    train_seeds(config, options, seeds[:1] if name in WITHOUT_RANDOM_NUMBERS else seeds)
-    return seed_runs(Path(config.GENERAL.log_path) / options.config_name / name)
+    train_seeds(config, options, own_seeds)
+    return [Path(config.GENERAL.log_path) / options.config_name / name / f"seed_{seed}" for seed in own_seeds]
 
 
 def accuracy_table(compared: pd.DataFrame) -> Table:

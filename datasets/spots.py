@@ -18,6 +18,9 @@ from datasets.layout import Layout
 from datasets.slides import open_slide
 from datasets.tables import check_inside, load_slide
 from utils.cli import progress
+from utils.config import Data, load_config
+
+MOST_ABSENT = 0.1  # of a panel may be absent from the counts of a test slide
 
 
 @dataclass(frozen=True)
@@ -134,14 +137,26 @@ def _joined(problems: Sequence[str]) -> str:
 def extraction_command(
     layout: Layout, kind: str, slides: str | None, encoder: str | None, config_name: str, overwrite: bool = False
 ) -> str:
-    """The command that makes a cache; slides: comma separated, None for all."""
+    """The command that makes a cache where `layout` looks for it; slides: comma separated, None for all.
+
+    Sizes are named where the configuration has others, and the configuration itself where it can be found from here.
+    """
     external = layout.name if layout.root.parent.name == "test" else None
-    where = f"--mode external --test_name {external}" if external else f"--config {config_name} --mode internal"
-    flags = [f"--extract_mode {kind}", f"--data_dir {layout.data_dir}"]
+    try:
+        data = load_config(config_name).DATA
+    except (ValueError, FileNotFoundError):  # of a run made elsewhere; then only an external set may do without it
+        data = None
+    flags = [f"--config {config_name}"] if data or not external else []
+    flags += [f"--mode external --test_name {external}" if external else "--mode internal"]
+    flags += [f"--extract_mode {kind}", f"--data_dir {layout.data_dir}"]
     flags += [f"--encoder {encoder}"] if encoder else []
+    if layout.patch_size != (data or Data).patch_size:
+        flags.append(f"--set DATA.patch_size={layout.patch_size}")
+    if layout.num_neighbors != (data or Data).num_neighbors:
+        flags.append(f"--num_n {layout.num_neighbors}")
     flags += [f"--slides {slides}"] if slides else []
     flags += ["--overwrite"] if overwrite else []
-    return f"python preprocess/extract_features_uni.py {where} {' '.join(flags)}"
+    return f"python preprocess/extract_features_uni.py {' '.join(flags)}"
 
 
 class FeatureReader:
@@ -259,31 +274,47 @@ def read_rows(layout: Layout, kind: str, record: SlideRecord, rows: slice) -> np
     return read_published(layout.published_path(kind, record.name), record.table.n_obs)[rows]
 
 
-def slide_targets(table: AnnData, genes: Sequence[str], smoothing: bool = True) -> np.ndarray:
-    """Targets of a slide for a gene panel (SPEC 2): float32 (N, G), log10(1 + counts per 10 000 of the panel).
+def slide_targets(
+    table: AnnData, genes: Sequence[str], smoothing: bool = True, *, absent_is_zero: bool = False
+) -> np.ndarray:
+    """Targets of a slide for a gene panel: float32 (N, G), log10(1 + counts per 10 000 of the panel).
 
+    absent_is_zero: a panel gene that the table lacks was not found on the slide, as in the tables of ST counts, which
+        leave such genes out. At most a tenth of the panel: beyond that the names are of another kind.
     Raises ValueError as `check_panel`.
     """
-    check_panel(table, genes)
-    counts = table[:, list(genes)].X
-    counts = counts.toarray() if hasattr(counts, "toarray") else np.asarray(counts)
-    return expression_targets(counts, table.obsm["grid"], smoothing=smoothing)
+    absent = absent_genes(table, genes)
+    if not absent_is_zero or len(absent) > MOST_ABSENT * len(genes):
+        check_panel(table, genes)
+    found = [gene for gene in genes if gene in table.var_names]
+    counts = table[:, found].X
+    panel = np.zeros((table.n_obs, len(genes)))
+    panel[:, [gene in table.var_names for gene in genes]] = counts.toarray() if hasattr(counts, "toarray") else counts
+    return expression_targets(panel, table.obsm["grid"], smoothing=smoothing)
+
+
+def absent_genes(table: AnnData, genes: Sequence[str]) -> list[str]:
+    """Panel genes that the slide has no counts of."""
+    return [gene for gene in genes if gene not in table.var_names]
 
 
 def check_panel(table: AnnData, genes: Sequence[str]) -> None:
     """Raise ValueError that names the slide and the panel genes it does not hold."""
-    missing = [gene for gene in genes if gene not in table.var_names]
-    if missing:
+    absent = absent_genes(table, genes)
+    if absent:
         raise ValueError(
-            f"slide {table.uns['slide']} has no counts for {len(missing)} of the {len(genes)} panel genes "
-            f"({', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}). Make a panel of the genes that all slides "
+            f"slide {table.uns['slide']} has no counts for {len(absent)} of the {len(genes)} panel genes "
+            f"({', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}). Make a panel of the genes that all slides "
             "have: python preprocess/select_genes.py --config NAME --overwrite"
         )
 
 
-def store_targets(store: SpotStore, slides: Iterable[str], genes: Sequence[str], smoothing: bool = True) -> Tensor:
+def store_targets(
+    store: SpotStore, slides: Iterable[str], genes: Sequence[str], smoothing: bool = True, *, absent_is_zero: bool = False
+) -> Tensor:
     """(R, G) targets of the named slides at their rows; NaN at the rows of all others, so that none is used by mistake."""
     targets = torch.full((store.slides[-1].stop, len(genes)), torch.nan)
     for slide in store.named(slides):
-        targets[slide.start : slide.stop] = torch.from_numpy(slide_targets(slide.table, genes, smoothing))
+        found = slide_targets(slide.table, genes, smoothing, absent_is_zero=absent_is_zero)
+        targets[slide.start : slide.stop] = torch.from_numpy(found)
     return targets

@@ -18,6 +18,7 @@ from models.spot_model import MEMORY_BUDGET, ClosedForm, neighbor_mean
 from models.triplex import build_triplex, triplex_loss
 
 BASELINES = ("mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_probe", "triplex")
+CLOSED_FORMS = ("mean", "ridge", "ridge_neighbor", "knn")  # fitted once, without epochs and random numbers
 
 NUM_COMPONENTS = 256
 # From next to no penalty to next to the training mean, in half decades of the mean squared singular value.

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datasets.batches import BatchMaker, SlideBatch, SpotBatch
+from datasets.batches import SlideBatch, SpotBatch
 from datasets.layout import Layout
 from datasets.spec import get_spec
 from engine import Precision, Step
 from models import build_loss, build_model
 from models.backbones import build_backbone, find_weights
-from models.baselines import build_baseline_loss
+from models.baselines import CLOSED_FORMS, build_baseline_loss
 from modes.compiled import CompiledForward
 from utils.config import Config
 
@@ -53,6 +53,11 @@ def needs_of(config: Config) -> Needs:
         neighbors=config.MODEL.use_neighbor and (reads_scales or config.MODEL.name == "ridge_neighbor"),
         slides=config.MODEL.use_global and reads_scales,
     )
+
+
+def is_closed_form(config: Config) -> bool:
+    """Whether the configured model is fitted once, without epochs."""
+    return config.MODEL.name in CLOSED_FORMS
 
 
 def find_encoder(config: Config) -> Path:
@@ -188,8 +193,3 @@ class Optimization:
         self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"] and self.precision.scaler.is_enabled():
             self.precision.scaler.load_state_dict(state["scaler"])
-
-
-def maker_for(store, source, device: torch.device, config: Config) -> BatchMaker:
-    """Batches of a store on the device, features held where the configuration says."""
-    return BatchMaker(store, source, device, config.DATA.residence)

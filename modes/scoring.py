@@ -33,7 +33,11 @@ def score_checkpoint(study: Study, checkpoint: Path, folder: Path) -> dict:
     records = study.store.named(content["fold"]["test_slides"])
     predict = restored_predict(study, content, checkpoint)
     predictions = evaluate([study.maker.slide(record) for record in records], predict, "test slides")
-    results = [slide_result(record, content["genes"], prediction) for record, prediction in zip(records, predictions)]
+    is_clean = content["fold"]["protocol"] == "clean"
+    results = [
+        slide_result(record, content["genes"], prediction, absent_is_zero=is_clean)
+        for record, prediction in zip(records, predictions)
+    ]
     provenance = provenance_of(content, checkpoint)
     for record, result in zip(records, results):
         write_slide(study.layout, record, result, folder / "predictions" / f"{record.name}.h5ad", provenance)
@@ -80,16 +84,18 @@ def check_encoder(content: dict, study: Study, checkpoint: Path) -> None:
         )
 
 
-def slide_result(record: SlideRecord, genes: list[str], prediction: dict[str, Tensor]) -> SlideResult:
-    """The predictions of a slide beside what was measured."""
+def slide_result(
+    record: SlideRecord, genes: list[str], prediction: dict[str, Tensor], *, absent_is_zero: bool
+) -> SlideResult:
+    """The predictions of a slide beside what was measured. absent_is_zero: as for `slide_targets`."""
     return SlideResult(
         slide=record.name,
         patient=record.patient,
         spot_ids=list(record.table.obs_names),
         grid_xy=record.table.obsm["grid"],
         genes=genes,
-        measured=slide_targets(record.table, genes),
-        measured_unsmoothed=slide_targets(record.table, genes, smoothing=False),
+        measured=slide_targets(record.table, genes, absent_is_zero=absent_is_zero),
+        measured_unsmoothed=slide_targets(record.table, genes, smoothing=False, absent_is_zero=absent_is_zero),
         predictions={scale: values.numpy() for scale, values in prediction.items()},
     )
 

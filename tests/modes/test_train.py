@@ -214,6 +214,27 @@ def test_in_the_clean_protocol_the_test_patient_changes_nothing(config, data_dir
         assert not np.array_equal(one.layers["measured"], two.layers["measured"])
 
 
+def test_in_the_clean_protocol_the_genes_of_the_test_patient_change_nothing(config, data_dir, tmp_path):
+    """Count tables of ST leave out genes without counts: a gene that only the test patient lacks stays in the panel."""
+    changed = tmp_path / "changed"
+    shutil.copytree(data_dir, changed)
+    layout = Layout(changed, get_spec("demo", changed), patch_size=64, num_neighbors=3)
+    config = with_(config, DATA={"num_genes": 20}, TRAINING={"epochs": 1})
+    first = train(config, options(folds=[1]))
+    genes = (first / "fold_1/genes.txt").read_text().split()
+    counts = pd.read_parquet(layout.counts_path("B1"))
+    counts.drop(columns=genes[0]).to_parquet(layout.counts_path("B1"))
+    second = train(with_(config, DATA={"data_dir": str(changed)}), options(folds=[1], run_name="changed"))
+    assert (second / "fold_1/genes.txt").read_text().split() == genes
+    assert all(torch.equal(a, b) for a, b in zip(weights(first, 1).values(), weights(second, 1).values()))
+    notes = json.loads((second / "summary.json").read_text())["notes"]
+    assert any("1 of the 20 panel genes are not in the counts of B1" in note and genes[0] in note for note in notes)
+
+    counts.drop(columns=genes[:3]).to_parquet(layout.counts_path("B1"))
+    with pytest.raises(ValueError, match="slide B1 has no counts for 3 of the 20 panel genes"):
+        train(with_(config, DATA={"data_dir": str(changed)}), options(folds=[1], run_name="other_names"))
+
+
 def test_the_paper_protocol_takes_the_panel_file_and_the_test_fold(config):
     paper = with_(config, EVALUATION={"protocol": "paper"})
     run = train(paper, options(folds=[0]))
