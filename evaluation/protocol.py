@@ -1,4 +1,4 @@
-"""The two protocols: what is scored, in which order it is averaged, and which number chooses the epoch.
+"""The two protocols: what is scored and in which order it is averaged.
 
 paper   per gene within one slide -> mean over genes -> over the slides of the fold -> over folds. PCC(H): genes ranked
         by PCC in every fold, ranks averaged over folds, first 50. The epoch with the best PCC(A) *on the test fold*.
@@ -12,7 +12,6 @@ names can be imported from here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +43,6 @@ __all__ = [
     "read_run",
     "score_fold",
     "score_slide",
-    "select_score",
     "summarise",
     "write_fold",
 ]
@@ -57,7 +55,6 @@ PCC_H_NOTES = {
     ),
     "clean": "the genes were fixed from training data of a reference model",
 }
-SELECTION_KEYS = {"paper": "test/pcc_all", "clean": "validation/pcc_all"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,25 +152,6 @@ def epoch_scores(results: Sequence[SlideResult], protocol: str = "clean") -> dic
         suffix = "" if scale == "fused" else f"_{scale}"
         scores.update({f"{name}{suffix}": float(row[name]) for name in ("pcc_all", "mse", "mae")})
     return scores
-
-
-def select_score(record: Mapping[str, Any], protocol: str) -> float:
-    """The number that chooses the epoch, greatest best: mean PCC(A) of the fused prediction.
-
-    record: one epoch as in metrics.jsonl. paper: over the test slides ("test/pcc_all"), which makes the result look
-    better than it is; clean: over the slides of the inner held-out patient ("validation/pcc_all").
-    An undefined PCC (null or NaN: the prediction is constant) counts as -inf: any epoch with a PCC is better.
-    """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol {protocol!r} is unknown; expected one of {PROTOCOLS}.")
-    key = SELECTION_KEYS[protocol]
-    if key not in record:
-        raise ValueError(
-            f"the epoch record has no {key!r}, which chooses the epoch in the protocol {protocol!r} (it has "
-            f"{', '.join(sorted(record))}). Hold a validation patient out, or fix the number: --fixed_epochs N."
-        )
-    value = record[key]
-    return -math.inf if value is None or math.isnan(value) else float(value)
 
 
 def _shared_panel(results: Sequence[SlideResult]) -> list[str]:

@@ -18,12 +18,14 @@ from evaluation.comparison import write_comparison
 from evaluation.fold_figures import Picture, figures_of, pcc_by_scale, write_figures
 from evaluation.fold_files import FoldRecord, plain, read_run
 from evaluation.style import save_figure
+from evaluation.summary import choice_of_epoch
 from evaluation.tables import (
     check_summary,
     fold_rows,
     interval_rows,
     list_rows,
     price_rows,
+    protocol_rows,
     scale_rows,
 )
 from utils.files import require_file, write_text
@@ -40,6 +42,7 @@ LEGEND = (
 SECTIONS = (
     ("Mean over patients with bootstrap 95 % interval", interval_rows),
     ("Every scale and every target", scale_rows),
+    ("The same predictions averaged as in either protocol", protocol_rows),
     ("PCC(H) under the list of either protocol", list_rows),
     ("What choosing the epoch on the test fold would gain", price_rows),
 )
@@ -184,11 +187,12 @@ def _fold_part(record: FoldRecord, genes: Sequence[str], count: int) -> str:
     """Training, clusters and genes on the tissue of one fold."""
     pictures = figures_of(record.path, genes=genes, count=count)
     split = record.split
+    held_out = f" ({', '.join(split['validation_patients'])})" if split.get("validation_patients") else ""
     parts = [
         html.paragraph(
             f"Tested on {', '.join(split['test_patients'])} ({record.result['num_slides']} slides, "
             f"{record.result['num_spots']} spots); trained on {', '.join(split.get('train_patients', [])) or 'unknown'}; "
-            f"epoch chosen on {', '.join(split.get('validation_patients', [])) or split.get('selection') or 'unknown'}."
+            f"{choice_of_epoch([record])}{held_out}."
         )
     ]
     for kind, heading in (("curves", "Training"), ("clusters", "Clusters of a batch")):

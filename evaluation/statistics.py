@@ -1,8 +1,9 @@
 """Comparison of runs over the same patients: means with intervals, paired tests, effect per gene.
 
-A comparison is only one if both sides were asked the same question: runs whose protocol, folds, patients, slides,
-spots, genes or fixed gene lists differ are refused with the differences. Seeds of one method are averaged per patient
-first, so that the patients stay the sample. The tests themselves are in `evaluation.inference`.
+A comparison is only one if both sides were asked the same question: runs whose protocol, folds, patients, slides (of the
+test and of the training), spots, genes, features or fixed gene lists differ are refused with the differences. Seeds of one
+method are averaged per patient first, so that the patients stay the sample. The tests themselves are in
+`evaluation.inference`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pandas as pd
 from evaluation import aggregation
 from evaluation.fold_files import FoldRecord, read_run
 from evaluation.inference import GeneEffect, PairedTest, bootstrap_interval, gene_effect, paired_wilcoxon
+from evaluation.summary import CHOICES
 
 __all__ = [
     "GeneEffect",
@@ -72,8 +74,8 @@ def compare_methods(
     the patient's slides -> over genes. `table.attrs["notes"]` holds what a reader must know.
 
     metrics: pcc_all, pcc_h, pcc_<list> or a metric of `evaluation.metrics`.
-    intersect: compare what the runs share (folds, genes) instead of refusing. Protocols, patients, slides and spots
-    of a shared fold must agree in any case.
+    intersect: compare what the runs share (folds, genes) instead of refusing, and accept other features (encoder, patch
+    size, neighbors, token variant). Protocols, patients, slides and spots of a shared fold must agree in any case.
     Raises ValueError with every difference between the runs.
     """
     runs = {name: [read_run(path)[0] for path in paths] for name, paths in methods.items()}
@@ -172,25 +174,33 @@ def _row(
 def _check(runs: Mapping[str, Sequence[FoldRecord]], intersect: bool) -> list[str]:
     """Notes when the runs may be compared; ValueError with every difference from the first when not."""
     (first_name, first), *others = runs.items()
-    fatal, mendable = [], []
+    fatal, mendable, notes = [], [], []
     for name, other in others:
         found = _differences(first, other)
-        fatal += [f"{name}: {text}" for text in found[0]]
-        mendable += [f"{name}: {text}" for text in found[1]]
+        fatal += [f"{name}: {text}" for text in found.fatal]
+        mendable += [f"{name}: {text}" for text in found.mendable]
+        notes += [f"{name}: {text}" for text in _training_differences(first, other)]
     if fatal or (mendable and not intersect):
-        hint = " What folds and genes they share can be compared with --intersect." if not fatal else ""
+        hint = " What they share can be compared with --intersect." if not fatal else ""
         raise ValueError(
             f"these runs differ from {first_name} and cannot be compared:\n  "
             + "\n  ".join(fatal + mendable)
             + (f"\n{hint.strip()}" if hint else "")
         )
-    return [f"Compared on what is shared. {text}" for text in mendable]
+    return [f"Compared on what is shared. {text}" for text in mendable] + notes
 
 
-def _differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> tuple[list[str], list[str]]:
-    """(what forbids a comparison, what an intersection mends)."""
+@dataclasses.dataclass(frozen=True)
+class _Differences:
+    """fatal: what forbids a comparison.  mendable: what is left out, or taken as it is, with `intersect`."""
+
+    fatal: list[str]
+    mendable: list[str]
+
+
+def _differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> _Differences:
     if first[0].protocol != other[0].protocol:
-        return [f"protocol {other[0].protocol!r}, expected {first[0].protocol!r}"], []
+        return _Differences([f"protocol {other[0].protocol!r}, expected {first[0].protocol!r}"], [])
     fatal, mendable = [], []
     folds, other_folds = ({record.index: record for record in run} for run in (first, other))
     if absent := sorted(set(folds) ^ set(other_folds)):
@@ -203,11 +213,53 @@ def _differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> tu
             fatal.append(f"fold {index} scores slides (spots) {b.result['slides']}, expected {a.result['slides']}")
         elif gone := set(a.genes) ^ set(b.genes):
             mendable.append(f"fold {index} has {len(b.genes)} genes, expected {len(a.genes)}; {len(gone)} not in both")
+        elif features := _feature_differences(a, b):
+            # Lists fixed from training data depend on the features; those of the first run are then taken for all.
+            mendable += [f"fold {index} has {text}" for text in features] + _list_differences(a, b)
         else:
             fatal += _list_differences(a, b)
+        if slides := _seen_in_training(a) ^ _seen_in_training(b):
+            fatal.append(f"fold {index} was trained on other slides ({', '.join(sorted(slides))} not in both)")
     if not set(folds) & set(other_folds):
         fatal.append("no fold in common")
-    return fatal, mendable
+    return _Differences(fatal, mendable)
+
+
+def _seen_in_training(record: FoldRecord) -> set[str]:
+    """Slides whose counts the fold has used, to learn or to choose the epoch."""
+    return {slide for part in ("train_slides", "validation_slides") for slide in record.split.get(part, [])}
+
+
+def _feature_differences(first: FoldRecord, other: FoldRecord) -> list[str]:
+    """In what the patches and their encoder differ. Folds that do not say are taken to be alike."""
+    a, b = (dict(record.split.get("features", {})) for record in (first, other))
+    tokens = [features.pop("tokens", {}) for features in (a, b)]
+    if all(variant.get("source", "none") != "none" for variant in tokens):  # models without tokens have none to differ
+        a, b = (
+            features | {f"tokens: {name}": variant.get(name) for name in ("views", "token_pool")}
+            for features, variant in zip((a, b), tokens)
+        )
+    return [
+        f"{name.replace('_', ' ')} {b[name]}, expected {a[name]}"
+        for name in a
+        if name in b and a[name] != b[name] and "unknown" not in (a[name], b[name])
+    ]
+
+
+def _training_differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> list[str]:
+    """What a reader must know of how the two came to their weights."""
+    folds, choices = {record.index: record for record in first}, {}
+    for record in other:
+        if record.index in folds:
+            pair = tuple(each.split.get("selection") for each in (record, folds[record.index]))
+            if pair[0] != pair[1] and None not in pair:
+                choices.setdefault(pair, []).append(record.index)
+    return [
+        f"{CHOICES.get(mine, mine)}; the first method: {CHOICES.get(its, its)} (folds {', '.join(map(str, indices))}). "
+        "A patient held out to choose the epoch is one patient less to learn from."
+        for (mine, its), indices in choices.items()
+        if "validation" in (mine, its)
+    ]
 
 
 def _list_differences(first: FoldRecord, other: FoldRecord) -> list[str]:

@@ -17,15 +17,21 @@ HEADLINE = ("pcc_all", "pcc_h", "mse", "mae")
 DESCRIPTIONS = {
     "paper": (
         "paper protocol: PCC per gene within a slide, mean over genes, slides of the fold, folds; PCC(H) on genes "
-        "ranked by test PCC over the folds; epoch chosen on the test fold"
+        "ranked by test PCC over the folds"
     ),
     "clean": (
         "clean protocol: PCC per gene within a slide, mean over slides of a patient, patients; PCC(H) on a list fixed "
-        "from training data; epoch not chosen on test data"
+        "from training data"
     ),
 }
+CHOICES = {  # by what `split.json` says under "selection"
+    "test": "epoch chosen on the test fold",
+    "validation": "epoch chosen on an inner held-out patient",
+    "fixed": "number of epochs fixed beforehand",
+    "none": "fitted without epochs",
+}
+OPTIMISTIC = "The epoch is chosen on the test fold, as in the published code: all scores are optimistic."
 PAPER_NOTES = (
-    "The epoch is chosen on the test fold, as in the published code: all scores are optimistic.",
     "PCC(H): the genes are ranked on the same test predictions that are scored. It is biased upward (random "
     "predictions score above zero), and every model is scored on its own list.",
     "The gene panel is chosen from all slides, those of the test patients included.",
@@ -50,6 +56,8 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
     intervals           {pcc_all, pcc_h, pcc_<list>, mse, mae: {mean, low, high, num_patients}}: bootstrap 95 % interval of
                         the mean over patients
     scales              rows: truth, scale, then mean and <name>_std of every score; scale "training_mean" included
+    both_protocols      {"paper": .., "clean": ..}: {pcc_all, pcc_h, mse, mae: {mean, std}} of the same predictions, averaged
+                        and listed as each protocol does it; epoch and panel are those of the run's own
     pcc_h               {"paper": .., "clean": ..}: PCC(H) under both lists, {mean, std, size, genes}; genes is a list
                         (paper) or {fold: list} (clean)
     gene_list_sizes     {list: [size in each fold]}
@@ -60,12 +68,12 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
     records, found_notes = read_run(run_dir)
     protocol = records[0].protocol
     lists, list_notes = aggregation.lists_of_run(records)
-    per_fold, per_patient = _tables(records, lists)
+    per_fold, per_patient = _tables(records, lists, protocol)
     scales = _scale_rows(per_fold, per_fold if protocol == "paper" else per_patient)
     price = selection_price(records)
     summary = {
         "protocol": protocol,
-        "protocol_description": DESCRIPTIONS[protocol],
+        "protocol_description": f"{DESCRIPTIONS[protocol]}; {choice_of_epoch(records)}",
         "run": Path(run_dir).resolve().name,
         "num_folds": len(records),
         "num_patients": int(per_patient["patient"].nunique()),
@@ -77,12 +85,19 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
         "patients": _patient_rows(records, per_patient),
         "intervals": _intervals(aggregation.select(per_patient)),
         "scales": scales,
+        "both_protocols": _both_protocols(records, lists, per_patient),
         "pcc_h": _both_lists(scales, records, lists),
         "gene_list_sizes": _list_sizes(lists),
         "selection_price": price,
         "notes": _notes(records, protocol, [*notes, *found_notes, *list_notes], price),
     }
     return plain(summary)
+
+
+def choice_of_epoch(records: Sequence[FoldRecord]) -> str:
+    """How the epochs of the folds were chosen, in words; folds may differ (one training patient leaves none to hold out)."""
+    found = dict.fromkeys(record.split.get("selection") for record in records)
+    return " / ".join(CHOICES.get(name, "choice of the epoch unknown") for name in found)
 
 
 def selection_price(records: Sequence[FoldRecord]) -> dict[str, Any] | None:
@@ -109,13 +124,15 @@ def selection_price(records: Sequence[FoldRecord]) -> dict[str, Any] | None:
     return {"mean": float(np.mean([row["price"] for row in rows])), "folds": rows} if rows else None
 
 
-def _tables(records: Sequence[FoldRecord], lists: Sequence[dict[str, list[str]]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`fold_table` and `patient_table` of all folds, with a column "fold"."""
+def _tables(
+    records: Sequence[FoldRecord], lists: Sequence[dict[str, list[str]]], protocol: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`fold_table` in the order of the protocol and `patient_table` of all folds, with a column "fold"."""
     folds, patients = [], []
     for record, fold_lists in zip(records, lists):
         by_slide = aggregation.slide_table(record.per_gene_slide, fold_lists)
         by_patient = aggregation.patient_table(record.per_gene_slide, fold_lists)
-        folds.append(aggregation.fold_table(by_slide, by_patient, record.protocol).assign(fold=record.index))
+        folds.append(aggregation.fold_table(by_slide, by_patient, protocol).assign(fold=record.index))
         patients.append(by_patient.assign(fold=record.index))
     return pd.concat(folds, ignore_index=True), pd.concat(patients, ignore_index=True)
 
@@ -142,6 +159,26 @@ def _headline(scales: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         mean = rows["training_mean"]
         headline[f"training_mean_{name}"] = {"mean": mean[name], "std": mean[f"{name}_std"]}
     return headline
+
+
+def _both_protocols(
+    records: Sequence[FoldRecord], lists: Sequence[dict[str, list[str]]], per_patient: pd.DataFrame
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The headline in the order of averages and with the PCC(H) list of either protocol."""
+    both = {}
+    for protocol, listed in aggregation.HEADLINE_LIST.items():
+        per_fold, _ = _tables(records, lists, protocol)
+        row = next(
+            row
+            for row in _scale_rows(per_fold, per_fold if protocol == "paper" else per_patient)
+            if (row["truth"], row["scale"]) == ("smoothed", "fused")
+        )
+        names = {"pcc_all": "pcc_all", "pcc_h": f"pcc_{listed}", "mse": "mse", "mae": "mae"}
+        both[protocol] = {
+            name: {"mean": row.get(source, np.nan), "std": row.get(f"{source}_std", np.nan)}
+            for name, source in names.items()
+        }
+    return both
 
 
 def _fold_row(record: FoldRecord, per_fold: pd.DataFrame) -> dict[str, Any]:
@@ -217,8 +254,9 @@ def _both_lists(
 def _notes(
     records: Sequence[FoldRecord], protocol: str, found: Sequence[str], price: dict[str, Any] | None
 ) -> list[str]:
-    notes = list(PAPER_NOTES) if protocol == "paper" else []
-    if protocol == "clean" and any(record.split.get("selection") == "test" for record in records):
+    on_test = any(record.split.get("selection") == "test" for record in records)
+    notes = [*([OPTIMISTIC] if on_test else []), *PAPER_NOTES] if protocol == "paper" else []
+    if protocol == "clean" and on_test:
         notes.append("The split says that the epoch was chosen on the test fold: these scores are not clean.")
     if price is not None and protocol == "clean":
         notes.append(

@@ -167,6 +167,15 @@ def list_rows(summary: Mapping[str, Any]) -> Table | None:
     return Table(("list", "PCC(H)", "std over folds", "genes"), tuple(rows)) if rows else None
 
 
+def protocol_rows(summary: Mapping[str, Any]) -> Table | None:
+    """The same predictions in the order of averages of either protocol."""
+    both = summary.get("both_protocols") or {}
+    kinds = {"paper": "paper: slides of a fold, folds", "clean": "clean: slides of a patient, patients"}
+    names = ("pcc_all", "pcc_h", "mse", "mae")
+    rows = [(text, *(number(both[name][key]["mean"]) for key in names)) for name, text in kinds.items() if name in both]
+    return Table(("averaged and listed as", *(label(name) for name in names)), tuple(rows)) if rows else None
+
+
 def price_rows(summary: Mapping[str, Any]) -> Table | None:
     """What choosing the epoch on the test fold would have gained in PCC(A)."""
     price = summary.get("selection_price")

@@ -143,7 +143,7 @@ def _gene_lists(study: Study, outer: list[SlideRecord], targets: Tensor, genes: 
     lists = {"highly_variable": highly_variable_list(expression, genes)}
     patients = [slide.patient for slide in outer for _ in range(slide.start, slide.stop)]
     slides = [slide.name for slide in outer for _ in range(slide.start, slide.stop)]
-    if study.config.EVALUATION.protocol == "clean" and len(set(patients)) > 1:
+    if len(set(patients)) > 1:
         features = study.store.target_features[rows].float().numpy()
         lists["highly_predictive"] = highly_predictive_list(features, expression, patients, genes, slides=slides)
     return lists

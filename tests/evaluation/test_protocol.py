@@ -26,7 +26,6 @@ from evaluation.protocol import (
     read_run,
     score_fold,
     score_slide,
-    select_score,
     summarise,
     write_fold,
 )
@@ -220,18 +219,6 @@ def test_epoch_scores_are_those_of_the_fold():
         for name in ("pcc_all", "mse", "mae"):
             assert quick[name] == pytest.approx(full["fused"][name])
             assert quick[f"{name}_target"] == pytest.approx(full["target"][name])
-
-
-def test_select_score_reads_the_test_fold_only_in_the_paper_protocol():
-    record = {"epoch": 3, "validation/pcc_all": 0.2, "test/pcc_all": 0.7}
-    assert select_score(record, "paper") == 0.7
-    assert select_score(record, "clean") == 0.2
-    assert select_score({"validation/pcc_all": None}, "clean") == -math.inf
-    assert select_score({"validation/pcc_all": math.nan}, "clean") == -math.inf
-    with pytest.raises(ValueError, match=r"no 'validation/pcc_all'.*--fixed_epochs N"):
-        select_score({"epoch": 1, "test/pcc_all": 0.7}, "clean")
-    with pytest.raises(ValueError, match="'test' is unknown"):
-        select_score(record, "test")
 
 
 # --- gene lists ---
@@ -430,6 +417,10 @@ def test_summary_of_the_paper_protocol_by_hand(tmp_path):
     assert summary["headline"]["pcc_h"]["mean"] == pytest.approx(4.9 / 12)
     # the fixed list a, b beside it: fold 0 .6, fold 1 .075
     assert summary["pcc_h"]["clean"]["mean"] == pytest.approx(0.3375)
+    # the same averaged over patients (A .35, B .5, C .2)
+    both = summary["both_protocols"]
+    assert both["paper"]["pcc_all"] == pytest.approx(summary["headline"]["pcc_all"])
+    assert both["clean"]["pcc_all"] == pytest.approx({"mean": 0.35, "std": 0.225 / math.sqrt(2)})
     # errors 2 - 2 r on average
     assert summary["headline"]["mse"]["mean"] == pytest.approx(1.4)
     assert summary["headline"]["training_mean_mse"]["mean"] == pytest.approx(1.0)
@@ -469,6 +460,12 @@ def test_summary_of_the_clean_protocol_by_hand(tmp_path):
     assert [patients[p]["pcc_h"] for p in "ABC"] == pytest.approx([0.475, 0.5, 0.45])
     assert summary["headline"]["pcc_h"]["mean"] == pytest.approx(1.425 / 3)
     assert summary["pcc_h"]["clean"]["genes"] == {"0": ["a", "c"], "1": ["c", "d"]}
+    # the same in the order and with the list of the paper
+    both = summary["both_protocols"]
+    assert both["clean"]["pcc_h"]["mean"] == pytest.approx(1.425 / 3)
+    assert both["paper"]["pcc_all"]["mean"] == pytest.approx(0.3)
+    assert both["paper"]["pcc_h"]["mean"] == pytest.approx(4.9 / 12)
+    assert summary["protocol_description"].endswith("; epoch chosen on an inner held-out patient")
     interval = summary["intervals"]["pcc_all"]
     assert interval["mean"] == pytest.approx(0.35) and interval["num_patients"] == 3
     assert 0.199 < interval["low"] < 0.35 < interval["high"] < 0.501
@@ -477,6 +474,14 @@ def test_summary_of_the_clean_protocol_by_hand(tmp_path):
     assert [row["best_epoch"] for row in summary["selection_price"]["folds"]] == [2, 0]
     assert any("0.0300 on average" in note for note in summary["notes"])
     assert "fold 2 skipped: patient D has no slide" in summary["notes"]
+
+
+def test_what_was_not_chosen_on_the_test_fold_is_not_said_to_be(tmp_path):
+    run = write_run(tmp_path / "run", {0: two_patients()}, "paper", selection="fixed")
+    summary = summarise(run)
+    assert summary["protocol_description"].endswith("; number of epochs fixed beforehand")
+    assert not any("optimistic" in note for note in summary["notes"])
+    assert any("gene panel is chosen from all slides" in note for note in summary["notes"])
 
 
 def test_summary_has_every_scale_and_truth(tmp_path):

@@ -118,8 +118,17 @@ _HADAMARD = np.array([[(-1) ** bin(i & j).count("1") for j in range(8)] for i in
 LISTS = {"highly_predictive": ["g0", "g1"], "highly_variable": ["g2"]}
 
 
-def write_run(run_dir, correlations, *, protocol="clean", genes=GENES, lists=LISTS, spots=8):
-    """correlations: {patient: PCC of every gene}, one patient per fold, one slide each."""
+FEATURES = {
+    "encoder": "uni",
+    "encoder_sha256": "a",
+    "patch_size": 224,
+    "num_neighbors": 5,
+    "tokens": {"source": "cache", "views": 8, "token_pool": 1},
+}
+
+
+def write_run(run_dir, correlations, *, protocol="clean", genes=GENES, lists=LISTS, spots=8, **more):
+    """correlations: {patient: PCC of every gene}, one patient per fold, one slide each. more: entries of split.json."""
     for index, (patient, values) in enumerate(correlations.items()):
         if values is None:
             continue
@@ -139,6 +148,7 @@ def write_run(run_dir, correlations, *, protocol="clean", genes=GENES, lists=LIS
         folder = run_dir / f"fold_{index}"
         folder.mkdir(parents=True)
         split = {"fold": index, "name": patient, "protocol": protocol, "test_patients": [patient]}
+        split |= {"selection": "validation", "features": FEATURES, "train_slides": ["T1"], **more}
         (folder / "split.json").write_text(json.dumps(split))
         write_fold(
             score_fold([result], training_mean=np.zeros(len(genes)), gene_lists=lists, protocol=protocol), folder
@@ -230,6 +240,36 @@ def test_runs_that_answer_other_questions_are_refused(tmp_path, base):
         compare_runs([base, other], names=["x", "x"])
     with pytest.raises(ValueError, match="no scores of the scale 'target'"):
         compare_runs([base], scale="target")
+
+
+def test_other_features_are_compared_only_when_told(tmp_path, base):
+    lists = {**LISTS, "highly_predictive": ["g3"]}  # which follow the features
+    features = {**FEATURES, "encoder": "virchow2", "encoder_sha256": "b"}
+    other = write_run(tmp_path / "other", BASE, lists=lists, features=features)
+    with pytest.raises(ValueError, match=r"other: fold 0 has encoder virchow2, expected uni(.|\n)*--intersect"):
+        compare_runs([base, other])
+    table = compare_runs([base, other], intersect=True)
+    assert any("encoder virchow2, expected uni" in note for note in table.attrs["notes"])
+    assert row(table, "pcc_h", "other")["difference"] == 0, "the list of the first run is taken for both"
+    pooled = write_run(tmp_path / "pooled", BASE, features={**FEATURES, "tokens": {"source": "cache", "token_pool": 2}})
+    with pytest.raises(ValueError, match="tokens: token pool 2, expected 1"):
+        compare_runs([base, pooled])
+    without = write_run(
+        tmp_path / "without", BASE, features={**FEATURES, "encoder_sha256": "unknown", "tokens": {"source": "none"}}
+    )
+    assert compare_runs([base, without]).attrs["notes"] == []
+
+
+def test_other_training_data_are_refused_and_other_choices_of_the_epoch_told(tmp_path, base):
+    other = write_run(tmp_path / "other", BASE, train_slides=["T1", "T2"])
+    with pytest.raises(ValueError, match=r"fold 0 was trained on other slides \(T2 not in both\)"):
+        compare_runs([base, other], intersect=True)
+    moved = write_run(tmp_path / "moved", BASE, train_slides=[], validation_slides=["T1"])
+    assert compare_runs([base, moved]).attrs["notes"] == [], "the same patients, one of them to choose the epoch"
+    ridge = write_run(tmp_path / "ridge", BASE, selection="none")
+    (note,) = compare_runs([base, ridge]).attrs["notes"]
+    assert note.startswith("ridge: fitted without epochs; the first method: epoch chosen on an inner held-out patient")
+    assert "one patient less to learn from" in note
 
 
 def test_intersection_only_when_told(tmp_path, base):

@@ -131,6 +131,9 @@ def test_a_run_leaves_everything_it_promises(config):
     )
     everyone = split["test_patients"] + split["validation_patients"] + split["train_patients"]
     assert sorted(everyone) == ["A", "B", "C", "D"]
+    records = [json.loads(line) for line in log(run, 2).splitlines()]
+    best = max(records, key=lambda record: record["validation/pcc_all"])
+    assert json.loads((run / "fold_2/result.json").read_text())["epoch"] == best["epoch"]
 
 
 def test_a_fold_alone_equals_the_fold_after_others(config):
@@ -253,6 +256,9 @@ def test_the_paper_protocol_takes_the_panel_file_and_the_test_fold(config):
 def test_every_baseline_goes_the_same_way(config, model):
     run = train(with_(config, MODEL={"name": model}, TRAINING={"epochs": 2}), options(folds=[0]))
     result = json.loads((run / "fold_0/result.json").read_text())
+    split = json.loads((run / "fold_0/split.json").read_text())
+    is_closed_form = model in ("mean", "ridge", "ridge_neighbor", "knn")
+    assert (split["selection"], len(split["train_patients"])) == (("none", 3) if is_closed_form else ("validation", 2))
     assert np.isfinite(result["mse"])
     if model == "mean":
         assert result["mse"] == pytest.approx(result["training_mean"]["mse"], rel=1e-5)
