@@ -84,8 +84,8 @@ def train_one_epoch(
     broken = [name for name, value in averages.items() if not math.isfinite(value)]
     if broken:
         raise ValueError(
-            f"{description}: the loss is no longer finite ({', '.join(broken)}). The checkpoint of the epoch before is "
-            "kept; try a smaller TRAINING.learning_rate or --set TRAINING.precision=float32."
+            f"{description}: the loss is no longer finite ({', '.join(broken)}); --resume would come to it again. Start "
+            "another run (--run_name NAME) with a smaller TRAINING.learning_rate or --set TRAINING.precision=float32."
         )
     return averages
 

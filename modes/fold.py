@@ -40,8 +40,9 @@ class FoldRun:
         """Train, or go on from `last.pt`, until the epoch is chosen; `best.pt` holds the chosen weights."""
         config = self.study.config
         self.optimization = Optimization.of(self.model, config, self.study.precision)
-        self._best_weights, self._best_is_written, self._last_saved = None, True, time.monotonic()
+        self._best, self._best_is_written, self._last_saved = None, True, time.monotonic()
         state = self._restore()
+        self._saved_epoch = state.epoch
         self.predict = make_predict(self.model, config, self.study.encode, self.optimization.precision)
         self.generator = torch.Generator(self.study.device)
         self.step = make_step(self.model, config, self.study.encode, self.generator)
@@ -64,6 +65,9 @@ class FoldRun:
                 score_name=score_name,
                 save=save,
             )
+        except (KeyboardInterrupt, ValueError):
+            self._keep(state)
+            raise
         finally:
             board.close()
         self._write_clusters()
@@ -133,21 +137,39 @@ class FoldRun:
         are trained again, with the same result.
         """
         if is_better:
-            self._best_weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            self._best = weights, Progress(**progress.to_dict())
             self._best_is_written = False
         write_epochs(self.folder / "metrics.jsonl", progress.history)
         if not is_last and time.monotonic() - self._last_saved < self.checkpoint_seconds:
             return
-        if not self._best_is_written:
-            self.save_best(self._best_weights, progress)
+        if is_last or not self._best_is_written:
+            best = self._best[0] if self._best else load_checkpoint(self.folder / "best.pt")["model"]
+            self.save_best(best, progress, finished=is_last)
             self._best_is_written = True
-        content = checkpoint_content(self.study, self.split, self.model.state_dict(), progress)
+        content = checkpoint_content(self.study, self.split, self.model.state_dict(), progress, finished=is_last)
         save_checkpoint(self.folder / "last.pt", {**content, **self.optimization.state_dict()})
-        self._last_saved = time.monotonic()
+        self._last_saved, self._saved_epoch = time.monotonic(), progress.epoch
 
-    def save_best(self, weights: dict[str, Tensor], progress: Progress) -> None:
-        """Write `best.pt`: what testing and predicting need, and the epoch it is from."""
-        content = checkpoint_content(self.study, self.split, weights, progress)
+    def _keep(self, state: Progress) -> None:
+        """Stopped inside an epoch: write the best weights, which are a copy, and say where --resume will go on.
+
+        last.pt stays as it is: the model and the optimiser are in the middle of an epoch.
+        """
+        if not self._best_is_written:
+            self.save_best(*self._best, finished=False)
+        goes_on = f"goes on after epoch {self._saved_epoch}" if self._saved_epoch else "starts this fold anew"
+        say(
+            f"Fold {self.split.fold.index} ({self.split.fold.name}): stopped with {state.epoch} finished epochs; --resume "
+            f"{goes_on} (--checkpoint_seconds: {self.checkpoint_seconds:g} s between two checkpoints) and comes to the same."
+        )
+
+    def save_best(self, weights: dict[str, Tensor], progress: Progress, *, finished: bool) -> None:
+        """Write `best.pt`: what testing and predicting need, and the epoch it is from.
+
+        finished: the training has ended; a test and the other modes take these weights for those of the fold.
+        """
+        content = checkpoint_content(self.study, self.split, weights, progress, finished=finished)
         save_checkpoint(self.folder / "best.pt", {**content, "epoch": progress.best_epoch})
 
     def _write_clusters(self) -> None:
@@ -180,11 +202,14 @@ class FoldRun:
         say(f"{name}: epoch {state.best_epoch} of {state.epoch} chosen ({score}).")
 
 
-def checkpoint_content(study: Study, split: Split, weights: dict[str, Tensor], progress: Progress) -> dict:
+def checkpoint_content(
+    study: Study, split: Split, weights: dict[str, Tensor], progress: Progress, *, finished: bool
+) -> dict:
     """Everything a test, a prediction or a continuation needs; without the frozen encoder, of which name and hash stay."""
     return {
         "model": weights,
         "epoch": progress.epoch,
+        "finished": finished,
         "progress": progress.to_dict(),
         "config": study.config.to_dict(),
         "config_name": study.config_name,
@@ -230,6 +255,7 @@ def start_folder(folder: Path, study: Study, split: Split, notices: Sequence[str
     notices: sentences about what was left out, for the summary.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)  # scores of an earlier epoch
     for leftover in folder.glob(".*.pt"):  # what a kill in the middle of a save left behind
         leftover.unlink()
     described = {
@@ -260,4 +286,4 @@ def fit_closed_form(run: FoldRun) -> None:
     )
     write_json(run.folder / "fit.json", report)
     write_epochs(run.folder / "metrics.jsonl", [])
-    run.save_best(run.model.state_dict(), Progress(epoch=0, best_epoch=0))
+    run.save_best(run.model.state_dict(), Progress(epoch=0, best_epoch=0), finished=True)

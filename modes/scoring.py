@@ -72,8 +72,15 @@ def restored_model(content: dict, checkpoint: Path, device: torch.device) -> nn.
 
 
 def check_encoder(content: dict, study: Study, checkpoint: Path) -> None:
-    """A checkpoint made with one encoder refuses the features of another."""
+    """A checkpoint refuses features of another encoder, and tokens that are pooled otherwise than those of its training."""
     made, found = content["encoder"], study.store.encoder
+    pool = made.get("token_pool", 1)
+    if pool != study.token_pool:
+        raise ValueError(
+            f"{checkpoint} was trained on tokens pooled by {pool}, those at hand are pooled by {study.token_pool} "
+            f"({study.token_source['source']}). Make token caches of the training's kind: extract again with --token_pool "
+            f"{pool} --overwrite, and leave DATA.tokens=online out."
+        )
     if made["name"] != found.name or (
         made["sha256"] != found.sha256 and "unknown" not in (made["sha256"], found.sha256)
     ):

@@ -12,7 +12,7 @@ from modes.compose import open_layout
 from modes.scoring import score_checkpoint
 from modes.study import open_study
 from modes.train import finish_run
-from utils.checkpoint import find_checkpoint, fold_checkpoints, load_checkpoint
+from utils.checkpoint import chosen_checkpoints, has_ended, load_checkpoint, result_folder
 from utils.cli import say
 from utils.config import Config, config_from_dict, differences, with_overrides
 
@@ -38,20 +38,27 @@ def test(
     data_type: str | None = None,
     with_report: bool = True,
 ) -> None:
-    """Test one fold, or all folds of a run folder, and write tables and predictions beside the checkpoint.
+    """Test one fold, or all finished folds of a run folder, and write tables and predictions beside the checkpoint.
 
+    Scores of a file other than a fold's best.pt go into a folder of their own, `test_<name>` beside it; the result of the
+    fold and the summary of the run stay as they are. A fold whose training has not ended is refused.
     data_type: DATA.type of the configuration given on the command line, if any; must be the checkpoint's.
     with_report: figures and report.html of the run folder; the tables are written in any case.
     """
-    path = Path(model_path)
-    if fold is None and path.is_dir() and fold_checkpoints(path):
-        checkpoints = list(fold_checkpoints(path).values())
-    else:
-        checkpoints = [find_checkpoint(path, fold)]
+    checkpoints, notes = chosen_checkpoints(model_path, fold)
+    is_official = all(result_folder(checkpoint) == checkpoint.parent for checkpoint in checkpoints)
+    for checkpoint in checkpoints:
+        if is_official and not has_ended(checkpoint):
+            raise ValueError(
+                f"{checkpoint} is of a training that has not ended, so it has no result yet. Go on with it: the command of "
+                "the training, with --resume; a test follows by itself. A copy under another name can be tested apart."
+            )
+    for note in notes:
+        say(note)
     for checkpoint in checkpoints:
         _test_checkpoint(checkpoint, fold, overrides, device, data_type)
     run_dir = checkpoints[0].parent.parent
-    if (run_dir / "config.yaml").is_file():
+    if is_official and (run_dir / "config.yaml").is_file():
         say(finish_run(run_dir, with_report))
 
 
@@ -92,10 +99,11 @@ def _test_checkpoint(
             f"test slides {', '.join(missing)} of {checkpoint} are not in {layout.root}. Prepare them, or give --data_dir."
         )
     study = open_study(config, content["config_name"], layout, trained["test_slides"], device)
-    summary = score_checkpoint(study, checkpoint, checkpoint.parent)
+    folder = result_folder(checkpoint)
+    summary = score_checkpoint(study, checkpoint, folder)
     say(
         f"Fold {trained['fold']} ({trained['name']}): PCC(A) {summary['pcc_all']:.4f}, MSE {summary['mse']:.4f} "
-        f"(training mean {_known(summary['training_mean']['mse'])}); written to {checkpoint.parent}"
+        f"(training mean {_known(summary['training_mean']['mse'])}); written to {folder}"
     )
 
 

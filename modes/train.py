@@ -14,9 +14,11 @@ from evaluation.report import format_table, write_report, write_summary
 from evaluation.summary import summarise
 from modes.compose import open_layout
 from modes.fold import FoldRun, fit_closed_form, new_model, start_folder
+from modes.resume_checks import check_continues, check_started_folds
 from modes.scoring import score_checkpoint
 from modes.split import prepare_split
 from modes.study import Study, find_folds, open_study
+from utils.checkpoint import has_ended
 from utils.cli import say
 from utils.config import Config, with_overrides
 from utils.runs import check_run, open_run
@@ -47,16 +49,23 @@ def train(config: Config, options: TrainOptions) -> Path:
     )
     slides = [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in patients]
     study = open_study(config, options.config_file or options.config_name, layout, slides, options.device, folds)
+    check_started_folds(run_dir, study)
     open_run(run_dir, config, options.resume)
     say(f"Run folder: {run_dir}")
     for fold in folds:
         folder = run_dir / f"fold_{fold.index}"
-        if (folder / "result.json").exists():
+        if is_complete(folder):
             say(f"Fold {fold.index} ({fold.name}): complete, nothing to do.")
             continue
         train_fold(study, fold, folder, options.checkpoint_seconds, notices)
     say(finish_run(run_dir, options.with_report))
     return run_dir
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a fold has ended its training and was scored; without its checkpoint the scores alone say so."""
+    checkpoint = folder / "best.pt"
+    return (folder / "result.json").is_file() and (not checkpoint.is_file() or has_ended(checkpoint))
 
 
 def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> None:
@@ -72,6 +81,7 @@ def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> 
 def train_fold(study: Study, fold: Fold, folder: Path, checkpoint_seconds: float, notices: Sequence[str]) -> None:
     """Train one fold, or go on with it, then test the chosen weights."""
     split = prepare_split(study, fold)
+    check_continues(folder, split)
     start_folder(folder, study, split, notices)
     run = FoldRun(study, split, folder, new_model(study, split), checkpoint_seconds)
     if run.model.is_closed_form:
@@ -91,6 +101,12 @@ def finish_run(run_dir: Path, with_report: bool = True) -> str:
 
 
 def _run_notes(run_dir: Path) -> list[str]:
-    """What the folds were told at their start about slides and folds left out, each sentence once."""
+    """What the folds were told at their start about slides and folds left out, each sentence once; and scores that are
+    not of a finished training."""
     splits = [json.loads(path.read_text()) for path in sorted(run_dir.glob("fold_*/split.json"))]
-    return list(dict.fromkeys(note for split in splits for note in split.get("run_notes", [])))
+    notes = list(dict.fromkeys(note for split in splits for note in split.get("run_notes", [])))
+    scored = [path.parent for path in sorted(run_dir.glob("fold_*/result.json"))]
+    unfinished = [folder.name for folder in scored if not is_complete(folder)]
+    if unfinished:
+        notes.append(f"{', '.join(unfinished)}: scored before the training had ended. Go on with --resume.")
+    return notes

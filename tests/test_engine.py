@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_term():
         return {"total": loss, "group": loss * math.nan}
 
     with pytest.raises(
-        ValueError, match=r"fold 1 epoch 2: the loss is no longer finite \(group\).*checkpoint of the epoch before"
+        ValueError, match=r"fold 1 epoch 2: the loss is no longer finite \(group\).*another run \(--run_name NAME\)"
     ):
         train_one_epoch([Spots([1.0])], step, optimizer, Precision("float32", CPU), "fold 1 epoch 2")
 

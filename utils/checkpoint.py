@@ -11,6 +11,8 @@ from torch import nn
 from utils.files import load_tensors, write_atomically
 
 SCHEMA = 1
+_CONTINUE = "Go on with it: the command of the training, with --resume."
+_BY_NAME = "To predict with it as it is, name the file:"
 _REQUIRED = ("schema", "model", "config", "genes", "encoder", "fold", "epoch")
 
 
@@ -77,17 +79,94 @@ def find_checkpoint(path: str | Path, fold: int | None = None) -> Path:
         return next(iter(found.values()))
     if fold in found:
         return found[fold]
+    seeds = sorted(folder.name for folder in path.glob("seed_*") if folder.is_dir())
+    if seeds and not found:
+        raise FileNotFoundError(
+            f"{path} is a run over several seeds ({', '.join(seeds)}). Give one of them: --model_path {path / seeds[0]} "
+            "(--mode compare takes the whole folder)."
+        )
     raise FileNotFoundError(
         f"{path} holds no checkpoint{'' if fold is None else f' of fold {fold}'} (fold_<n>/best.pt); folds with one: "
         f"{', '.join(map(str, found)) or 'none'}. Train first with --mode train, or choose one with --fold."
     )
 
 
+def chosen_checkpoints(path: str | Path, fold: int | None = None) -> tuple[list[Path], list[str]]:
+    """The checkpoints meant by `path`: every finished fold of a run folder, or the one that a path or `fold` means.
+
+    returns: their paths, and sentences about what was left out, or taken although its training has not ended: a file that
+             is named is always taken.
+    Raises FileNotFoundError if there is none, ValueError if no fold that is meant has ended its training.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path], _notes_on_file(path)
+    found = fold_checkpoints(path) if fold is None and path.is_dir() and not (path / "best.pt").is_file() else {}
+    if not found:
+        checkpoint = find_checkpoint(path, fold)
+        if not has_ended(checkpoint):
+            raise ValueError(
+                f"{checkpoint.parent}: the training of this fold has not ended, {checkpoint.name} is only its best epoch so "
+                f"far. {_CONTINUE} {_BY_NAME} --model_path {checkpoint}"
+            )
+        return [checkpoint], []
+    finished = [checkpoint for checkpoint in found.values() if has_ended(checkpoint)]
+    left_out = [name for name in _fold_names(path) if path / name / "best.pt" not in finished]
+    if not finished:
+        raise ValueError(
+            f"{path}: no fold has ended its training ({', '.join(left_out)}). {_CONTINUE} {_BY_NAME} --model_path "
+            f"{next(iter(found.values()))}"
+        )
+    note = f"Left out of {path.name}: {', '.join(left_out)}, whose training has not ended (--mode train ... --resume)."
+    return finished, [note] if left_out else []
+
+
+def has_ended(checkpoint: str | Path) -> bool:
+    """Whether the training that wrote a fold's best.pt has ended; until then it holds the best epoch so far.
+
+    Training marks it (`finished`). Of a checkpoint without the mark, from an older version, the last.pt beside it tells;
+    where there is none, nothing is left to train.
+    """
+    content = load_checkpoint(checkpoint, memory_map=True)
+    if "finished" in content:
+        return content["finished"]
+    last = Path(checkpoint).with_name("last.pt")
+    return not last.is_file() or _has_done_its_epochs(load_checkpoint(last, memory_map=True))
+
+
+def result_folder(checkpoint: Path) -> Path:
+    """Where results of a checkpoint go: the fold's folder for its best.pt; one of its own in there for any other file."""
+    return checkpoint.parent if checkpoint.name == "best.pt" else checkpoint.parent / f"test_{checkpoint.stem}"
+
+
 def fold_checkpoints(run_dir: str | Path) -> dict[int, Path]:
-    """{fold: path of best.pt} of a run folder, in the order of the folds."""
-    found = {}
-    for path in Path(run_dir).glob("fold_*/best.pt"):
-        number = path.parent.name.removeprefix("fold_")
-        if number.isdigit():
-            found[int(number)] = path
-    return dict(sorted(found.items()))
+    """{fold: path of best.pt} of a run folder, in the order of the folds, finished or not."""
+    names = {int(name.removeprefix("fold_")): name for name in _fold_names(Path(run_dir))}
+    paths = {number: Path(run_dir) / name / "best.pt" for number, name in names.items()}
+    return {number: path for number, path in paths.items() if path.is_file()}
+
+
+def _fold_names(run_dir: Path) -> list[str]:
+    """Folders fold_<n> in the order of n."""
+    names = [folder.name for folder in run_dir.glob("fold_*") if folder.is_dir()]
+    numbered = [name for name in names if name.removeprefix("fold_").isdigit()]
+    return sorted(numbered, key=lambda name: int(name.removeprefix("fold_")))
+
+
+def _has_done_its_epochs(content: Mapping) -> bool:
+    """Whether a last.pt is of the last epoch: all are done, or patience ran out where a score chooses the epoch."""
+    progress, training = content["progress"], content["config"]["TRAINING"]
+    epochs = content["config"]["EVALUATION"]["fixed_epochs"] or training["epochs"]
+    waited = progress["epoch"] - progress["best_epoch"]
+    chooses = content["fold"]["selection"] in ("validation", "test")
+    return progress["epoch"] >= epochs or (chooses and waited >= training["patience"])
+
+
+def _notes_on_file(path: Path) -> list[str]:
+    """What a reader of its results must know of a checkpoint that is not the finished best.pt of a fold."""
+    content = load_checkpoint(path, memory_map=True)
+    if "optimizer" in content:
+        return [f"{path} holds the last epoch that was saved ({content['epoch']}), not the chosen one; taken as named."]
+    if not has_ended(path):
+        return [f"{path} is of a training that has not ended (best epoch so far: {content['epoch']}); taken as named."]
+    return []
