@@ -10,10 +10,11 @@ python main.py --mode doctor --config_name her2st/dml
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.cli import device_from, run, say
-from utils.config import LARGE, Config, config_label, load_config
+from utils.config import LARGE, MODELS, Config, config_label, load_config
 
 MODES = ("train", "test", "external_test", "predict", "doctor", "compare", "import_reference")
 # Flags that set one key of the configuration; --set SECTION.key=value sets any.
@@ -45,14 +46,57 @@ SWITCHES = {
     "no_neighbor": "MODEL.use_neighbor=false",
     "no_global": "MODEL.use_global=false",
 }
+# Which modes read which flag. Of those that set the configuration, test, external_test and predict refuse what would
+# change the trained model.
+MODES_OF_FLAG = {
+    **dict.fromkeys(("set", "model_size", *KEY_OF_FLAG, *SWITCHES), tuple(mode for mode in MODES if mode != "compare")),
+    "config_name": ("train", "test", "doctor", "import_reference"),
+    "log_path": ("train", "doctor"),
+    "run_name": ("train", "doctor"),
+    "exp_id": ("train", "doctor"),
+    "fold": ("train", "test", "external_test", "predict", "doctor", "import_reference"),
+    "folds": ("train",),
+    "resume": ("train", "doctor"),
+    "seeds": ("train",),
+    "gpu": ("train", "test", "external_test", "predict", "doctor"),
+    "device": ("train", "test", "external_test", "predict", "doctor"),
+    "checkpoint_seconds": ("train",),
+    "no_report": ("train", "test"),
+    "model_path": ("test", "external_test", "predict", "doctor", "import_reference"),
+    "test_name": ("external_test", "doctor"),
+    "out": ("predict", "compare", "import_reference"),
+    "runs": ("compare",),
+    "intersect": ("compare",),
+    **dict.fromkeys(
+        ("image", "spots", "exchanged_pixels", "pitch_px", "pitch_um", "mpp", "match_mpp", "min_tissue", "genes"),
+        ("predict",),
+    ),
+}
+# What a mode has in place of a flag that it does not read.
+INSTEAD = {
+    ("folds", "test"): "takes --fold N or tests all folds",
+    ("folds", "external_test"): "takes --fold N or all folds of the run",
+    ("folds", "predict"): "takes --fold N or all folds of the run",
+    ("folds", "doctor"): "takes --fold N or checks all folds",
+    ("folds", "import_reference"): "takes --fold N",
+    ("seeds", "doctor"): "takes one --seed",
+    ("config_name", "external_test"): "finds the configuration in the checkpoint",
+    ("config_name", "predict"): "finds the configuration in the checkpoint",
+    ("config_name", "compare"): "finds the configurations in the runs",
+    ("model_path", "train"): "goes on with a run by --resume",
+    ("model_path", "compare"): "takes --runs",
+    ("out", "train"): "writes to --log_path and --run_name",
+    ("out", "test"): "writes beside the checkpoint",
+    ("out", "external_test"): "writes below the run",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of SPEC 6."""
+    """The command line of all modes; `MODES_OF_FLAG` says which of them reads what."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--mode", required=True, choices=MODES)
+    parser.add_argument("--mode", required=True, choices=MODES, help="what to do")
     parser.add_argument("--config_name", help="configuration below config/, e.g. her2st/dml, or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.key=value", help="any configuration key")
     _add_run_flags(parser.add_argument_group("run"))
@@ -65,11 +109,11 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data_dir", help="folder of the data sets")
     group.add_argument("--log_path", help="folder of the runs")
     group.add_argument("--run_name", help="name of the run folder (default: exp_<exp_id>)")
-    group.add_argument("--exp_id", type=int)
+    group.add_argument("--exp_id", type=int, help="number of the run (default: 0)")
     group.add_argument("--fold", type=int, help="one fold (default: all)")
     group.add_argument("--folds", type=_numbers, help="several folds, e.g. 0,2")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    group.add_argument("--seed", type=int)
+    group.add_argument("--seed", type=int, help="seed of all random numbers (default: 2021)")
     group.add_argument("--gpu", type=int, help="index of the CUDA device")
     group.add_argument("--device", help="any PyTorch device, e.g. cpu")
     group.add_argument("--num_workers", type=int, help="threads that read tokens")
@@ -84,22 +128,29 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_method_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", help="gene_dml (default), or a baseline: mean, ridge, ridge_neighbor, knn, mlp, ...")
+    group.add_argument("--model", help=f"{MODELS[0]} (default), or a baseline: {', '.join(MODELS[1:])}")
     group.add_argument("--model_size", choices=("base", "large"), help="large: UNI2-h features, D = 1536")
     group.add_argument("--encoder", help="frozen patch encoder (default: uni)")
     group.add_argument("--weights", help="file of the encoder's weights")
     group.add_argument("--k", type=int, help="clusters of the instance-group loss")
     group.add_argument("--use_kmeans", action="store_true", help="k-means (the paper); otherwise spectral clustering")
-    group.add_argument("--kmeans_init", choices=("first", "kmeans++"))
+    group.add_argument("--kmeans_init", choices=("first", "kmeans++"), help="start of the k-means (default: first)")
     group.add_argument("--lambda_cld", type=float, help="weight of the instance-group loss")
     group.add_argument("--cld_t", type=float, help="temperature of the instance-group loss")
-    group.add_argument("--epochs", type=int)
-    group.add_argument("--batch_size", type=int)
+    group.add_argument("--epochs", type=int, help="greatest number of epochs (default: 200)")
+    group.add_argument("--batch_size", type=int, help="spots in a batch (default: of the configuration)")
     group.add_argument("--slides_per_batch", type=int, help="draw every batch from N slides (0: from all)")
     group.add_argument("--protocol", choices=("clean", "paper"), help="how epochs, genes and averages are chosen")
     group.add_argument("--fixed_epochs", type=int, help="train N epochs instead of choosing one")
-    for name in ("normalize_fused", "start_at_mean", "no_instance_loss", "no_group_loss", "no_neighbor", "no_global"):
-        group.add_argument(f"--{name}", action="store_true")
+    for name, text in (
+        ("normalize_fused", "normalise the fused vector in the instance-group loss"),
+        ("start_at_mean", "output biases start at the training mean"),
+        ("no_instance_loss", "ablation: without the instance-level loss"),
+        ("no_group_loss", "ablation: without the instance-group loss"),
+        ("no_neighbor", "ablation: without the neighbor scale"),
+        ("no_global", "ablation: without the global scale"),
+    ):
+        group.add_argument(f"--{name}", action="store_true", help=text)
 
 
 def _add_predict_flags(group: argparse._ArgumentGroup) -> None:
@@ -123,6 +174,28 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected numbers such as 0,2, found {text!r}") from error
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Flags that the mode would ignore, or that contradict each other, are errors; all in one message."""
+    mode, problems = arguments.mode, []
+    parser = build_parser()
+    for flag, modes in MODES_OF_FLAG.items():
+        if mode not in modes and getattr(arguments, flag) != parser.get_default(flag):
+            instead = f"; --mode {mode} {INSTEAD[flag, mode]}" if (flag, mode) in INSTEAD else ""
+            problems.append(f"--{flag} is for --mode {_or(modes)}{instead}.")
+    if arguments.no_group_loss and arguments.lambda_cld is not None:
+        problems.append(f"--no_group_loss leaves the loss out that --lambda_cld {arguments.lambda_cld:g} weighs.")
+    if arguments.model_size == "large" and arguments.encoder not in (None, "uni2-h"):
+        problems.append(f"--model_size large means --encoder uni2-h, but --encoder {arguments.encoder} is given.")
+    if arguments.seed is not None and arguments.seeds is not None:
+        problems.append("--seed and --seeds are both given; give one of them.")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _or(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
@@ -253,6 +326,7 @@ RUN_OF_MODE = {
 
 def main() -> None:
     arguments = build_parser().parse_args()
+    check_flags(arguments)
     RUN_OF_MODE[arguments.mode](arguments)
 
 

@@ -54,13 +54,18 @@ _SHARED_FLAGS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of SPEC 6."""
+    """The flags of an extraction."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", help="configuration below config/, e.g. her2st/dml, or a YAML file")
-    parser.add_argument("--mode", choices=("internal", "external"), default="internal")
-    parser.add_argument("--extract_mode", choices=tuple(KINDS_OF_MODE), required=True)
+    parser.add_argument("--mode", choices=("internal", "external"), default="internal", help="default: internal")
+    parser.add_argument(
+        "--extract_mode",
+        choices=tuple(KINDS_OF_MODE),
+        required=True,
+        help="what to make; all: target, neighbor and token",
+    )
     parser.add_argument("--test_name", help="external test set below <data_dir>/test")
     parser.add_argument("--slides", help="only these, comma separated, e.g. A1,B2")
     parser.add_argument("--overwrite", action="store_true", help="make caches again that are there")

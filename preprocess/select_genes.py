@@ -136,8 +136,12 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="configuration, for example her2st/dml: gives type, data_dir and num_genes")
     which.add_argument("--type", help="data set: a folder below --data_dir")
-    parser.add_argument("--method", choices=list(PANEL_METHODS), default="mean", help="default: mean (the paper)")
-    parser.add_argument("--num_genes", type=int, help="default: that of the configuration, else 250")
+    parser.add_argument(
+        "--method", choices=list(PANEL_METHODS), default="mean", help="rule of choice (default: mean, the paper's)"
+    )
+    parser.add_argument(
+        "--num_genes", type=int, help="genes of the panel (default: that of the configuration, else 250)"
+    )
     parser.add_argument("--fold", type=int, help="use the training patients of this fold only")
     parser.add_argument(
         "--data_dir", type=Path, help="folder of all data sets (default: that of the configuration, else data)"

@@ -246,13 +246,23 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", default="data", help="folder of all data sets (default: %(default)s)")
     parser.add_argument("--name", default="demo", help="name of the data set (default: %(default)s)")
-    parser.add_argument("--patients", default=",".join(DEFAULT_PATIENTS), help="default: %(default)s")
-    parser.add_argument("--slides_per_patient", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--grid", type=int, nargs=2, default=DEFAULT_GRID, metavar=("COLUMNS", "ROWS"))
-    parser.add_argument("--patch_size", type=int, default=64, help="px, also the distance of two spots")
+    parser.add_argument("--patients", default=",".join(DEFAULT_PATIENTS), help="capital letters (default: %(default)s)")
+    parser.add_argument(
+        "--slides_per_patient", type=int, default=2, help="sections of a patient (default: %(default)s)"
+    )
+    size = "{} x {}".format(*DEFAULT_GRID)
+    parser.add_argument(
+        "--grid",
+        type=int,
+        nargs=2,
+        default=DEFAULT_GRID,
+        metavar=("COLUMNS", "ROWS"),
+        help=f"spots of the array (default: {size})",
+    )
+    parser.add_argument("--patch_size", type=int, default=64, help="px, also the distance of two spots (default: 64)")
     parser.add_argument("--num_genes", type=int, default=60, help="genes of the panel (default: %(default)s)")
     parser.add_argument("--no_external", action="store_true", help="do not simulate the external test set")
-    parser.add_argument("--seed", type=int, default=2021, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=2021, help="of all random numbers (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier simulation")
     return parser.parse_args()
 

@@ -21,7 +21,7 @@ import yaml
 import main
 from preprocess import extract_features_uni
 from tests.command_line import call, call_main
-from utils.config import SECTIONS, load_config
+from utils.config import MODELS, SECTIONS, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "weights" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +37,7 @@ NOT_OURS = (
     "unzip",
     "mkdir",
 )  # programs that pages may show beside ours
+PROGRAMS = [path for path in sorted((ROOT / "preprocess").glob("*.py")) if "__main__" in path.read_text()]
 OWN_TEST = {"your_data.md": "tests/modes/test_own_dataset.py"}  # configurations that a page makes itself
 TINY = """
 GENERAL: {{log_path: {logs}}}
@@ -152,6 +153,7 @@ def test_command_is_understood_by_its_program(command, parse):
     if script == "main.py":
         missing = [name for name in needs_of_modes()[found.mode] if getattr(found, name) is None]
         assert missing == []
+        main.check_flags(found)
         if found.config_name and command.page not in OWN_TEST:
             main.config_of(found)
     if script == "preprocess/extract_features_uni.py":
@@ -315,6 +317,17 @@ def test_every_flag_is_documented_and_no_other(heading, scripts, parse):
     documented = {flag for cell in cells for flag in re.findall(r"(?<![\w-])--\w+", cell)}
     existing = set().union(*(flags_of(parser_of(script, parse)) for script in scripts))
     assert documented == existing
+
+
+@pytest.mark.parametrize("script", ["main.py", *(f"preprocess/{path.name}" for path in PROGRAMS)])
+def test_every_flag_has_a_help(script, parse):
+    actions = [action for action in parser_of(script, parse)._actions if action.option_strings]
+    assert [action.option_strings[0] for action in actions if not action.help] == []
+
+
+def test_the_help_lists_every_model(parse):
+    model = next(action for action in parser_of("main.py", parse)._actions if action.dest == "model")
+    assert all(re.search(rf"\b{name}\b", model.help) for name in MODELS)
 
 
 def test_flags_are_documented_with_their_key_and_its_default():

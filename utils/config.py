@@ -120,13 +120,14 @@ LARGE = (
     "DATA.encoder=uni2-h",
     *(f"MODEL.{f.name}={f.default}" for f in dataclasses.fields(Model) if f.name.startswith(("neighbor_", "global_"))),
 )
+MODELS = ("gene_dml", "mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_probe", "triplex")
 _CHOICES = {
     "DATA.tokens": ("auto", "cache", "online"),
     "DATA.residence": ("auto", "device", "host"),
     "LOSS.kmeans_init": ("first", "kmeans++"),
     "TRAINING.precision": ("auto", "float32", "bf16", "fp16"),
     "EVALUATION.protocol": ("clean", "paper"),
-    "MODEL.name": ("gene_dml", "mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_probe", "triplex"),
+    "MODEL.name": MODELS,
 }
 _MAY_BE_ZERO = {
     "GENERAL.seed",
@@ -248,14 +249,14 @@ def _override(values: dict[str, tuple[object, str]], overrides: Iterable[str], p
         if not separator:
             problems.append(f"--set {override}: expected SECTION.key=value")
             continue
-        values[key.strip()] = (_parsed(text, problems), "--set: ")
+        values[key.strip()] = (_parsed(key, text, problems), "command line: ")
 
 
-def _parsed(text: str, problems: list[str]) -> object:
+def _parsed(key: str, text: str, problems: list[str]) -> object:
     try:
         return yaml.safe_load(text) if text.strip() else ""
     except yaml.YAMLError as error:
-        problems.append(f"--set: {text!r} is not a value: {str(error).splitlines()[0]}")
+        problems.append(f"command line: {key}: {text!r} is not a value: {str(error).splitlines()[0]}")
         return text
 
 
