@@ -9,7 +9,16 @@ import torch
 from anndata import AnnData
 
 from datasets.batches import BatchMaker, TrainingBatches, check_batch_sizes, epoch_rows, split_rows
-from datasets.spots import EncoderIdentity, SlideRecord, SpotStore, slide_targets, store_targets
+from datasets.layout import Layout
+from datasets.spec import DatasetSpec
+from datasets.spots import (
+    EncoderIdentity,
+    SlideRecord,
+    SpotStore,
+    extraction_command,
+    slide_targets,
+    store_targets,
+)
 
 CPU = torch.device("cpu")
 SIZES = (5, 9, 7)
@@ -137,3 +146,25 @@ def test_targets_are_those_of_the_slides_asked_for_and_nothing_else(store):
     assert np.allclose(targets[14:21].numpy(), slide_targets(store.slides[2].table, ["G2", "G1"]))
     with pytest.raises(ValueError, match=r"slide S1 has no counts for 1 of the 2 panel genes \(ERBB2\)"):
         slide_targets(store.slides[1].table, ["G1", "ERBB2"])
+
+    with pytest.raises(ValueError, match="slide S1"):  # a third of the panel: other names, not zeros
+        slide_targets(store.slides[1].table, ["G1", "G2", "ERBB2"], absent_is_zero=True)
+
+
+def test_a_repair_command_makes_the_cache_where_it_was_looked_for(tmp_path):
+    spec = DatasetSpec(name="her2st")
+    ours = Layout(tmp_path, spec, patch_size=112, num_neighbors=3)
+    found = extraction_command(ours, "target", "A1", "resnet50", "her2st/dml", overwrite=True)
+    assert found == (
+        "python preprocess/extract_features_uni.py --config her2st/dml --mode internal --extract_mode target "
+        f"--data_dir {tmp_path} --encoder resnet50 --set DATA.patch_size=112 --num_n 3 --slides A1 --overwrite"
+    )
+    usual = extraction_command(Layout(tmp_path, spec), "token", None, "uni", "her2st/dml")
+    assert "--set" not in usual and "--num_n" not in usual
+    small = extraction_command(Layout(tmp_path, spec, patch_size=64), "token", None, "uni", "demo/dml")
+    assert "--set" not in small, "the configuration says it"
+    external = Layout(tmp_path, DatasetSpec(name="own"), "own", patch_size=112)
+    found = extraction_command(external, "target", None, "uni", "her2st/dml")
+    assert "--config her2st/dml --mode external --test_name own" in found and "--set DATA.patch_size=112" in found
+    elsewhere = extraction_command(external, "target", None, "uni", "mine/dml")
+    assert "--config" not in elsewhere and "--mode external --test_name own" in elsewhere
