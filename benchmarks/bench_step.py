@@ -395,7 +395,7 @@ def main(argv: list[str] | None = None) -> Path:
         extra={"gradient_differences": differences, "ceiling_flops": ceiling, "step_flops_per_second": rate},
     )
     if not arguments.quick:
-        counts = [1, 5, 10] if not on_cuda else [1, 4, 10, 30]
+        counts = [1, 5, 10, 30]
         report.tables["Slides of a batch"] = slides_table(scene, parts, size, counts, 1 if not on_cuda else 5)
     if on_cuda or arguments.quick:
         report.tables["Attention of the fusion"] = wide_head_table(scene, size, repeats)
