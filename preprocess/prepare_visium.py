@@ -30,6 +30,7 @@ from datasets.counts import gene_names, some
 from datasets.layout import Layout
 from datasets.spec import SPECS, DatasetSpec, read_spec
 from datasets.spec import write_spec as write_dataset_yaml
+from datasets.spots import extraction_command
 from datasets.tables import check_spots, spot_ids
 from preprocess.common import Options, Prepared, RawSlide, place_slide, source_folder, tell, verify
 from preprocess.gene_map import is_ensembl, read_gene_map, symbols_of, with_genes, without_version
@@ -44,6 +45,7 @@ from preprocess.visium_outs import (
 )
 from utils.checkpoint import find_checkpoint, fold_checkpoints, load_checkpoint
 from utils.cli import run, say
+from utils.config import Data, config_from_dict, load_config
 from utils.files import load_names, require_file, safe_name, write_atomically, write_text
 
 IMAGE_PATTERN = "{slide}/*"
@@ -51,11 +53,16 @@ IMAGE_PATTERN = "{slide}/*"
 
 @dataclass(frozen=True)
 class TrainingPanel:
-    """genes: those that the models predict, in order.  source: where they are listed.  type: the models' data set."""
+    """genes: those that the models predict, in order.  source: where they are listed.  type: the models' data set.
+
+    trained, config_name: of the run that is the source, if it is one: what its features are, and its configuration.
+    """
 
     genes: list[str]
     source: str
     type: str | None
+    trained: Data | None = None
+    config_name: str | None = None
 
 
 def prepare_visium(
@@ -236,15 +243,31 @@ def write_match(layout: Layout, panel: TrainingPanel) -> list[str]:
 
 
 def say_next(layout: Layout, panel: TrainingPanel) -> None:
-    config = "" if panel.type in SPECS else " --config CONFIG"
+    """The commands that lead to the test; for a run they make features as it was trained on."""
+    run_path = "RUN" if panel.trained is None else panel.source
     for kind in ("target", "neighbor"):
-        say(
-            f"Next: python preprocess/extract_features_uni.py --mode external --extract_mode {kind} --test_name "
-            f"{layout.name} --data_dir {layout.data_dir}{config}"
-        )
+        say(f"Next: {next_extraction(layout, panel, kind)}")
     say(
-        f"Then: python main.py --mode external_test --test_name {layout.name} --model_path RUN --data_dir {layout.data_dir}"
+        f"Then: python main.py --mode external_test --test_name {layout.name} --model_path {run_path} "
+        f"--data_dir {layout.data_dir}"
     )
+
+
+def next_extraction(layout: Layout, panel: TrainingPanel, kind: str) -> str:
+    trained = panel.trained
+    if trained is None:
+        config = "" if panel.type in SPECS else " --config CONFIG"
+        return (
+            f"python preprocess/extract_features_uni.py --mode external --extract_mode {kind} --test_name {layout.name} "
+            f"--data_dir {layout.data_dir}{config}"
+        )
+    try:
+        default = load_config(panel.config_name).DATA.encoder
+    except (ValueError, FileNotFoundError):  # of a run made elsewhere
+        default = None
+    encoder = None if trained.encoder == default else trained.encoder
+    sized = Layout(layout.data_dir, layout.spec, patch_size=trained.patch_size, num_neighbors=trained.num_neighbors)
+    return extraction_command(sized, kind, None, encoder, panel.config_name)
 
 
 def training_panel(
@@ -287,7 +310,8 @@ def _panel_of_run(model_path: Path) -> TrainingPanel:
     paths = list(fold_checkpoints(model_path).values()) if model_path.is_dir() else []
     contents = [load_checkpoint(path) for path in paths or [find_checkpoint(model_path)]]
     genes = list(dict.fromkeys(gene for content in contents for gene in content["genes"]))
-    return TrainingPanel(genes, str(model_path), contents[0]["config"]["DATA"]["type"])
+    data = config_from_dict(contents[0]["config"], str(model_path)).DATA
+    return TrainingPanel(genes, str(model_path), data.type, data, contents[0]["config_name"])
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from PIL import Image
 from datasets.layout import Layout
 from datasets.spec import get_spec
 from datasets.tables import load_slide
+from preprocess.extract_features_uni import build_parser, resolve
 from preprocess.prepare_visium import main, training_panel
 from preprocess.visium_outs import read_outs
 from tests.space_ranger import Outs, write_outs
+from utils.checkpoint import save_checkpoint
+from utils.config import load_config
 from utils.files import load_names
 
 SYMBOLS = ["GAPDH", "TP53", "ERBB2", "TBCE", "KRT5", "TBCE", "CD3E", "SILENT"]  # TBCE twice, as in 10x references
@@ -207,6 +211,64 @@ def test_the_panel_comes_from_one_place(tmp_path, tiny_data):
         training_panel(tiny_data, "mine", None, None, None)
     with pytest.raises(FileNotFoundError, match=r"genes_her2st.npy does not exist. Prepare her2st first"):
         training_panel(tmp_path, "10x_breast_ff1", None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("config_name", "changes", "said"),
+    [
+        (
+            "her2st/dml",
+            (),
+            "--config her2st/dml --mode external --test_name visium --extract_mode {kind} --data_dir {data}",
+        ),
+        (
+            "demo/dml",
+            ("DATA.encoder=uni", "DATA.patch_size=112", "DATA.num_neighbors=3"),
+            "--config demo/dml --mode external --test_name visium --extract_mode {kind} --data_dir {data} --encoder uni "
+            "--set DATA.patch_size=112 --num_n 3",
+        ),
+        (
+            "elsewhere/mine",
+            ("DATA.encoder=resnet50",),
+            "--mode external --test_name visium --extract_mode {kind} --data_dir {data} --encoder resnet50",
+        ),
+    ],
+)
+def test_the_commands_said_for_a_run_make_the_features_it_was_trained_on(
+    tmp_path, picture, capsys, config_name, changes, said
+):
+    config = load_config("her2st/dml" if config_name == "elsewhere/mine" else config_name, changes)
+    run, data = tmp_path / "logs" / "run", tmp_path / "data"
+    entries = dict.fromkeys(("model", "encoder", "fold", "epoch"))
+    content = {**entries, "genes": ["TP53", "CD3E"], "config": config.to_dict(), "config_name": config_name}
+    save_checkpoint(run / "fold_0" / "best.pt", content)
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    flags = [
+        "--source",
+        outs.folder,
+        "--image",
+        outs.image,
+        "--name",
+        "visium",
+        "--model_path",
+        run,
+        "--data_dir",
+        data,
+    ]
+    main([str(flag) for flag in flags])
+    told = capsys.readouterr().out.splitlines()
+    for kind in ("target", "neighbor"):
+        command = f"Next: python preprocess/extract_features_uni.py {said.format(kind=kind, data=data)}"
+        assert command in told, told
+        given = build_parser().parse_args(shlex.split(command)[3:])
+        found = resolve(given)[0].DATA
+        wanted = config.DATA
+        assert (found.encoder, found.patch_size, found.num_neighbors) == (
+            wanted.encoder, wanted.patch_size, wanted.num_neighbors
+        )  # fmt: skip
+    assert (
+        told[-1] == f"Then: python main.py --mode external_test --test_name visium --model_path {run} --data_dir {data}"
+    )
 
 
 def test_scale_factors_stand_in_where_the_array_cannot_be_fitted(tmp_path, picture):
