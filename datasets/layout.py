@@ -202,5 +202,5 @@ class Layout:
 
     def _prepare_hint(self) -> str:
         if self.spec.prepared_by is None:
-            return "See 'Your own data set' in the README for the folders it needs."
+            return "See docs/your_data.md for the folders it needs."
         return f"Prepare it: python preprocess/{self.spec.prepared_by} --data_dir {self.data_dir}"

@@ -35,7 +35,7 @@ class DatasetSpec:
     expected_spots:   least and greatest number of spots of a slide, for the report of the preparing script.
     fold_scheme, num_folds, fold_seed: see `datasets.folds.make_folds`.
     exchanged_pixels: the two pixel columns of the spot table are exchanged, x of the array counts rows and y columns
-                      (the published external sets only; SPEC 1).
+                      (the published external sets only).
     sort_by:          order of the rows, "yx" or "xy", in terms of the columns of the spot table.
     microns_per_pixel: one number, or one per patient or slide, or None = unknown.
     external:         an external test set, in data_dir/test/<name>.
@@ -145,7 +145,7 @@ _ALL_SPECS = (
         fold_scheme=KFOLD,
         num_folds=8,
         fold_seed=2021,
-        prepared_by="prepare_stnet.py --source RAW",
+        prepared_by="prepare_stnet.py --source RAW --gene_map features.tsv.gz",
     ),
     DatasetSpec(
         name="demo",
@@ -193,13 +193,17 @@ def get_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
         return SPECS[name]
     if data_dir is not None and (Path(data_dir) / "test" / name / "ST-cnts").is_dir():
         return DatasetSpec(name=name, image_pattern="**/{slide}.*", external=True)
-    where = f" and {Path(data_dir) / name / SPEC_FILE} does not exist" if data_dir is not None else ""
+    folder = Path("data" if data_dir is None else data_dir)
+    where = f" and {folder / name / SPEC_FILE} does not exist" if data_dir is not None else ""
     close = difflib.get_close_matches(name, SPECS, n=1)
     raise ValueError(
         f"Unknown data set {name!r}: known are {', '.join(SPECS)}{where}."
         + (f" Did you mean {close[0]!r}?" if close else "")
         + f" For your own data write a {SPEC_FILE} into its folder, for example:\n"
-        "patient_pattern: '^(P[0-9]+)_'\nimage_pattern: '{slide}.jpg'"
+        "patient_pattern: '^(P[0-9]+)_'\nimage_pattern: '{slide}.jpg'\n"
+        f"An external test set would lie in {folder / 'test' / name}; of Visium it is made by: "
+        f"python preprocess/prepare_visium.py --name {name} --source OUTS --image FULLRES --data_dir {folder} "
+        "--model_path RUN"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -58,6 +59,11 @@ def test_unknown_names_list_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"Unknown data set 'her2ts': known are her2st, skinst.*Did you mean 'her2st'"):
         get_spec("her2ts", tmp_path)
     with pytest.raises(ValueError, match=r"own.dataset\.yaml does not exist.*For your own data write a dataset\.yaml"):
+        get_spec("own", tmp_path)
+    lies_in = rf"external test set would lie in {re.escape(str(tmp_path / 'test' / 'own'))}; .*"
+    with pytest.raises(
+        ValueError, match=rf"{lies_in}prepare_visium\.py --name own --source OUTS .*--data_dir {tmp_path} "
+    ):
         get_spec("own", tmp_path)
     with pytest.raises(ValueError, match="is not a plain name"):
         get_spec("../elsewhere", tmp_path)
