@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from datasets.counts import some
 from datasets.spec import SPEC_FILE, DatasetSpec
 from utils.files import safe_name
 
@@ -189,6 +190,19 @@ class Layout:
         """Expected or found slides that cannot be used, with what each lacks."""
         slides = sorted(set(self.spec.slides) | set(self.slides_with_counts()))
         return {slide: lacks for slide in slides if (lacks := self.missing(slide))}
+
+    def left_out_note(self) -> str | None:
+        """A sentence naming the slides that cannot be used, with what the first lacks; None if there are none."""
+        incomplete = self.incomplete_slides()
+        if not incomplete:
+            return None
+        example, lacks = next(iter(incomplete.items()))
+        script = self.spec.prepared_by
+        remedy = f" Add them: python preprocess/{script} --data_dir {self.data_dir}" if script else ""
+        return (
+            f"{len(incomplete)} slides cannot be used and are left out: {some(list(incomplete), 12)}. {example}: "
+            f"{'; '.join(lacks)}.{remedy}"
+        )
 
     def _images(self, slide: str) -> list[Path]:
         if not self.images_dir.is_dir():

@@ -19,7 +19,7 @@ from datasets.spec_checks import CHECKS
 from utils.files import safe_name, write_text
 
 SPEC_FILE = "dataset.yaml"
-NOT_IN_FILE = ("name", "external", "prepared_by")
+NOT_IN_FILE = ("name", "external", "prepared_by", "pitch_um")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class DatasetSpec:
                       (the published external sets only).
     sort_by:          order of the rows, "yx" or "xy", in terms of the columns of the spot table.
     microns_per_pixel: one number, or one per patient or slide, or None = unknown.
+    pitch_um:         distance of neighboring spots on its square arrays; gives the size of a pixel where that is unknown.
     external:         an external test set, in data_dir/test/<name>.
     training_type:    the type whose models an external set is meant for.
     prepared_by:      the script, with its arguments, that writes the data folder; for messages.
@@ -59,6 +60,7 @@ class DatasetSpec:
     external: bool = False
     training_type: str | None = None
     prepared_by: str | None = None
+    pitch_um: float | None = None
 
     def patient_of(self, slide: str) -> str:
         """The patient a slide is of. Raises ValueError naming slide, data set and pattern."""
@@ -134,6 +136,7 @@ _ALL_SPECS = (
         slides=tuple(f"{patient}_ST_rep{i}" for patient in ("P2", "P5", "P9", "P10") for i in (1, 2, 3)),
         expected_spots=(462, 1182),
         prepared_by="prepare_skinst.py --source RAW",
+        pitch_um=200.0,
     ),
     DatasetSpec(
         name="stnet",
@@ -146,6 +149,7 @@ _ALL_SPECS = (
         num_folds=8,
         fold_seed=2021,
         prepared_by="prepare_stnet.py --source RAW --gene_map features.tsv.gz",
+        pitch_um=200.0,
     ),
     DatasetSpec(
         name="demo",
@@ -165,9 +169,9 @@ _ALL_SPECS = (
             prepared_by=f"prepare_visium.py --source OUTS --image FULLRES --name {name}",
         )
         for name, training_type, microns in (
-            ("10x_breast_ff1", "her2st", None),
-            ("10x_breast_ff2", "her2st", None),
-            ("10x_breast_ff3", "her2st", None),
+            ("10x_breast_ff1", "her2st", 0.366),
+            ("10x_breast_ff2", "her2st", 0.366),
+            ("10x_breast_ff3", "her2st", 0.366),
             ("NCBI463", "skinst", 1.04),
             ("NCBI464", "skinst", 1.04),
         )

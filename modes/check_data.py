@@ -29,20 +29,10 @@ def check_slides(layout: Layout, findings: Findings) -> list[str]:
     listed = ", ".join(f"{patient} ({count})" for patient, count in patients.items())
     of_all = f"{len(slides)} of {len(spec.slides)}" if spec.slides else str(len(slides))
     findings.ok("data", f"{layout.name} in {layout.root}: {of_all} slides; patients (slides): {listed}.")
-    incomplete = {slide: lacks for slide, lacks in layout.incomplete_slides().items() if slide not in slides}
-    if incomplete:
-        example = next(iter(incomplete))
-        findings.warning(
-            "data",
-            f"{len(incomplete)} slides cannot be used and are left out: {some(list(incomplete), 12)}. {example}: "
-            f"{'; '.join(incomplete[example])}.{_prepare(layout)}",
-        )
+    left_out = layout.left_out_note()
+    if left_out:
+        findings.warning("data", left_out)
     return slides
-
-
-def _prepare(layout: Layout) -> str:
-    script = layout.spec.prepared_by
-    return f" Add them: python preprocess/{script} --data_dir {layout.data_dir}" if script else ""
 
 
 def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> list[SlideRecord]:

@@ -13,6 +13,7 @@ from datasets.layout import Layout
 from models.backbones import BackboneSpec, backbone_spec
 from models.import_reference import import_reference
 from modes.compose import make_model, open_layout
+from modes.field_of_view import field_of_view
 from modes.study import find_folds, slides_of
 from utils.checkpoint import load_weights, save_checkpoint
 from utils.cli import say
@@ -56,6 +57,7 @@ def convert(config: Config, source: Source, out: str) -> Path:
         {
             "model": weights,
             "epoch": 0,
+            "finished": True,
             "progress": {"epoch": 0, "best_epoch": 0, "best_score": float("-inf"), "history": []},
             "config": config.to_dict(),
             "config_name": source.config_name,
@@ -64,7 +66,7 @@ def convert(config: Config, source: Source, out: str) -> Path:
             "fold": split,
             "training_mean": torch.full((2, len(genes)), torch.nan),
             "gene_lists": {},
-            "field_of_view_um": None,
+            "field_of_view_um": field_of_view(layout, dict.fromkeys(split["train_slides"])),
         },
     )
     if path != Path(out):

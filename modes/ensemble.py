@@ -16,26 +16,33 @@ from engine import Precision
 from modes.compose import Needs, model_inputs, needs_of, scale_predictions
 from modes.scoring import restored_model
 from modes.test import restored_config
-from utils.checkpoint import find_checkpoint, fold_checkpoints, load_checkpoint
+from utils.checkpoint import fold_checkpoints, load_checkpoint, result_folder
 from utils.config import Config
 
 # Spots that pass the models at a time: their tokens and the activations of the fusion take about 4 MB a spot.
 CHUNK_SIZE = 256
 
 
-@dataclass(frozen=True)
+@dataclass
 class Member:
-    """One trained fold: the content of its checkpoint without the weights, and the model on the device."""
+    """One trained fold: the content of its checkpoint without the weights, and while it predicts its model."""
 
     path: Path
     content: dict
     config: Config
-    model: nn.Module
+    device: torch.device
     precision: Precision
+    _model: nn.Module | None = None
 
     @property
     def name(self) -> str:
         return f"fold_{self.content['fold']['fold']}"
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run folder, or of the folder that a checkpoint outside any run lies in."""
+        folder = self.path.resolve().parent
+        return folder.parent.name if folder.name.startswith("fold_") else folder.name
 
     @property
     def genes(self) -> list[str]:
@@ -45,23 +52,30 @@ class Member:
     def needs(self) -> Needs:
         return needs_of(self.config)
 
+    def load(self) -> nn.Module:
+        """The model with its weights on the device, read from the checkpoint unless it is held."""
+        if self._model is None:
+            content = load_checkpoint(self.path, memory_map=True)
+            self._model = restored_model(content, self.path, self.device).eval()
+        return self._model
 
-def load_members(
-    model_path: str | Path, fold: int | None, overrides: Sequence[str], device: torch.device
-) -> list[Member]:
-    """Every fold of a run folder, or the one that a fold folder, a checkpoint or `fold` means.
+    def release(self) -> None:
+        """Let the model go; the next `load` reads it again."""
+        self._model = None
 
-    Raises FileNotFoundError if there is no checkpoint, ValueError if the folds cannot work on the same features.
+
+def load_members(checkpoints: Sequence[Path], overrides: Sequence[str], device: torch.device) -> list[Member]:
+    """The folds of checkpoints (`utils.checkpoint.chosen_checkpoints`), no model of them loaded yet.
+
+    Raises ValueError if they cannot work on the same features.
     """
-    path = Path(model_path)
-    paths = list(fold_checkpoints(path).values()) if fold is None and path.is_dir() else []
     members = []
-    for checkpoint in paths or [find_checkpoint(path, fold)]:
-        content = load_checkpoint(checkpoint)
+    for checkpoint in checkpoints:
+        content = load_checkpoint(checkpoint, memory_map=True)
         config = restored_config(content, checkpoint, overrides)
-        model = restored_model(content, checkpoint, device).eval()
-        del content["model"]  # or every fold's weights would be held twice
-        members.append(Member(checkpoint, content, config, model, Precision(config.TRAINING.precision, device)))
+        del content["model"]
+        content["training_mean"] = content["training_mean"].clone()  # off the file, which may be replaced
+        members.append(Member(checkpoint, content, config, device, Precision(config.TRAINING.precision, device)))
     _check_alike(members)
     return members
 
@@ -98,7 +112,7 @@ def token_pool_of(member: Member) -> int:
 def run_folder(members: Sequence[Member], model_path: str | Path, fold: int | None) -> Path:
     """Where results go: the run folder where all of its folds are meant, a fold's own folder where one was asked for."""
     of_all = fold is None and Path(model_path).is_dir() and fold_checkpoints(model_path)
-    return Path(model_path) if of_all else members[0].path.parent
+    return Path(model_path) if of_all else result_folder(members[0].path)
 
 
 def shared_genes(members: Sequence[Member]) -> list[str]:
@@ -125,17 +139,18 @@ def stream_predictions(
     """Yield (rows, [{scale: (b, panel) float32} of each fold]) for the batches, which hold consecutive spots.
 
     features (N, D), grid_xy (N, 2): all spots of the slide, for the global encoders. The features of a batch are made
-    once and pass every fold; what is held is one batch and one global token a spot and fold.
+    once and pass every fold; what is held is one batch, the folds' models, and one global token a spot and fold.
     """
+    models = [member.load() for member in members]
     global_tokens = [_global_tokens(member, features, grid_xy) for member in members]
     for batch in batches:
         rows = slice(int(batch.rows[0]), int(batch.rows[-1]) + 1)
         assert rows.stop - rows.start == len(batch), "spots of a batch are consecutive"
         found = []
-        for member, tokens in zip(members, global_tokens):
+        for member, model, tokens in zip(members, models, global_tokens):
             inputs = model_inputs(batch, lambda batch: batch.target_tokens)
             with member.precision.autocast():
-                prediction = member.model(**inputs, global_tokens=None if tokens is None else tokens[rows])
+                prediction = model(**inputs, global_tokens=None if tokens is None else tokens[rows])
             found.append({scale: values.numpy() for scale, values in scale_predictions(prediction).items()})
         yield rows, found
 
@@ -144,7 +159,15 @@ def _global_tokens(member: Member, features: Tensor, grid_xy: Tensor) -> Tensor 
     if not member.needs.slides:
         return None
     with member.precision.autocast():
-        return member.model.encode_slides(features, grid_xy, [len(features)], None)
+        return member.load().encode_slides(features, grid_xy, [len(features)], None)
+
+
+def put_rows(whole: dict[str, np.ndarray], rows: slice, values: dict[str, np.ndarray], num_spots: int) -> None:
+    """Put the predictions (b, G) of consecutive spots into those of the whole slide (num_spots, G), made on first use."""
+    for scale, part in values.items():
+        if scale not in whole:
+            whole[scale] = np.full((num_spots, part.shape[1]), np.nan, dtype=np.float32)
+        whole[scale][rows] = part
 
 
 def mean_prediction(predictions: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -29,14 +29,15 @@ from modes.ensemble import (
     columns_of,
     describe_peak,
     load_members,
-    mean_prediction,
     peak_memory,
+    put_rows,
     run_folder,
     stream_predictions,
 )
 from modes.external_data import ExternalTest, external_layout, open_test, warnings_of
 from modes.scoring import write_slide
 from modes.streaming import Part, encoded_parts, plan_for, spot_batches
+from utils.checkpoint import chosen_checkpoints
 from utils.cli import progress, say
 
 
@@ -44,9 +45,10 @@ def external_test(
     model_path: str | Path, test_name: str, fold: int | None, overrides: Sequence[str], device: torch.device
 ) -> Path:
     """Test a run on <data_dir>/test/<test_name>; returns the folder with the results, <run>/external/<test_name>."""
-    members = load_members(model_path, fold, overrides, device)
+    checkpoints, fold_notes = chosen_checkpoints(model_path, fold)
+    members = load_members(checkpoints, overrides, device)
     layout = external_layout(members[0].config, test_name)
-    test = open_test(members, layout, device)
+    test = open_test(members, layout, device, fold_notes)
     folder = run_folder(members, model_path, fold) / "external" / layout.name
     notes = warnings_of(test)
     for note in notes:
@@ -55,7 +57,7 @@ def external_test(
     for record in progress(test.store.slides, description=layout.name, unit="slide"):
         score_slide_of(test, record, predictors, folder / "predictions" / f"{record.name}.h5ad")
     peak = peak_memory()
-    summary, tables = external_summary(predictors, about(test, folder, [*notes, *list_notes], peak))
+    summary, tables = external_summary(predictors, about(test, [*notes, *list_notes], peak))
     write_external(folder, summary, tables)
     say(summary_table(summary).to_text())
     for note in summary["notes"][len(notes) :]:
@@ -106,23 +108,15 @@ def highly_predictive_of(member: Member) -> list[str]:
 
 
 def score_slide_of(test: ExternalTest, record: SlideRecord, predictors: Sequence[Predictor], path: Path) -> None:
-    """Predict one slide by every fold, score each and their mean, write the prediction of the mean."""
-    columns = [columns_of(member, test.genes) for member in test.members]
-    features = test.store.target_features[record.start : record.stop].float()
-    whole = features.to(test.device), torch.from_numpy(record.table.obsm["grid"])
-    is_valid = test.store.neighbor_is_valid[record.start : record.stop].numpy()
-    batches = spot_batches(parts_of(test, record), features, is_valid, test.device)
-    chunks: list[list[dict[str, np.ndarray]]] = [[] for _ in test.members]
-    for _, found in stream_predictions(test.members, *whole, batches):
-        for held, prediction, chosen in zip(chunks, found, columns):
-            held.append({scale: values[:, chosen] for scale, values in prediction.items()})
-    predictions = [{scale: np.concatenate([part[scale] for part in held]) for scale in held[0]} for held in chunks]
-    if len(predictors) > 1:
-        predictions.append(mean_prediction(predictions))
+    """Predict one slide by every fold, score each and their mean, write the prediction of the mean.
+
+    One fold's predictions and their sum are held, not those of all folds.
+    """
     measured = slide_targets(record.table, test.genes)
     unsmoothed = slide_targets(record.table, test.genes, smoothing=False)
-    for predictor, prediction in zip(predictors, predictions, strict=True):
-        result = SlideResult(
+
+    def result(prediction: dict[str, np.ndarray]) -> SlideResult:
+        return SlideResult(
             slide=record.name,
             patient=record.patient,
             spot_ids=list(record.table.obs_names),
@@ -132,8 +126,45 @@ def score_slide_of(test: ExternalTest, record: SlideRecord, predictors: Sequence
             measured_unsmoothed=unsmoothed,
             predictions=prediction,
         )
-        predictor.add(result)
-    write_slide(test.layout, record, result, path, provenance_of(test.members))
+
+    mean: dict[str, np.ndarray] = {}
+    for predictor, prediction in zip(predictors, predictions_of(test, record)):
+        predictor.add(result(prediction))
+        for scale, values in prediction.items():
+            mean[scale] = mean[scale] + values if scale in mean else values
+    mean = {scale: values / len(test.members) for scale, values in mean.items()}
+    if len(test.members) > 1:
+        predictors[-1].add(result(mean))
+    write_slide(test.layout, record, result(mean), path, provenance_of(test.members, test.fold_notes))
+
+
+def predictions_of(test: ExternalTest, record: SlideRecord) -> Iterator[dict[str, np.ndarray]]:
+    """{scale: (N, G)} of each fold in turn, for the genes that are scored.
+
+    What is cached is read once for each fold, and one model is held at a time, however many folds there are. Where the
+    encoder runs, which costs far more than the models, it runs once and all folds are held together.
+    """
+    if test.encoder is not None:
+        yield from _predictions(test, record, test.members)
+        return
+    for member in test.members:
+        yield from _predictions(test, record, [member])
+        if len(test.members) > 1:
+            member.release()
+
+
+def _predictions(test: ExternalTest, record: SlideRecord, members: Sequence[Member]) -> list[dict[str, np.ndarray]]:
+    """Predictions of the whole slide by folds that its spots stream through together."""
+    columns = [columns_of(member, test.genes) for member in members]
+    features = test.store.target_features[record.start : record.stop].float()
+    whole = features.to(test.device), torch.from_numpy(record.table.obsm["grid"])
+    is_valid = test.store.neighbor_is_valid[record.start : record.stop].numpy()
+    batches = spot_batches(parts_of(test, record), features, is_valid, test.device)
+    predictions: list[dict[str, np.ndarray]] = [{} for _ in members]
+    for rows, found in stream_predictions(members, *whole, batches):
+        for held, prediction, chosen in zip(predictions, found, columns):
+            put_rows(held, rows, {scale: values[:, chosen] for scale, values in prediction.items()}, len(features))
+    return predictions
 
 
 def parts_of(test: ExternalTest, record: SlideRecord) -> Iterator[Part]:
@@ -157,10 +188,11 @@ def parts_of(test: ExternalTest, record: SlideRecord) -> Iterator[Part]:
         yield rows, tokens, neighbors(rows)
 
 
-def provenance_of(members: Sequence[Member]) -> dict[str, object]:
-    """Which models made a prediction."""
+def provenance_of(members: Sequence[Member], notes: Sequence[str]) -> dict[str, object]:
+    """Which models made a prediction. notes: on folds that were left out, or taken although they are not finished."""
     made = members[0].content["encoder"]
     return {
+        **({"folds": " ".join(notes)} if notes else {}),
         "checkpoints": [f"{member.path.parent.name}/{member.path.name}" for member in members],
         "epochs": [int(member.content["epoch"]) for member in members],
         "prediction": MEAN if len(members) > 1 else members[0].name,
@@ -174,10 +206,10 @@ def provenance_of(members: Sequence[Member]) -> dict[str, object]:
     }
 
 
-def about(test: ExternalTest, folder: Path, notes: list[str], peak: dict[str, float]) -> dict[str, object]:
+def about(test: ExternalTest, notes: list[str], peak: dict[str, float]) -> dict[str, object]:
     """Everything of the summary that is no score."""
     return {
-        "run": folder.parent.parent.resolve().name,
+        "run": test.members[0].run_name,
         "test_name": test.layout.name,
         "training_type": test.config.DATA.type,
         "protocol": test.members[0].content["fold"]["protocol"],

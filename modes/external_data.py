@@ -15,6 +15,7 @@ from datasets.spec import get_spec
 from datasets.spots import SpotStore, load_store
 from datasets.tokens import CachedTokens, open_tokens
 from modes.ensemble import Member, compare_fields_of_view, field_of_view_of, shared_genes, token_pool_of
+from modes.field_of_view import field_of_view
 from modes.streaming import open_encoder
 from utils.cli import say
 from utils.config import Config
@@ -23,7 +24,10 @@ from utils.files import safe_name
 
 @dataclass
 class ExternalTest:
-    """Members and data of one external test. genes: those that are scored, in the order of the first fold's panel."""
+    """Members and data of one external test. genes: those that are scored, in the order of the first fold's panel.
+
+    fold_notes: on folds that were left out, or taken although they are not finished.
+    """
 
     members: list[Member]
     layout: Layout
@@ -33,6 +37,7 @@ class ExternalTest:
     device: torch.device
     tokens: CachedTokens | None
     encoder: PatchEncoder | None  # where there is no token cache
+    fold_notes: list[str]
 
     @property
     def config(self) -> Config:
@@ -56,7 +61,7 @@ def external_layout(config: Config, test_name: str) -> Layout:
     return internal
 
 
-def open_test(members: list[Member], layout: Layout, device: torch.device) -> ExternalTest:
+def open_test(members: list[Member], layout: Layout, device: torch.device, fold_notes: list[str]) -> ExternalTest:
     """Find the genes that can be scored; read and verify counts, spots and features of the slides.
 
     Raises ValueError / FileNotFoundError as `load_store`, and if no gene of the panel is measured.
@@ -78,7 +83,7 @@ def open_test(members: list[Member], layout: Layout, device: torch.device) -> Ex
     if member.needs.tokens:
         tokens = cached_tokens(member, layout, store, device)
         encoder = None if tokens else open_encoder(member, device)
-    return ExternalTest(members, layout, store, genes, missing, device, tokens, encoder)
+    return ExternalTest(members, layout, store, genes, missing, device, tokens, encoder, fold_notes)
 
 
 def measured_genes(layout: Layout, slides: Sequence[str], panel: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -106,7 +111,7 @@ def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torc
         store,
         device,
         choice="cache",
-        residence="host",  # each token is read once
+        residence="host",  # each token is read once for each fold
         num_workers=config.DATA.num_workers,
         config_name=member.content["config_name"],
     )
@@ -120,8 +125,10 @@ def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torc
 
 
 def warnings_of(test: ExternalTest) -> list[str]:
-    """What a reader of the scores must know before them: leaks, fields of view, features without identifiers."""
-    notes, layout, config = [], test.layout, test.config
+    """What a reader of the scores must know before them: what was left out, leaks, fields of view, features of no origin."""
+    layout, config = test.layout, test.config
+    left_out = layout.left_out_note()
+    notes = [*test.fold_notes, *([left_out] if left_out else [])]
     patients = {
         p for m in test.members for part in ("train", "validation") for p in m.content["fold"][f"{part}_patients"]
     }
@@ -136,8 +143,7 @@ def warnings_of(test: ExternalTest) -> list[str]:
     if meant is not None and meant != config.DATA.type:
         notes.append(f"{layout.name} is meant for models of {meant}; this run was trained on {config.DATA.type}.")
     for record in test.store.slides:
-        microns = layout.spec.microns_of(record.name)
-        here = None if microns is None else microns * config.DATA.patch_size
+        here = field_of_view(layout, {record.name: record.table.obsm["spatial"]})
         sentence, differs = compare_fields_of_view(field_of_view_of(test.members), here, record.name)
         notes.append(f"WARNING: {sentence} --mode predict --match_mpp rescales the patches." if differs else sentence)
         published = [k for k in ("target", "neighbor") if not layout.cache_path(k, record.name).exists()]

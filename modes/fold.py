@@ -16,6 +16,7 @@ from engine import Progress, evaluate, fit, train_one_epoch
 from evaluation.protocol import SlideResult, epoch_scores
 from models import start_at_mean
 from modes.compose import Optimization, batch_clusters, make_model, make_predict, make_step
+from modes.field_of_view import field_of_view
 from modes.split import Split
 from modes.study import Study
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -42,7 +43,6 @@ class FoldRun:
         self.optimization = Optimization.of(self.model, config, self.study.precision)
         self._best, self._best_is_written, self._last_saved = None, True, time.monotonic()
         state = self._restore()
-        self._saved_epoch = state.epoch
         self.predict = make_predict(self.model, config, self.study.encode, self.optimization.precision)
         self.generator = torch.Generator(self.study.device)
         self.step = make_step(self.model, config, self.study.encode, self.generator)
@@ -149,7 +149,7 @@ class FoldRun:
             self._best_is_written = True
         content = checkpoint_content(self.study, self.split, self.model.state_dict(), progress, finished=is_last)
         save_checkpoint(self.folder / "last.pt", {**content, **self.optimization.state_dict()})
-        self._last_saved, self._saved_epoch = time.monotonic(), progress.epoch
+        self._last_saved = time.monotonic()
 
     def _keep(self, state: Progress) -> None:
         """Stopped inside an epoch: write the best weights, which are a copy, and say where --resume will go on.
@@ -158,9 +158,11 @@ class FoldRun:
         """
         if not self._best_is_written:
             self.save_best(*self._best, finished=False)
-        goes_on = f"goes on after epoch {self._saved_epoch}" if self._saved_epoch else "starts this fold anew"
+        last = self.folder / "last.pt"
+        saved = load_checkpoint(last, memory_map=True)["epoch"] if last.exists() else None
+        goes_on = f"goes on after epoch {saved}" if saved else "starts this fold anew"
         say(
-            f"Fold {self.split.fold.index} ({self.split.fold.name}): stopped with {state.epoch} finished epochs; --resume "
+            f"Fold {self.split.fold.index} ({self.split.fold.name}): stopped, epochs done: {state.epoch}; --resume "
             f"{goes_on} (--checkpoint_seconds: {self.checkpoint_seconds:g} s between two checkpoints) and comes to the same."
         )
 
@@ -206,6 +208,7 @@ def checkpoint_content(
     study: Study, split: Split, weights: dict[str, Tensor], progress: Progress, *, finished: bool
 ) -> dict:
     """Everything a test, a prediction or a continuation needs; without the frozen encoder, of which name and hash stay."""
+    pixels = {slide.name: slide.table.obsm["spatial"] for slide in study.store.named(split.train_slides)}
     return {
         "model": weights,
         "epoch": progress.epoch,
@@ -223,15 +226,8 @@ def checkpoint_content(
         "fold": split.to_dict(study.config.EVALUATION.protocol),
         "training_mean": split.training_mean,
         "gene_lists": split.gene_lists,
-        "field_of_view_um": field_of_view(study),
+        "field_of_view_um": field_of_view(study.layout, pixels),
     }
-
-
-def field_of_view(study: Study) -> float | None:
-    """Width of a patch in micrometres, mean over the training type's slides; None when the pixel size is unknown."""
-    sizes = [study.layout.spec.microns_of(slide.name) for slide in study.store.slides]
-    known = [size for size in sizes if size is not None]
-    return study.config.DATA.patch_size * sum(known) / len(known) if known else None
 
 
 def new_model(study: Study, split: Split) -> nn.Module:

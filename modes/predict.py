@@ -33,6 +33,7 @@ from modes.ensemble import (
     load_members,
     mean_prediction,
     peak_memory,
+    put_rows,
     shared_genes,
     stream_predictions,
 )
@@ -40,6 +41,7 @@ from modes.external import provenance_of
 from modes.scoring import THUMBNAIL_PX
 from modes.slide_spots import SlideSpots, spots_of_file, spots_on_tissue
 from modes.streaming import Part, encoded_parts, open_encoder, plan_for, pooled_features, spot_batches, validity
+from utils.checkpoint import chosen_checkpoints
 from utils.cli import say
 from utils.files import require_file, safe_name
 
@@ -69,12 +71,17 @@ class PredictOptions:
 def predict(
     model_path: str | Path, options: PredictOptions, fold: int | None, overrides: Sequence[str], device: torch.device
 ) -> Path:
-    """Predict a slide with the mean of the folds of a run, or with one of them; returns the file written.
+    """Predict a slide with the mean of the finished folds of a run, or with one of them; returns the file written.
 
     Everything that can be wrong is found before the encoder runs. Raises ValueError / FileNotFoundError.
     """
     out = _check_options(options)
-    members = load_members(model_path, fold, overrides, device)
+    checkpoints, notes = chosen_checkpoints(model_path, fold)
+    for note in notes:
+        say(note)
+    members = load_members(checkpoints, overrides, device)
+    for member in members:
+        member.load()
     genes = shared_genes(members)
     _check_genes(options.genes, genes)
     image = require_file(options.image, "--image should be the slide to predict.")
@@ -103,7 +110,7 @@ def predict(
         spot_diameter_px=spots.spot_diameter_px,
         unit=UNIT,
         provenance={
-            **provenance_of(members),
+            **provenance_of(members, notes),
             "image": image.name,
             "image_size": list(slide.size),
             "microns_per_pixel": mpp,
@@ -237,8 +244,7 @@ def collect_mean(
             {scale: values[:, places] for scale, values in prediction.items()}
             for prediction, places in zip(found, columns)
         ]
-        for scale, values in mean_prediction(chosen).items():
-            whole.setdefault(scale, np.full((len(features), len(genes)), np.nan, dtype=np.float32))[rows] = values
+        put_rows(whole, rows, mean_prediction(chosen), len(features))
     return whole
 
 

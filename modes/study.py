@@ -70,6 +70,8 @@ def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> 
     cannot be run.
     """
     folds, notices = possible_folds(layout)
+    left_out = layout.left_out_note()
+    notices += [left_out] if left_out else []
     for notice in notices:
         say(notice)
     if wanted is not None:

@@ -149,6 +149,8 @@ def test_what_is_not_known_of_it_is_a_dash_and_null(recorded, monkeypatch):
 
 def test_the_split_is_the_whole_one_of_the_paper(recorded, monkeypatch):
     """Also under a configuration of the clean protocol no training patient is held out."""
+    with open(recorded["data_dir"] / "recorded" / "dataset.yaml", "a") as described:
+        described.write("microns_per_pixel: {A: 0.9, B: 0.5}\n")
     target = recorded["folder"] / "one.pt"
     assert convert(monkeypatch, recorded, target) == 0
     content = load_checkpoint(target)
@@ -156,6 +158,8 @@ def test_the_split_is_the_whole_one_of_the_paper(recorded, monkeypatch):
     assert content["fold"]["validation_patients"] == [] and content["fold"]["protocol"] == "paper"
     assert content["config"]["EVALUATION"]["protocol"] == "paper"
     assert torch.isnan(content["training_mean"]).all() and content["training_mean"].shape == (2, 12)
+    assert content["field_of_view_um"] == PATCH * 0.5, "that of the training slides"
+    assert content["finished"]
     assert convert(monkeypatch, recorded, target) == 2, "a checkpoint is never replaced"
 
 

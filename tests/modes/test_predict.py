@@ -24,7 +24,7 @@ from modes.predict import PredictOptions, collect_mean, predict
 from modes.slide_spots import spots_on_tissue
 from preprocess.extract_features_uni import main as extract
 from tests.space_ranger import write_outs
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import chosen_checkpoints, load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -216,7 +216,7 @@ def test_one_fold_and_the_mean_of_both(tiny_run, external, predicted, tmp_path):
 
 def test_streaming_holds_one_batch_at_a_time_however_many_spots_there_are(tiny_run):
     """Memory is that of one batch of tokens, not of the slide: batches are made when asked for and let go."""
-    members = load_members(tiny_run.path, None, [], CPU)
+    members = load_members(chosen_checkpoints(tiny_run.path)[0], [], CPU)
     random = torch.Generator().manual_seed(0)
     num_spots, size, dim = 1200, 40, members[0].content["encoder"]["dim"]
     features = torch.randn(num_spots, dim, generator=random)
@@ -247,7 +247,7 @@ def test_streaming_holds_one_batch_at_a_time_however_many_spots_there_are(tiny_r
 
 
 def test_streamed_rows_must_be_consecutive(tiny_run):
-    members = load_members(tiny_run.path, 0, [], CPU)
+    members = load_members(chosen_checkpoints(tiny_run.path, 0)[0], [], CPU)
     dim = members[0].content["encoder"]["dim"]
     batch = SpotBatch(torch.tensor([0, 2]), None, None, torch.zeros(2, dim), None, torch.ones(2, 9).bool(), None)
     grid = torch.tensor([[0, 0], [1, 0], [2, 0]])
