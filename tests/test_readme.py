@@ -74,7 +74,7 @@ def commands_of(page: Path) -> list[Command]:
 
 
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
-SCRIPTS = [command for command in COMMANDS if command.words[0] == "python"]
+SCRIPTS = [command for command in COMMANDS if command.words[0] == "python" and command.words[1] != "-m"]
 
 
 class Parsed(Exception):
@@ -134,6 +134,8 @@ def test_command_is_one_of_ours(command):
     if program == "make":
         rules = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
         assert set(command.words[1:]) <= rules, f"Makefile has {sorted(rules)}"
+    elif command.words[:2] == ["python", "-m"]:
+        assert command.line.replace("python", "$(PYTHON)") in (ROOT / "Makefile").read_text()
     elif program == "python":
         assert (ROOT / command.words[1]).is_file()
     else:
@@ -174,6 +176,13 @@ def test_commands_of_the_specification_are_in_the_readme():
     ):
         assert line in shown
     assert shown[:2] == ["make demo", "make test"]
+
+
+def test_the_page_of_the_demo_shows_the_commands_of_make_demo():
+    rule = re.search(r"^demo: setup\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    lines = [line.strip() for line in rule.replace("$(PYTHON)", "python").replace("$(DEMO)", "demo").splitlines()]
+    shown = [command.line for command in commands_of(ROOT / "docs" / "demo.md")]
+    assert shown[0] == "make demo" and shown[1 : len(lines)] == [line for line in lines if line.startswith("python")]
 
 
 # -- the chain of the README, on a tiny set ---------------------------------------------------------------------------
