@@ -90,8 +90,15 @@ def source_folder(source: Path, contents: str) -> Path:
     return source
 
 
-def chosen_slides(found: Sequence[str], wanted: str | None, where: Path, flag: str = "--slides") -> list[str]:
-    """The slides of `--slides A,B` (all without it), sorted; ValueError for one that the source does not have."""
+def chosen_slides(
+    found: Sequence[str], wanted: str | None, where: Path, *, of: str, contents: str, flag: str = "--slides"
+) -> list[str]:
+    """The slides of `--slides A,B` (all without it), sorted; ValueError for one that the source does not have.
+
+    of, contents: the data set, and what its source should hold; FileNotFoundError with both if nothing was found.
+    """
+    if not found:
+        raise FileNotFoundError(f"No slide of {of} was found in {where}. Expected {contents}.")
     if wanted is None:
         return sorted(found)
     names = [name.strip() for name in wanted.split(",") if name.strip()]
@@ -109,8 +116,7 @@ def prepare(layout: Layout, names: Sequence[str], read: Callable[[str], RawSlide
     read: gives one raw slide; called once a slide, so that only one is held in memory.
     Raises ValueError collecting what is wrong with every slide; the good ones are on disk by then.
     """
-    if not names:
-        raise FileNotFoundError(f"No slide of {layout.spec.name} was found in the source.")
+    assert names, "chosen_slides gives at least one"
     prepared: list[Prepared] = []
     problems: list[str] = []
 

@@ -113,9 +113,11 @@ def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequen
 
     A patch cache stands for the image where neither neighbors nor the patches themselves are wanted.
 
-    Raises ValueError for slides that are not there, FileNotFoundError if none has an image.
+    Raises ValueError for slides that are not there, FileNotFoundError if none has counts or an image.
     """
     known = layout.slides_with_counts()
+    if not known:
+        raise FileNotFoundError(f"{layout.counts_dir} holds no counts. {_how_to_prepare(layout)}")
     if requested is not None:
         unknown = [slide for slide in requested if slide not in known]
         if unknown:
@@ -131,9 +133,15 @@ def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequen
     if not chosen:
         raise FileNotFoundError(
             f"None of the {len(known)} slides of {layout.name} has an image in {layout.images_dir}. Expected for "
-            f"{known[0] if known else 'a slide'}: {layout.images_dir / layout.image_pattern(known[0]) if known else '?'}."
+            f"{known[0]}: {layout.images_dir / layout.image_pattern(known[0])}."
         )
     return chosen
+
+
+def _how_to_prepare(layout: Layout) -> str:
+    if layout.spec.prepared_by is None:
+        return f"docs/{'external' if layout.spec.external else 'your_data'}.md says how to make them."
+    return f"Prepare them: python preprocess/{layout.spec.prepared_by} --data_dir {layout.data_dir}"
 
 
 def _has_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> bool:

@@ -36,7 +36,8 @@ def prepare_her2st(source: Path, data_dir: Path, options: Options, slides: str |
     strangers = [name for name in found if name not in spec.slides]
     if strangers:
         say(f"Left out, as they are no slides of her2st: {some(strangers, 12)}.")
-    names = chosen_slides([name for name in found if name in spec.slides], slides, raw.counts_dir)
+    found = [name for name in found if name in spec.slides]
+    names = chosen_slides(found, slides, raw.counts_dir, of=spec.name, contents=CONTENTS)
     target = Layout(data_dir, spec)
     return prepare(target, names, lambda name: read_slide(raw, target, name), options)
 

@@ -56,7 +56,8 @@ def prepare_hest(
             f"--name {name} is the name of another data set; choose one of your own, for example hest_{name}."
         )
     source = source_folder(source, CONTENTS)
-    names = chosen_slides([path.stem for path in (source / "st").glob("*.h5ad")], ids, source / "st", "--ids")
+    found = [path.stem for path in (source / "st").glob("*.h5ad")]
+    names = chosen_slides(found, ids, source / "st", of=name, contents=CONTENTS, flag="--ids")
     samples = find_samples(source, names, metadata or find_metadata(source))
     spec = DatasetSpec(
         name=name,

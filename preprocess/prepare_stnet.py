@@ -47,7 +47,7 @@ def prepare_stnet(
     files = files_below(source_folder(source, CONTENTS))
     spec = SPECS["stnet"]
     found = [slide for slide in spec.slides if any(re.fullmatch(counts_name(slide), path.name) for path in files)]
-    names = chosen_slides(found, slides, source)
+    names = chosen_slides(found, slides, source, of=spec.name, contents=CONTENTS)
     symbols = read_gene_map(gene_map) if gene_map else None
     genes = all_genes(files, names, symbols, keep_ensembl)
     return prepare(Layout(data_dir, spec), names, lambda name: read_slide(files, name, genes, symbols), options)

@@ -249,6 +249,17 @@ def test_slides_without_an_image(data_dir, capsys):
         _run(data_dir, "patch")
 
 
+@pytest.mark.parametrize("flags", [(), ("--slides", "A1")])
+def test_an_empty_folder_of_counts(data_dir, flags):
+    layout = _layout(data_dir)
+    for path in layout.counts_dir.iterdir():
+        path.unlink()
+    layout.spec_path.unlink()
+    message = rf"ST-cnts holds no counts\. Prepare them: python preprocess/simulate_demo\.py --data_dir {data_dir}$"
+    with pytest.raises(FileNotFoundError, match=message):
+        _run(data_dir, "target", *flags)
+
+
 def test_patches_are_the_pixels_around_the_spots(data_dir):
     _run(data_dir, "patch", "--slides", "A1")
     layout = _layout(data_dir)

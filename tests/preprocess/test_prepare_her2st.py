@@ -210,7 +210,9 @@ def test_sources_that_are_no_download(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds neither ST-cnts nor data/ST-cnts"):
         prepare_her2st(tmp_path, tmp_path / "data", SMALL)
     (tmp_path / "ST-cnts").mkdir()
-    with pytest.raises(FileNotFoundError, match="No slide of her2st was found in the source"):
+    with pytest.raises(
+        FileNotFoundError, match=r"her2st was found in .*ST-cnts\. Expected the HER2ST download: ST-cnts/"
+    ):
         prepare_her2st(tmp_path, tmp_path / "data", SMALL)
 
 

@@ -237,6 +237,13 @@ def test_expression_that_is_wrong_is_named(raw, tmp_path):
         prepare_hest(raw, tmp_path / "data", SMALL, name="own")
 
 
+def test_sources_without_a_sample(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"No slide of hest was found in .*st\. Expected the HEST-1k download: st/"
+    ):
+        prepare_hest(tmp_path, tmp_path / "data", Options())
+
+
 def test_metadata_that_is_missing_or_of_another_version(raw, tmp_path):
     table = raw / "assets" / "HEST_v1_1_0.csv"
     METADATA.iloc[1:].to_csv(table, index=False)

@@ -135,5 +135,7 @@ def test_command_line(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare_skinst.py", *arguments])
     main()
     assert load_names(Layout(tmp_path / "data", SKINST).panel_path) == sorted(GENES)
-    with pytest.raises(FileNotFoundError, match="No slide of skinst was found in the source"):
+    with pytest.raises(
+        FileNotFoundError, match=r"No slide of skinst was found in .*\. Expected the files of GSE144240"
+    ):
         prepare_skinst(tmp_path / "data", tmp_path / "other", SMALL)

@@ -141,6 +141,15 @@ def test_wrong_tables_of_pixels_are_named(raw, gene_map, tmp_path, change, messa
     assert "Slide BC23287_C1" in str(caught.value)
 
 
+def test_sources_without_a_section(tmp_path):
+    for slides in (None, "BC23287_C1"):
+        with pytest.raises(FileNotFoundError) as caught:
+            prepare_stnet(tmp_path, tmp_path / "data", Options(), slides)
+        assert str(caught.value).startswith(
+            f"No slide of stnet was found in {tmp_path}. Expected the files of Mendeley"
+        )
+
+
 @pytest.mark.parametrize(
     "text",
     [
