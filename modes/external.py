@@ -54,8 +54,7 @@ def external_test(
     for note in notes:
         say(note)
     predictors, list_notes = make_predictors(test)
-    for record in progress(test.store.slides, description=layout.name, unit="slide"):
-        score_slide_of(test, record, predictors, folder / "predictions" / f"{record.name}.h5ad")
+    score_slides(test, predictors, folder / "predictions")
     peak = peak_memory()
     summary, tables = external_summary(predictors, about(test, [*notes, *list_notes], peak))
     write_external(folder, summary, tables)
@@ -107,54 +106,48 @@ def highly_predictive_of(member: Member) -> list[str]:
     return [str(gene) for gene in genes]
 
 
-def score_slide_of(test: ExternalTest, record: SlideRecord, predictors: Sequence[Predictor], path: Path) -> None:
-    """Predict one slide by every fold, score each and their mean, write the prediction of the mean.
-
-    One fold's predictions and their sum are held, not those of all folds.
-    """
-    measured = slide_targets(record.table, test.genes)
-    unsmoothed = slide_targets(record.table, test.genes, smoothing=False)
-
-    def result(prediction: dict[str, np.ndarray]) -> SlideResult:
-        return SlideResult(
-            slide=record.name,
-            patient=record.patient,
-            spot_ids=list(record.table.obs_names),
-            grid_xy=record.table.obsm["grid"],
-            genes=test.genes,
-            measured=measured,
-            measured_unsmoothed=unsmoothed,
-            predictions=prediction,
-        )
-
-    mean: dict[str, np.ndarray] = {}
-    for predictor, prediction in zip(predictors, predictions_of(test, record)):
-        predictor.add(result(prediction))
-        for scale, values in prediction.items():
-            mean[scale] = mean[scale] + values if scale in mean else values
-    mean = {scale: values / len(test.members) for scale, values in mean.items()}
-    if len(test.members) > 1:
-        predictors[-1].add(result(mean))
-    write_slide(test.layout, record, result(mean), path, provenance_of(test.members, test.fold_notes))
-
-
-def predictions_of(test: ExternalTest, record: SlideRecord) -> Iterator[dict[str, np.ndarray]]:
-    """{scale: (N, G)} of each fold in turn, for the genes that are scored.
+def score_slides(test: ExternalTest, predictors: Sequence[Predictor], folder: Path) -> None:
+    """Predict the slides by every fold, score each and their mean, write the predictions of the mean into `folder`.
 
     What is cached is read once for each fold, and one model is held at a time, however many folds there are. Where the
-    encoder runs, which costs far more than the models, it runs once and all folds are held together.
+    encoder runs, which costs far more than the models, it runs once and all folds are held together. Of the predictions
+    one sum over the folds is held, not those of every fold.
     """
-    if test.encoder is not None:
-        yield from _predictions(test, record, test.members)
-        return
-    for member in test.members:
-        yield from _predictions(test, record, [member])
-        if len(test.members) > 1:
+    pairs, slides = list(zip(test.members, predictors)), test.store.slides
+    sums: list[dict[str, np.ndarray]] = [{} for _ in slides]
+    for together in [pairs] if test.encoder is not None else [[pair] for pair in pairs]:
+        members = [member for member, _ in together]
+        name = members[0].name if len(members) == 1 else f"{len(members)} folds"
+        for record, total in zip(progress(slides, description=f"{test.layout.name}, {name}", unit="slide"), sums):
+            for (_, predictor), prediction in zip(together, _predictions(test, record, members)):
+                predictor.add(_result(test, record, prediction))
+                for scale, values in prediction.items():
+                    total[scale] = np.add(total[scale], values, out=total[scale]) if scale in total else values
+        for member in members:
             member.release()
+    for record, total in zip(slides, sums):
+        result = _result(test, record, {scale: values / len(pairs) for scale, values in total.items()})
+        if len(pairs) > 1:
+            predictors[-1].add(result)
+        provenance = provenance_of(test.members, test.fold_notes)
+        write_slide(test.layout, record, result, folder / f"{record.name}.h5ad", provenance)
+
+
+def _result(test: ExternalTest, record: SlideRecord, prediction: dict[str, np.ndarray]) -> SlideResult:
+    return SlideResult(
+        slide=record.name,
+        patient=record.patient,
+        spot_ids=list(record.table.obs_names),
+        grid_xy=record.table.obsm["grid"],
+        genes=test.genes,
+        measured=slide_targets(record.table, test.genes),
+        measured_unsmoothed=slide_targets(record.table, test.genes, smoothing=False),
+        predictions=prediction,
+    )
 
 
 def _predictions(test: ExternalTest, record: SlideRecord, members: Sequence[Member]) -> list[dict[str, np.ndarray]]:
-    """Predictions of the whole slide by folds that its spots stream through together."""
+    """{scale: (N, G)} of each fold, for the genes that are scored; the spots stream through the folds together."""
     columns = [columns_of(member, test.genes) for member in members]
     features = test.store.target_features[record.start : record.stop].float()
     whole = features.to(test.device), torch.from_numpy(record.table.obsm["grid"])

@@ -178,12 +178,16 @@ class TestExternal:
     def test_one_model_at_a_time_is_held_where_features_are_cached(
         self, tiny_run, external_data, tmp_path, monkeypatch, tokens, held
     ):
-        """Four folds, two of them copies: the mean is that of the two, and caches need the memory of one model."""
-        run = tiny_run.copy(tmp_path)
-        overrides = [f"DATA.data_dir={external_data}", f"DATA.tokens={tokens}"]
-        of_two = anndata.read_h5ad(
-            external_test(run, "demo_external", None, overrides, CPU) / "predictions" / "X1.h5ad"
-        )
+        """Four folds, two of them copies: the mean is that of the two. Two slides: each model is loaded once."""
+        run, data_dir = tiny_run.copy(tmp_path), Path(shutil.copytree(external_data, tmp_path / "data"))
+        root = data_dir / "test" / "demo_external"
+        for path in [path for path in root.rglob("X1*") if path.is_file()]:
+            folder = path.parent.with_name("X2") if path.parent.name == "X1" else path.parent
+            folder.mkdir(exist_ok=True)
+            shutil.copy(path, folder / path.name.replace("X1", "X2"))
+        overrides = [f"DATA.data_dir={data_dir}", f"DATA.tokens={tokens}"]
+        folder = external_test(run, "demo_external", None, overrides, CPU)
+        of_two = anndata.read_h5ad(folder / "predictions" / "X1.h5ad")
         for fold in (0, 1):
             shutil.copytree(run / f"fold_{fold}", run / f"fold_{fold + 2}")
             edit(run / f"fold_{fold + 2}" / "best.pt", lambda content, n=fold + 2: content["fold"].update(fold=n))
@@ -206,6 +210,7 @@ class TestExternal:
         for layer in ("target", "neighbor", "global"):
             np.testing.assert_allclose(of_four.layers[layer], of_two.layers[layer], atol=1e-6)
         np.testing.assert_allclose(of_four.X, of_two.X, atol=1e-6)
+        assert np.array_equal(anndata.read_h5ad(folder / "predictions" / "X2.h5ad").X, of_four.X)
 
 
 def test_a_prediction_names_the_folds_that_were_left_out(tiny_run, tmp_path):
