@@ -1,6 +1,6 @@
 """From raw counts to the values that are predicted: gene panel, library size, logarithm, smoothing. Pure on arrays.
 
-SPEC section 2 rules the numbers; every target, prediction and error of the project is in `UNIT`.
+Every target, prediction and error of the project is in `UNIT`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from anndata import AnnData
 from scipy import sparse
 
 UNIT = "log10(1 + counts per 10 000 of the panel)"
-LOG_BASE = 10
 SCALE = 1e4
 
 
@@ -74,7 +73,7 @@ def grid_adjacency(grid_xy: np.ndarray) -> sparse.csr_matrix:
 
 
 def smooth(values: np.ndarray, grid_xy: np.ndarray) -> np.ndarray:
-    """Mean over those of the nine cells of the 3x3 neighborhood that hold a spot (SPEC 2), one slide.
+    """Mean over those of the nine cells of the 3x3 neighborhood that hold a spot, one slide.
 
     values:  (N, G) one row per spot, any order.
     grid_xy: (N, 2) integer grid position of the same row, no duplicates.

@@ -1,4 +1,4 @@
-"""Features of a slide on disk: one HDF5 file per slide and kind, written whole, verified before it is used (SPEC 5).
+"""Features of a slide on disk: one HDF5 file per slide and kind, written whole, verified before it is used.
 
 A file holds `features` (N, D) or (N, M, D), `tokens` (N, V, T, D) or `patches` (N, P, P, 3), always with `spot_id` (N,) and
 `coords` (N, 2), the centres in level-0 pixels, and as attributes everything that the numbers depend on.
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from utils.files import load_tensors, write_atomically
+from utils.runs import VERSION
 
 SCHEMA_VERSION = 1
-PROGRAM_VERSION = "1.0.0"
 DATASET_OF_KIND = {"target": "features", "neighbor": "features", "token": "tokens", "patch": "patches"}
 FILL_RULE = "white outside the image; neighbor tiles that cross an edge are zero and masked"
 NO_ENCODER = "none"  # of the patch cache
@@ -99,7 +99,7 @@ def _create_payload(file: h5py.File, identity: CacheIdentity, shape: tuple[int, 
 
 def _attributes(identity: CacheIdentity) -> dict[str, object]:
     values = {name: _to_attribute(value) for name, value in dataclasses.asdict(identity).items()}
-    return {"schema_version": SCHEMA_VERSION, "program_version": PROGRAM_VERSION, **values}
+    return {"schema_version": SCHEMA_VERSION, "program_version": VERSION, **values}
 
 
 def _to_attribute(value: object) -> object:

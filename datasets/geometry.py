@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 NUM_VIEWS = 8  # horizontal flip, vertical flip, quarter turn: the symmetries of the square
-IDENTITY_VIEW = 0
 _HORIZONTAL, _VERTICAL, _QUARTER_TURN = 1, 2, 4
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-# SPEC 1: sections of the same four tumours were published with both studies.
+# Sections of the same four tumours were published with both studies (docs/data.md).
 SAME_TISSUE = {
     ("her2st", "stnet"): {"E": "BC23567", "F": "BC23810", "G": "BC23903", "H": "BC24044"},
 }

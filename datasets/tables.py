@@ -1,4 +1,4 @@
-"""Counts and spot table of a slide, joined into one checked AnnData (SPEC 1)."""
+"""Counts and spot table of a slide, joined into one checked AnnData; their form is that of docs/data.md."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Weight files of the frozen encoders: where they are looked for, how they are read, when they do not fit.
 
-Files come from elsewhere and are untrusted: only tensors are read from them (SPEC 8).
+Files come from elsewhere and are untrusted: only tensors are read from them.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 class GeneDML(nn.Module):
-    """The model behind the frozen patch encoder (SPEC 4)."""
+    """The model behind the frozen patch encoder."""
 
     needs_tokens = True
     is_closed_form = False

@@ -1,4 +1,4 @@
-"""The losses of Gene-DML (SPEC 4): tensors in, named terms out; computed in float32 also under autocast."""
+"""The losses of Gene-DML: tensors in, named terms out; computed in float32 also under autocast."""
 
 from __future__ import annotations
 

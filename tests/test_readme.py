@@ -164,7 +164,7 @@ def test_command_is_understood_by_its_program(command, parse):
             extract_features_uni.resolve(found)
 
 
-def test_commands_of_the_specification_are_in_the_readme():
+def test_commands_of_the_published_data_sets_are_in_the_readme():
     shown = [command.line for command in commands_of(ROOT / "README.md")]
     for line in (
         "python preprocess/extract_features_uni.py --config her2st/dml --mode internal --extract_mode target",

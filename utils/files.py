@@ -102,7 +102,7 @@ def load_names(path: str | Path) -> list[str]:
     """Read a `.npy` array of strings, one name an entry, in order.
 
     Plain fixed-width arrays are read without pickle. A published *object* array goes through an unpickler that admits
-    only NumPy arrays of strings (SPEC, Safety), so that a prepared file cannot run code.
+    only NumPy arrays of strings, so that a prepared file cannot run code.
     """
     path = require_file(path, "It holds one gene name an entry; make it with preprocess/select_genes.py.")
     content = path.read_bytes()

@@ -24,7 +24,7 @@ def complete(layout: Layout, slide: str) -> None:
     touch(layout.images_dir / layout.spec.patient_of(slide) / slide / "scan.jpg")
 
 
-def test_paths_are_those_of_the_specification(tmp_path):
+def test_paths_are_the_documented_ones(tmp_path):
     layout = Layout(tmp_path, SPECS["her2st"])
     relative = {
         layout.new_counts_path("A1"): "her2st/ST-cnts/A1_sub.parquet",

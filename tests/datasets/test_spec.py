@@ -10,7 +10,7 @@ import pytest
 from datasets.spec import NOT_IN_FILE, SPECS, DatasetSpec, get_spec, read_spec, write_spec
 
 
-def test_table_holds_the_slides_of_the_specification():
+def test_table_holds_the_published_slides():
     her2st, skinst, stnet = SPECS["her2st"], SPECS["skinst"], SPECS["stnet"]
     assert (len(her2st.slides), len(skinst.slides), len(stnet.slides)) == (36, 12, 68)
     assert Counter(map(her2st.patient_of, her2st.slides)) == {**dict.fromkeys("ABCD", 6), **dict.fromkeys("EFGH", 3)}

@@ -81,7 +81,7 @@ def test_chosen_genes_come_in_the_order_of_the_panel(tmp_path):
 
 
 def test_exchanged_convention_turns_pixels_and_grid_together(tmp_path):
-    """SPEC 1: centre = floor(pixel_y, pixel_x), sorted by (x, y), grid position (row, column) = (x, y)."""
+    """Centre = floor(pixel_y, pixel_x), sorted by (x, y), grid position (row, column) = (x, y)."""
     spec = replace(OWN, exchanged_pixels=True, sort_by="xy")
     slide = load_slide(written(tmp_path, spec=spec), "A1")
     assert slide.obs_names.tolist() == ["1x1", "1x2", "2x1", "3x1"]

@@ -27,7 +27,7 @@ def softmax(values: list[Tensor]) -> list[Tensor]:
 
 
 def slow_instance(image: Tensor, gene: Tensor, temperature: float) -> Tensor:
-    """SPEC 4, entry by entry."""
+    """`instance_loss` by its formula, entry by entry."""
     count = len(image)
     span = range(count)
     logits = [[gene[i] @ image[j] / temperature for j in span] for i in span]
