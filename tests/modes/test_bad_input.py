@@ -153,7 +153,10 @@ def test_a_missing_image(place):
     image = place.layout.image_path("B1")
     image.unlink()
     refused(
-        place.extract("--slides", "B1"), "Slide B1 of demo has no image", "ST-imgs/B/B1", "Prepare it|Your own data"
+        place.extract("--slides", "B1"),
+        "Slide B1 of demo has no image",
+        "ST-imgs/B/B1",
+        r"See docs/your_data\.md for the folders",
     )
 
 
