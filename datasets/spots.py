@@ -310,7 +310,12 @@ def check_panel(table: AnnData, genes: Sequence[str]) -> None:
 
 
 def store_targets(
-    store: SpotStore, slides: Iterable[str], genes: Sequence[str], smoothing: bool = True, *, absent_is_zero: bool = False
+    store: SpotStore,
+    slides: Iterable[str],
+    genes: Sequence[str],
+    smoothing: bool = True,
+    *,
+    absent_is_zero: bool = False,
 ) -> Tensor:
     """(R, G) targets of the named slides at their rows; NaN at the rows of all others, so that none is used by mistake."""
     targets = torch.full((store.slides[-1].stop, len(genes)), torch.nan)

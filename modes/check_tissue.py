@@ -12,7 +12,7 @@ from datasets.shared_tissue import SAME_TISSUE, leaking_slides
 from datasets.spec import get_spec
 from modes.ensemble import compare_fields_of_view
 from modes.findings import Findings
-from utils.checkpoint import find_checkpoint, fold_checkpoints, load_checkpoint
+from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.config import Config
 
 GREATEST_RATIO = 1.2
@@ -90,7 +90,7 @@ def check_checkpoints(
     model_path: str, fold: int | None, config: Config, layout: Layout, slides: Sequence[str], findings: Findings
 ) -> None:
     """The folds of a run against the configuration's data: tissue seen in training, encoder, sizes, field of view."""
-    contents = findings.attempt("model", lambda: _read_folds(model_path, fold))
+    contents = findings.attempt("model", lambda: _read_folds(model_path, fold, findings))
     if not contents:
         return
     path, content = next(iter(contents.items()))
@@ -121,10 +121,10 @@ def check_checkpoints(
         findings.ok("view", sentence)
 
 
-def _read_folds(model_path: str, fold: int | None) -> dict[Path, dict]:
-    path = Path(model_path)
-    several = list(fold_checkpoints(path).values()) if fold is None and path.is_dir() else []
-    chosen = several or [find_checkpoint(path, fold)]
+def _read_folds(model_path: str, fold: int | None, findings: Findings) -> dict[Path, dict]:
+    chosen, notes = chosen_checkpoints(model_path, fold)
+    for note in notes:
+        findings.warning("model", note)
     return {checkpoint: load_checkpoint(checkpoint, memory_map=True) for checkpoint in chosen}
 
 

@@ -43,7 +43,7 @@ from preprocess.visium_outs import (
     microns_per_pixel,
     read_outs,
 )
-from utils.checkpoint import find_checkpoint, fold_checkpoints, load_checkpoint
+from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.cli import run, say
 from utils.config import Data, config_from_dict, load_config
 from utils.files import load_names, require_file, safe_name, write_atomically, write_text
@@ -307,8 +307,10 @@ def _read_panel(path: Path) -> list[str]:
 
 
 def _panel_of_run(model_path: Path) -> TrainingPanel:
-    paths = list(fold_checkpoints(model_path).values()) if model_path.is_dir() else []
-    contents = [load_checkpoint(path) for path in paths or [find_checkpoint(model_path)]]
+    paths, notes = chosen_checkpoints(model_path)
+    for note in notes:
+        say(note)
+    contents = [load_checkpoint(path, memory_map=True) for path in paths]
     genes = list(dict.fromkeys(gene for content in contents for gene in content["genes"]))
     data = config_from_dict(contents[0]["config"], str(model_path)).DATA
     return TrainingPanel(genes, str(model_path), data.type, data, contents[0]["config_name"])
