@@ -1,4 +1,4 @@
-"""The one owner of every path below data_dir (SPEC 1). No other module joins folder names."""
+"""The one owner of every path below data_dir. No other module joins folder names."""
 
 from __future__ import annotations
 

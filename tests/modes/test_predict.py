@@ -99,7 +99,7 @@ def test_spots_of_a_table_get_what_the_external_test_gives_them(tiny_run, extern
     assert apart.min() > 2e-3, "spots could be mistaken for each other"
 
 
-def test_the_file_is_what_the_specification_says(predicted, external):
+def test_the_file_holds_what_the_pages_say(predicted, external):
     assert predicted.obs_names[0].count("x") == 1 and predicted.X.dtype == np.float32
     assert predicted.uns["unit"] == "log10(1 + counts per 10 000 of the panel)"
     (slide,) = predicted.uns["spatial"]
