@@ -364,9 +364,10 @@ def main(argv: list[str] | None = None) -> Path:
     scene.model.train()
     encoder_spots = arguments.encoder_spots or (4 if arguments.quick else 256 if on_cuda else 8)
     # Before and after the encoder: on a machine that others use too, what is compared should have seen the same load.
-    before = time_step(scene, batch, repeats)
+    whole_repeats = 1 if arguments.quick else max(3, repeats)  # of what the goal is about
+    before = time_step(scene, batch, whole_repeats)
     encoder_s = time_encoder(scene, encoder_spots, 1 if not on_cuda else 5) * size
-    step_s = (before + time_step(scene, batch, repeats)) / 2
+    step_s = (before + time_step(scene, batch, whole_repeats)) / 2
     parts = time_parts(scene, batch, repeats)
     scene.model.eval()
     without_dropout = time_step(scene, batch, repeats)
