@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> Path:
     report.goals = [goal(fast_found, arguments.quick)]
     assert difference < 1e-3, "the fast evaluation predicts something else than the slow one"
     if arguments.full:
-        report.name = "evaluation_full"
+        report.script, report.name = report.name, "evaluation_full"
     path = finish(report, arguments, device, started_on)
     return path
 

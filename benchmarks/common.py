@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ class Report:
 
     name: str
     title: str
+    script: str = ""  # bench_<script>.py, where it is not bench_<name>.py
     settings: dict[str, object] = field(default_factory=dict)
     rows: list[dict[str, object]] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
@@ -56,11 +58,18 @@ class Report:
     extra: dict[str, object] = field(default_factory=dict)  # further numbers, only in the JSON
 
 
+class Flags(argparse.ArgumentParser):
+    """Remembers what was given, as `given`: the command beside a number should be the one that measured it."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        found = super().parse_args(args, namespace)
+        found.given = list(sys.argv[1:] if args is None else args)
+        return found
+
+
 def flags(description: str) -> argparse.ArgumentParser:
     """The flags that all benchmarks have."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Flags(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: tries the script, measures nothing")
     parser.add_argument("--device", help="any PyTorch device (default: CUDA if there is one)")
     parser.add_argument("--threads", type=int, help="threads of PyTorch on the CPU (default: its own choice)")
@@ -134,24 +143,31 @@ def synchronise(device: torch.device) -> None:
 
 def seconds_of(function: Callable[[], object], device: torch.device, *, repeats: int = 3, warm_up: int = 1) -> float:
     """Median wall time of a call, the device's work included."""
-    for _ in range(warm_up):
-        function()
-    times = []
-    for _ in range(repeats):
-        synchronise(device)
-        started = time.perf_counter()
-        function()
-        synchronise(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return seconds_in_turn([function], device, rounds=repeats, warm_up=warm_up)[0]
+
+
+def seconds_in_turn(
+    functions: Sequence[Callable[[], object]], device: torch.device, *, rounds: int, warm_up: int = 1
+) -> list[float]:
+    """Median wall time of each call, the calls taking turns: what is compared has then seen the same machine."""
+    times: list[list[float]] = [[] for _ in functions]
+    for number in range(warm_up + rounds):
+        for function, found in zip(functions, times):
+            synchronise(device)
+            started = time.perf_counter()
+            function()
+            synchronise(device)
+            if number >= warm_up:
+                found.append(time.perf_counter() - started)
+    return [statistics.median(found) for found in times]
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
     """FLOP/s of a large square matrix product: what no step can exceed on this machine."""
     side = side or (8192 if device.type == "cuda" else 1536)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    repeats = 20 if device.type == "cuda" else 5
-    return 2 * side**3 / seconds_of(lambda: left @ right, device, repeats=repeats, warm_up=2)
+    fastest = min(seconds_of(lambda: left @ right, device, repeats=5, warm_up=2) for _ in range(6))
+    return 2 * side**3 / fastest
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------
@@ -240,7 +256,13 @@ def finish(report: Report, arguments: argparse.Namespace, device: torch.device, 
     folder = arguments.out or (SCRATCH if arguments.quick else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     name = report.name if device.type == "cpu" else f"{report.name}_{device.type}"
-    command = f"python benchmarks/bench_{report.name}.py" + (" --device cuda" if device.type == "cuda" else "")
+    given = list(arguments.given)
+    if arguments.out:  # where the results go is no part of what was measured
+        at = next(i for i, flag in enumerate(given) if flag.split("=")[0] == "--out")
+        del given[at : at + (1 if "=" in given[at] else 2)]
+    if device.type == "cuda" and arguments.device is None:
+        given += ["--device", "cuda"]
+    command = " ".join([f"python benchmarks/bench_{report.script or report.name}.py", *given])
     content = {
         "command": command,
         "is_quick": arguments.quick,

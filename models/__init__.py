@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.attention import FeedForward, TransformerLayer
 from models.context import build_global_encoder, build_neighbor_encoder
+from models.dropout import Dropout
 from models.encoders import FusionEncoder, GeneEncoder
 from models.gene_dml import Embeddings, GeneDML, Prediction
 from models.losses import build_loss
@@ -92,5 +93,5 @@ def _predictor(widths: list[int], dropout: float) -> nn.Sequential:
     """Linear layers with ReLU and dropout between them."""
     parts: list[nn.Module] = []
     for width_in, width_out in pairwise(widths):
-        parts += [nn.Linear(width_in, width_out), nn.ReLU(), nn.Dropout(dropout)]
+        parts += [nn.Linear(width_in, width_out), nn.ReLU(), Dropout(dropout)]
     return nn.Sequential(*parts[:-2])

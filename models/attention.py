@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.dropout import Dropout
+
 if TYPE_CHECKING:
     from models.packing import SlidePacking
 
@@ -86,7 +88,7 @@ class Attention(nn.Module):
             )
         self.heads = heads
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.project = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout)) if heads > 1 else nn.Identity()
+        self.project = nn.Sequential(nn.Linear(dim, dim), Dropout(dropout)) if heads > 1 else nn.Identity()
         self.bias_table = None
         if grid_side is not None:
             self.bias_table = nn.Parameter(torch.zeros(heads, grid_side * grid_side))
@@ -95,9 +97,11 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor, *, key_is_valid: Tensor | None = None) -> Tensor:
         """tokens: (B, T, D); key_is_valid: (B, T) bool or None. Returns (B, T, D), also for the hidden tokens."""
         batch, count, dim = tokens.shape
-        qkv = self.to_qkv(tokens).view(batch, count, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.to_qkv(tokens).view(batch, count, 3, self.heads, dim // self.heads)
+        # Not by indexing: its gradients would be three tensors of zeros, filled and added, instead of one copy.
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(dim=2))
         bias = None if self.bias_table is None else self.bias_table[:, self.bias_index]
-        attended = attend(qkv[0], qkv[1], qkv[2], bias=bias, key_is_valid=key_is_valid)
+        attended = attend(query, key, value, bias=bias, key_is_valid=key_is_valid)
         return self.project(attended.transpose(1, 2).reshape(batch, count, dim))
 
     def query_key_value(self, rows: Tensor, start: int, stop: int) -> Tensor:
@@ -114,7 +118,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.expand = nn.Linear(dim, hidden_dim)
         self.contract = nn.Linear(hidden_dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (..., D). Returns (..., D)."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.attention import FeedForward, TransformerLayer
+from models.dropout import Dropout
 from models.packing import SlidePacking
 from models.position import GridConvolution, grid_neighbors
 
@@ -88,7 +89,7 @@ class GeneEncoder(nn.Module):
         super().__init__()
         self.projection = nn.Linear(num_genes, dim)
         self.hidden = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
         self.feed_forward = feed_forward
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.dropout import Dropout
 from models.gene_dml import Prediction
 from models.spot_model import SpotModel
 
@@ -43,9 +44,7 @@ def linear_probe(*, feature_dim: int, num_genes: int) -> FeatureRegressor:
 def perceptron(*, feature_dim: int, hidden_dim: int, num_genes: int, dropout: float) -> FeatureRegressor:
     """Linear D -> hidden, GELU, dropout, Linear hidden -> genes."""
     return FeatureRegressor(
-        nn.Sequential(
-            nn.Linear(feature_dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden_dim, num_genes)
-        )
+        nn.Sequential(nn.Linear(feature_dim, hidden_dim), nn.GELU(), Dropout(dropout), nn.Linear(hidden_dim, num_genes))
     )
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from models.attention import FeedForward, attend
 from models.context import build_global_encoder, build_neighbor_encoder
+from models.dropout import Dropout
 from models.encoders import GlobalEncoder, NeighborEncoder, mean_tokens
 from models.gene_dml import Prediction, full_precision
 
@@ -35,7 +36,7 @@ class CrossAttention(nn.Module):
         self.token_norm = nn.LayerNorm(dim)
         self.to_query = nn.Linear(dim, dim, bias=False)
         self.to_key_value = nn.Linear(dim, 2 * dim, bias=False)
-        self.project = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout))
+        self.project = nn.Sequential(nn.Linear(dim, dim), Dropout(dropout))
 
     def forward(self, query: Tensor, tokens: Tensor, token_is_valid: Tensor | None) -> Tensor:
         """query (B, P), tokens (B, T, P), token_is_valid (B, T) bool or None -> (B, P)."""

@@ -21,6 +21,7 @@ from modes.study import Study, find_folds, open_study
 from utils.checkpoint import has_ended
 from utils.cli import say
 from utils.config import Config, with_overrides
+from utils.memory import keep_freed_memory
 from utils.runs import check_run, open_run
 
 
@@ -40,6 +41,8 @@ class TrainOptions:
 
 def train(config: Config, options: TrainOptions) -> Path:
     """Train and test the folds, write the summary; returns the run folder."""
+    if options.device.type == "cpu":
+        keep_freed_memory()
     layout = open_layout(config)
     run_dir = Path(config.GENERAL.log_path) / options.config_name / options.run_name
     check_run(run_dir, config, options.resume)

@@ -96,7 +96,7 @@ class Training:
 class Evaluation:
     protocol: str = "clean"  # clean | paper
     fixed_epochs: int | None = None  # a number of epochs set beforehand, instead of choosing one
-    chunk_size: int = 1024  # spots that pass the model at a time
+    chunk_size: int = 256  # spots that pass the model at a time
 
 
 @dataclass(frozen=True)
