@@ -60,14 +60,19 @@ def write_figures(fold_dir: str | Path, *, genes: Sequence[str] = (), count: int
 
 def figures_of(fold_dir: str | Path, *, genes: Sequence[str] = (), count: int = 2) -> list[Picture]:
     """The figures of a fold as they are on disk, made anew when results or wishes have changed since."""
+    found = figures_on_disk(fold_dir, genes=genes, count=count)
+    return write_figures(fold_dir, genes=genes, count=count) if found is None else found
+
+
+def figures_on_disk(fold_dir: str | Path, *, genes: Sequence[str] = (), count: int = 2) -> list[Picture] | None:
+    """The figures of a fold if all are there and neither results nor wishes have changed since; otherwise None."""
     folder = Path(fold_dir) / "figures"
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        pictures = [Picture(**picture) for picture in index["pictures"]]
-        whole = all((folder / f"{picture.name}.png").is_file() for picture in pictures)
-        if whole and index["made_from"] == _state(Path(fold_dir), genes, count):
-            return pictures
-    return write_figures(fold_dir, genes=genes, count=count)
+    if not (folder / INDEX).is_file():
+        return None
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    pictures = [Picture(**picture) for picture in index["pictures"]]
+    is_whole = all((folder / f"{picture.name}.png").is_file() for picture in pictures)
+    return pictures if is_whole and index["made_from"] == _state(Path(fold_dir), genes, count) else None
 
 
 def _state(fold_dir: Path, genes: Sequence[str], count: int) -> dict[str, object]:

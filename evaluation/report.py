@@ -15,6 +15,7 @@ import pandas as pd
 
 from evaluation import aggregation, figures, html
 from evaluation.comparison import write_comparison
+from evaluation.drawing import draw_side_by_side
 from evaluation.fold_figures import Picture, figures_of, pcc_by_scale, write_figures
 from evaluation.fold_files import FoldRecord, plain, read_run
 from evaluation.style import save_figure
@@ -116,6 +117,7 @@ def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int =
         raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno}). Make the summary again.") from error
     check_summary(summary, str(path))
     records, _ = read_run(run_dir)
+    draw_side_by_side([record.path for record in records], genes=genes, count=count)
     description = str(summary["protocol_description"])
     sections = [
         html.Section("protocol", "Protocol and caveats", _protocol_part(summary)),
