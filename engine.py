@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from utils.cli import progress
+from utils.devices import half_precision
 
 Step = Callable[[object], Mapping[str, Tensor]]
 
@@ -27,8 +28,7 @@ class Precision:
 
     def __init__(self, name: str, device: torch.device):
         if name == "auto":
-            on_cuda = device.type == "cuda"
-            name = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if on_cuda else "float32"
+            name = half_precision(device) if device.type == "cuda" else "float32"
         if name == "fp16" and device.type != "cuda":
             raise ValueError("TRAINING.precision=fp16 needs a CUDA device; on the CPU use float32 or bf16.")
         self.name, self.device = name, device

@@ -254,8 +254,9 @@ def setting_of(arguments, device: str) -> Setting:
 
 
 def goal(found: dict[int, ChildResult], is_quick: bool) -> Goal:
+    """The whole memory: of the host, or of the device where the greatest part of it lies there."""
     greatest = max(found)
-    peak = found[greatest].peak_bytes / GIGA
+    peak = max(found[greatest].peak_bytes, found[greatest].value.get("gpu_peak") or 0) / GIGA
     return Goal(
         "evaluation of a slide of 40 000 spots",
         "grows with N^2",

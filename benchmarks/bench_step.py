@@ -41,6 +41,7 @@ from benchmarks.flops import forward_flops, step_flops
 from datasets.batches import SpotBatch
 from datasets.geometry import dihedral_views
 from engine import Precision
+from models.attention import attend_plainly
 from models.backbones import Backbone, build_backbone
 from models.losses import build_loss
 from modes.compose import Optimization, make_encode, make_model, make_step
@@ -81,7 +82,7 @@ class Scene:
 
         whole = {
             "rows": torch.arange(size),
-            "target_tokens": random(size, self.num_tokens, self.encoder.dim),
+            "target_tokens": random(size, self.num_tokens, self.encoder.dim).half(),  # as the cache stores them
             "patches": None,
             "target_features": random(size, dim),
             "neighbor_features": random(size, tiles, dim),
@@ -127,15 +128,14 @@ def time_parts(scene: Scene, batch: SpotBatch, repeats: int) -> dict[str, tuple[
     """Seconds (forward, forward and backward) of each part alone, and of Adam (the first number)."""
     model = scene.model
     context = torch.cat([batch.neighbor_features, batch.target_features[:, None]], dim=1)
+    tokens = batch.target_tokens.to(context.dtype)
     parts = {
         "neighbor encoder": lambda: model.neighbor_encoder(batch.neighbor_features, batch.neighbor_is_valid),
         "global encoder": lambda: model.encode_slides(
             batch.slide_features, batch.grid_xy, batch.lengths, batch.slide_rows
         ),
         "projection and fusion": lambda: model.fusion(
-            torch.cat(
-                [model.projection(batch.target_tokens), (model.context_projection or model.projection)(context)], 1
-            )
+            torch.cat([model.projection(tokens), (model.context_projection or model.projection)(context)], 1)
         ),
         "losses": losses_of(scene, len(batch)),
     }
@@ -196,9 +196,11 @@ def gradient_differences(scene: Scene, spots: int, lengths: list[int]) -> dict[s
     """How far the gradients with cached tokens are from those with the encoder in the step, by type of the cache.
 
     The cache's tokens are encoded spot by spot, as another program with another batch would. Relative to the greatest
-    gradient of each parameter; the largest over all parameters. "float16" leaves the group term out: where rounding
+    gradient of each parameter; the largest over all parameters. All in float32: with 16 bits the encoder itself rounds
+    another way for one patch than for several. "float16" leaves the group term out: where rounding
     moves a spot to another cluster its gradient jumps, which "float16, group term" shows when it happens.
     """
+    scene = replace(scene, precision=Precision("float32", scene.device))
     size = scene.config.DATA.patch_size
     generator = torch.Generator().manual_seed(3)
     # A colour for each patch: patches of noise alone are all alike, and rounding would decide their clusters.
@@ -318,19 +320,17 @@ def time_parts_of_global(scene: Scene, batch: SpotBatch, repeats: int) -> float:
 def wide_head_table(scene: Scene, size: int, repeats: int) -> list[dict[str, object]]:
     """The fusion's attention (one head, as wide as the model) by PyTorch's kernel and by two plain matrix products.
 
-    Flash attention takes heads up to 256 wide; what PyTorch chooses beyond that may lose to the plain way, which keeps
-    (B, T, T) scores. This table decides whether `models/attention.py` should choose by the width of the head.
+    Flash attention takes heads up to 256 wide; `models/attention.py` prefers the plain way, which keeps (B, T, T) scores,
+    beyond that. This table tells whether it is right on the device at hand.
     """
     count = scene.num_tokens + scene.config.DATA.num_neighbors**2 + 1
     width = scene.config.MODEL.projection_dim // scene.config.MODEL.fusion_heads
     shape = (size, scene.config.MODEL.fusion_heads, count, width)
     parts = [torch.randn(shape, device=scene.device, dtype=scene.precision.dtype, requires_grad=True) for _ in range(3)]
 
-    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return torch.softmax(query @ key.transpose(-1, -2) * width**-0.5, dim=-1) @ value
-
     rows = []
-    for name, attention in (("kernel of PyTorch", nn.functional.scaled_dot_product_attention), ("plain", plain)):
+    kernel = nn.functional.scaled_dot_product_attention
+    for name, attention in (("kernel of PyTorch", kernel), ("two matrix products", attend_plainly)):
         seconds = seconds_of(
             lambda attention=attention: attention(*parts).sum().backward(), scene.device, repeats=repeats
         )
@@ -387,11 +387,12 @@ def main(argv: list[str] | None = None) -> Path:
     scene.model.train()
     encoder_spots = arguments.encoder_spots or (4 if arguments.quick else 256 if on_cuda else 8)
     compared = [whole_step(scene, batch), frozen_encoder(scene, encoder_spots)]
-    step_s, encoder_s = seconds_in_turn(compared, device, rounds=1 if arguments.quick else 10)
+    calls = 10 if on_cuda else 1
+    step_s, encoder_s = seconds_in_turn(compared, device, rounds=1 if arguments.quick else 10, calls=calls)
     encoder_s *= size / encoder_spots
     parts = time_parts(scene, batch, repeats)
     scene.model.eval()
-    without_dropout = seconds_of(whole_step(scene, batch), device, repeats=repeats)
+    without_dropout = seconds_of(whole_step(scene, batch), device, repeats=repeats, calls=calls)
     scene.model.train()
     differences = gradient_differences(scene, 8, section_lengths(scene, 1))
     rate = step_flops_of(scene, size, batch.lengths) / step_s

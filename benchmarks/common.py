@@ -141,24 +141,31 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds_of(function: Callable[[], object], device: torch.device, *, repeats: int = 3, warm_up: int = 1) -> float:
+def seconds_of(
+    function: Callable[[], object], device: torch.device, *, repeats: int = 3, warm_up: int = 1, calls: int = 1
+) -> float:
     """Median wall time of a call, the device's work included."""
-    return seconds_in_turn([function], device, rounds=repeats, warm_up=warm_up)[0]
+    return seconds_in_turn([function], device, rounds=repeats, warm_up=warm_up, calls=calls)[0]
 
 
 def seconds_in_turn(
-    functions: Sequence[Callable[[], object]], device: torch.device, *, rounds: int, warm_up: int = 1
+    functions: Sequence[Callable[[], object]], device: torch.device, *, rounds: int, warm_up: int = 1, calls: int = 1
 ) -> list[float]:
-    """Median wall time of each call, the calls taking turns: what is compared has then seen the same machine."""
+    """Median wall time of each call, the calls taking turns: what is compared has then seen the same machine.
+
+    calls: how many calls follow each other before the device is waited for; more than one where the host prepares the
+    next while the device still works, as in a training.
+    """
     times: list[list[float]] = [[] for _ in functions]
     for number in range(warm_up + rounds):
         for function, found in zip(functions, times):
             synchronise(device)
             started = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             synchronise(device)
             if number >= warm_up:
-                found.append(time.perf_counter() - started)
+                found.append((time.perf_counter() - started) / calls)
     return [statistics.median(found) for found in times]
 
 

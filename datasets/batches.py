@@ -15,6 +15,7 @@ from torch import Tensor
 from datasets.spots import SlideRecord, SpotStore
 from utils.cli import say
 
+USED_SHARE = 0.9  # of the device memory that is left for arrays; the rest is lost between its blocks
 _NUMPY_TYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -73,16 +74,25 @@ class BatchMaker:
     """Gathers batches from a SpotStore on one device.
 
     Small arrays go to the device once; the neighbor features too if they fit (residence "auto"), otherwise they stay in
-    host memory and the rows of a batch are copied. The choice is printed.
+    host memory and the rows of a batch are copied. The choice is printed. reserve: see `goes_to_device`.
     """
 
-    def __init__(self, store: SpotStore, source: TargetSource | None, device: torch.device, residence: str = "auto"):
+    def __init__(
+        self,
+        store: SpotStore,
+        source: TargetSource | None,
+        device: torch.device,
+        residence: str = "auto",
+        reserve: int = 0,
+    ):
         self.store, self.source, self.device = store, source, device
+        # One for all epochs: PyTorch keeps freed memory apart for each stream.
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.target_features = store.target_features.to(device)
         self.neighbor_is_valid = store.neighbor_is_valid.to(device)
         self.neighbor_features = store.neighbor_features
         if self.neighbor_features is not None and goes_to_device(
-            "neighbor features", self.neighbor_features.nbytes, device, residence
+            "neighbor features", self.neighbor_features.nbytes, device, residence, reserve
         ):
             self.neighbor_features = self.neighbor_features.to(device)
         self._starts = torch.tensor([slide.start for slide in store.slides])
@@ -90,7 +100,7 @@ class BatchMaker:
 
     def spots(self, rows: Tensor, views: Tensor, expression: Tensor | None, with_slides: bool) -> SpotBatch:
         """The batch of `rows` (CPU, any order) with the target patch in `views`; expression (R, G) on the device."""
-        on_device = rows.to(self.device, non_blocking=True)
+        on_device = to_device(rows, self.device)
         given = self.source.get(rows, views) if self.source else None
         tokens, patches = (given, None) if self.source and self.source.gives_tokens else (None, given)
         return SpotBatch(
@@ -107,7 +117,7 @@ class BatchMaker:
     def _neighbors(self, rows: Tensor, on_device: Tensor) -> Tensor | None:
         if self.neighbor_features is None:
             return None
-        if self.neighbor_features.device == self.device:
+        if self.neighbor_features.device.type == self.device.type:
             return take_rows(self.neighbor_features, on_device).float()
         return to_device(take_rows(self.neighbor_features, rows), self.device).float()
 
@@ -119,7 +129,7 @@ class BatchMaker:
         slide_rows = starts[slide_of_spot] + rows - self._starts[slides][slide_of_spot]
         all_rows = torch.cat([self.store.slides[i].rows for i in slides.tolist()])
         return {
-            "slide_features": take_rows(self.target_features, all_rows.to(self.device, non_blocking=True)).float(),
+            "slide_features": take_rows(self.target_features, to_device(all_rows, self.device)).float(),
             "grid_xy": self.store.grid_xy[all_rows],
             "lengths": lengths,
             "slide_rows": slide_rows,
@@ -136,12 +146,15 @@ class BatchMaker:
         return SlideBatch(record, self.target_features[whole].float(), self.store.grid_xy[whole], chunks)
 
 
-def goes_to_device(what: str, nbytes: int, device: torch.device, residence: str, share: float = 0.6) -> bool:
-    """Whether an array is held in device memory: by `residence`, or when it takes at most `share` of what is free."""
+def goes_to_device(what: str, nbytes: int, device: torch.device, residence: str, reserve: int = 0) -> bool:
+    """Whether an array is held in device memory: by `residence`, or where it fits beside everything else.
+
+    reserve: bytes that must stay free for what comes later (model, optimiser, a training step).
+    """
     if device.type != "cuda":
         return True  # device memory is host memory
     free = torch.cuda.mem_get_info(device)[0]
-    fits = nbytes <= share * free
+    fits = nbytes <= USED_SHARE * (free - reserve)
     if residence == "device" and nbytes > free:
         raise ValueError(
             f"DATA.residence=device: the {what} take {nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}. "
@@ -149,7 +162,8 @@ def goes_to_device(what: str, nbytes: int, device: torch.device, residence: str,
         )
     on_device = residence == "device" or (residence == "auto" and fits)
     say(
-        f"{what}: {nbytes / 1e9:.2f} GB in {'device' if on_device else 'host'} memory ({free / 1e9:.1f} GB free on {device})"
+        f"{what}: {nbytes / 1e9:.2f} GB in {'device' if on_device else 'host'} memory ({free / 1e9:.1f} GB free on {device}, "
+        f"{reserve / 1e9:.1f} GB of them kept for the model and its step)"
     )
     return on_device
 
@@ -243,12 +257,18 @@ class TrainingBatches:
             self._maker.spots(rows, views, self._expression, with_slides=True)
             for rows, views in zip(self._batches, self._views)
         )
-        return ahead_on_stream(made, self._maker.device) if self._maker.device.type == "cuda" else made
+        stream = self._maker.stream
+        return made if stream is None else ahead_on_stream(made, self._maker.device, stream)
 
 
-def ahead_on_stream(batches: Iterator[SpotBatch], device: torch.device, depth: int = 2) -> Iterator[SpotBatch]:
+def ahead_on_stream(
+    batches: Iterator[SpotBatch], device: torch.device, stream: torch.cuda.Stream, depth: int = 2
+) -> Iterator[SpotBatch]:
     """Make batches in a thread on a CUDA stream of its own; the step waits for a batch's copies, never for its files."""
-    stream, made, stop = torch.cuda.Stream(device), queue.Queue(maxsize=depth), threading.Event()
+    made, stop = queue.Queue(maxsize=depth), threading.Event()
+    stream.wait_stream(
+        torch.cuda.current_stream(device)
+    )  # which may still be filling the arrays that batches come from
 
     def work() -> None:
         try:

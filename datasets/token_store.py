@@ -29,10 +29,11 @@ class TokenStore:
     Raises ValueError that lists every cache that differs from the first or is damaged.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, num_threads: int = 4):
+    def __init__(self, paths: Sequence[str | Path], *, num_threads: int = 4, is_pinned: bool = False):
+        """is_pinned: give tokens in page-locked memory, for a CUDA device to copy from."""
         assert paths, "TokenStore needs at least one cache"
         self._paths = [Path(path) for path in paths]
-        self._num_threads = max(1, num_threads)
+        self._num_threads, self._is_pinned = max(1, num_threads), is_pinned
         self._descriptors: list[int] = []
         self._pool: ThreadPoolExecutor | None = None
         identities, shapes, offsets = zip(*[_chunk_table(path) for path in self._paths])
@@ -50,7 +51,7 @@ class TokenStore:
     def read(self, rows: Tensor | np.ndarray, views: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:
         """(B, T, D): for each b the tokens of spot rows[b] in dihedral view views[b], in that order.
 
-        out: a contiguous CPU tensor (B, T, D) to fill; made anew, pinned if there is CUDA, when None.
+        out: a contiguous CPU tensor (B, T, D) to fill; made anew when None.
         """
         rows, views = np.asarray(rows, dtype=np.int64), np.asarray(views, dtype=np.int64)
         self._check_request(rows, views)
@@ -71,7 +72,7 @@ class TokenStore:
 
     def _new_buffer(self, count: int) -> Tensor:
         shape = (count, self.num_tokens, self.dim)
-        if torch.cuda.is_available():
+        if self._is_pinned:
             return torch.empty(shape, dtype=self.dtype, pin_memory=True)
         # NumPy asks for huge pages, PyTorch does not: touching hundreds of MB for the first time is then far cheaper.
         return torch.from_numpy(np.empty(shape, dtype=self.identity.dtype))

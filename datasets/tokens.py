@@ -23,12 +23,12 @@ class CachedTokens:
 
     gives_tokens = True
 
-    def __init__(self, store: TokenStore, device: torch.device, residence: str):
+    def __init__(self, store: TokenStore, device: torch.device, residence: str, reserve: int = 0):
         self.store, self.device = store, device
         self.num_views, self.dim = store.num_views, store.dim
         self._resident = None
         # On the CPU the page cache of the system is the memory that tokens are held in.
-        if device.type == "cuda" and goes_to_device("target tokens", store.nbytes, device, residence):
+        if device.type == "cuda" and goes_to_device("target tokens", store.nbytes, device, residence, reserve):
             self._resident = self._read_all()
 
     def _read_all(self) -> Tensor:
@@ -36,7 +36,7 @@ class CachedTokens:
         resident = torch.empty(shape, dtype=self.store.dtype, device=self.device)
         for rows in progress(list(torch.arange(self.store.num_rows).split(64)), description="tokens", leave=False):
             for view in range(self.num_views):
-                resident[rows.to(self.device), view] = to_device(
+                resident[rows[0] : rows[-1] + 1, view] = to_device(
                     self.store.read(rows, torch.full_like(rows, view)), self.device
                 )
         return resident
@@ -44,7 +44,7 @@ class CachedTokens:
     def get(self, rows: Tensor, views: Tensor) -> Tensor:
         """(B, T, D) tokens on the device, in the type of the cache: the models widen them where they are needed."""
         if self._resident is not None:
-            return self._resident[rows.to(self.device), views.to(self.device)]
+            return self._resident[to_device(rows, self.device), to_device(views, self.device)]
         return self.store.read(rows, views).to(self.device, non_blocking=True)
 
 
@@ -54,19 +54,21 @@ class CutPatches:
     gives_tokens = False
     num_views = NUM_VIEWS
 
-    def __init__(self, patches: Tensor, device: torch.device, residence: str):
+    def __init__(self, patches: Tensor, device: torch.device, residence: str, reserve: int = 0):
         """patches: (R, P, P, 3) uint8."""
         self.device = device
-        on_device = device.type == "cuda" and goes_to_device("patches", patches.nbytes, device, residence)
+        on_device = device.type == "cuda" and goes_to_device(
+            "patches", patches.nbytes, device, residence, reserve
+        )
         self._patches = patches.to(device) if on_device else patches
 
     def get(self, rows: Tensor, views: Tensor) -> Tensor:
         """(B, 3, P, P) uint8 patches in their dihedral views, on the device."""
-        if self._patches.device == self.device:
-            patches = self._patches[rows.to(self.device)]
+        if self._patches.device.type == self.device.type:
+            patches = self._patches[to_device(rows, self.device)]
         else:
             patches = to_device(self._patches[rows], self.device)
-        return dihedral_views(patches.permute(0, 3, 1, 2), views.to(self.device))
+        return dihedral_views(patches.permute(0, 3, 1, 2), to_device(views, self.device))
 
 
 def open_tokens(
@@ -78,9 +80,11 @@ def open_tokens(
     residence: str,
     num_workers: int,
     config_name: str,
+    reserve: int = 0,
 ) -> CachedTokens | CutPatches:
     """The token caches if every slide has one (choice "auto" or "cache"), else the patches (choice "online").
 
+    reserve: bytes of device memory to leave free, see `goes_to_device`.
     All caches are verified against the spots and the encoder of the features. The choice is printed.
     """
     missing = [slide.name for slide in store.slides if not layout.cache_path("token", slide.name).exists()]
@@ -92,17 +96,19 @@ def open_tokens(
     if choice == "online" or missing:
         say("Target tokens: the frozen encoder runs in every step (a token cache makes an epoch many times faster: "
             f"{extraction_command(layout, 'token', None, store.encoder.name, config_name)})")  # fmt: skip
-        return CutPatches(_all_patches(layout, store.slides, config_name), device, residence)
+        return CutPatches(_all_patches(layout, store.slides, config_name), device, residence, reserve)
     identity = _verify_tokens(layout, store, config_name)
     tokens = TokenStore(
-        [layout.cache_path("token", slide.name) for slide in store.slides], num_threads=num_workers or 1
+        [layout.cache_path("token", slide.name) for slide in store.slides],
+        num_threads=num_workers or 1,
+        is_pinned=device.type == "cuda",
     )
     pooled = f", pooled by {identity.token_pool}" if identity.token_pool > 1 else ""
     say(
         f"Target tokens: from the token cache ({identity.views} of {NUM_VIEWS} views, {identity.dtype}{pooled}, "
         f"{tokens.nbytes / 1e9:.2f} GB)"
     )
-    return CachedTokens(tokens, device, residence)
+    return CachedTokens(tokens, device, residence, reserve)
 
 
 def _verify_tokens(layout: Layout, store: SpotStore, config_name: str) -> CacheIdentity:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from models.packing import SlidePacking
 
 CHUNK_ROWS = 4096
+# The fast CUDA kernels take heads up to 256 wide. For a wider one PyTorch falls back to a kernel of older devices, and two
+# matrix products are faster as long as there are few scores (the fusion: one head of 512, 223 tokens).
+FAST_HEAD_WIDTH, FEW_TOKENS = 256, 1024
 
 
 def in_chunks(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
@@ -48,6 +51,17 @@ def relative_offset_index(side: int) -> Tensor:
     return side * row_offset + column_offset
 
 
+def attend_plainly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v by two matrix products, which keeps the scores (B, H, Q, T) for the backward pass."""
+    # Scaled before the product, so that half precision does not overflow.
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+
+
+def _is_plain_faster(query: Tensor, key: Tensor) -> bool:
+    return query.is_cuda and query.shape[-1] > FAST_HEAD_WIDTH and max(query.shape[-2], key.shape[-2]) <= FEW_TOKENS
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None = None, key_is_valid: Tensor | None = None
 ) -> Tensor:
@@ -61,6 +75,8 @@ def attend(
     returns:      (B, H, Q, d).
     """
     if key_is_valid is None:
+        if bias is None and _is_plain_faster(query, key):
+            return attend_plainly(query, key, value)
         mask = None if bias is None else bias[None].to(query.dtype)
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     has_key = key_is_valid.any(dim=-1)[:, None, None, None]

@@ -120,15 +120,17 @@ def _initial_centroids(data: Tensor, k: int, *, init: str, generator: torch.Gene
     if generator is None:
         raise ValueError("k-means++ draws random rows and needs an explicit torch.Generator.")
     draws = torch.rand(k, generator=generator, device=generator.device, dtype=torch.float64).to(data)
-    chosen = [data[(draws[0] * data.shape[0]).long().clamp_max(data.shape[0] - 1)]]
+    # index_select with a tensor of one row: data[row] would wait for the device to say which row.
+    first = (draws[:1] * data.shape[0]).long().clamp_max(data.shape[0] - 1)
+    chosen = [data.index_select(0, first)]
     distance = (data - chosen[0]).square().sum(dim=1)
     for draw in draws[1:]:
         cumulative = distance.cumsum(dim=0)
         # right=True passes over rows of probability zero, i.e. repetitions of a row already chosen.
-        row = torch.searchsorted(cumulative, draw * cumulative[-1], right=True).clamp_max(data.shape[0] - 1)
-        chosen.append(data[row])
+        row = torch.searchsorted(cumulative, draw * cumulative[-1:], right=True).clamp_max(data.shape[0] - 1)
+        chosen.append(data.index_select(0, row))
         distance = torch.minimum(distance, (data - chosen[-1]).square().sum(dim=1))
-    return torch.stack(chosen)
+    return torch.cat(chosen)
 
 
 def _nearest(data: Tensor, centroids: Tensor, is_used: Tensor, margin: Tensor) -> Tensor:

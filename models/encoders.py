@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from models.attention import FeedForward, TransformerLayer
 from models.dropout import Dropout
-from models.packing import SlidePacking
+from models.packing import SlidePacking, send
 from models.position import GridConvolution, grid_neighbors
 
 
@@ -68,7 +68,7 @@ class GlobalEncoder(nn.Module):
         Positions and rows may lie on the host while the features lie on a device; then nothing waits for the device.
         """
         device = features.device
-        neighbors = grid_neighbors(grid_xy, lengths).to(device, non_blocking=True)
+        neighbors = send(grid_neighbors(grid_xy, lengths), device)
         everything = SlidePacking(lengths, device=device, padded=padded)
         tokens = self.layers[0].forward_packed(features.to(self.norm.weight.dtype), everything)
         tokens = self.position(tokens, neighbors)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,16 +13,12 @@ from datasets.encoding import VIEW_COUNTS
 from datasets.layout import Layout
 from datasets.spots import extraction_command
 from models.backbones import BackboneSpec, backbone_spec
-from modes.compose import find_encoder, make_model, needs_of
+from modes.compose import find_encoder, needs_of
+from modes.demand import BATCHES_ON_DEVICE, Demand
 from modes.findings import Findings
 from modes.study import runs_encoder
 from utils.cli import device_from
 from utils.config import Config
-
-FLOAT = 4  # bytes
-# What a layer keeps for the backward pass, in widths of its token (inputs and outputs of its norms, q, k, v, attention,
-# dropout) and in widths of its hidden layer (before and after GELU, dropout). A test compares with what autograd keeps.
-KEPT_WIDTHS, KEPT_HIDDEN = 10, 3
 
 
 def check_encoder(
@@ -92,83 +87,23 @@ def check_token_cache(
         findings.warning("tokens", f"{text}: {command}")
 
 
-@dataclass(frozen=True)
-class Demand:
-    """Bytes that a run will hold, roughly."""
-
-    features: int
-    patches: int  # where the encoder runs
-    encoder: int
-    model: int  # weights, gradients, Adam's two moments, and the best weights so far
-    batch: int  # activations of a training step
-
-    @property
-    def total(self) -> int:
-        return self.features + self.patches + self.encoder + self.model + self.batch
-
-
-def demand(
-    config: Config, spec: BackboneSpec, spots: int, slide_sizes: Sequence[int], online: bool, half: bool
-) -> Demand:
-    """What the run will hold, from sizes alone: the model is built without memory.
-
-    half: activations in 16 bits.  slide_sizes: number of spots of each slide.
-    """
-    needs, data, tiles = needs_of(config), config.DATA, config.DATA.num_neighbors**2
-    with torch.device("meta"):
-        model = make_model(config, feature_dim=spec.pooled_dim, token_dim=spec.dim, num_genes=data.num_genes)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    batch = 0
-    if needs.tokens:
-        tokens = spec.num_tokens(data.patch_size)
-        batch = activations(config, spec, tokens, slide_sizes) * (FLOAT // 2 if half else FLOAT)
-    return Demand(
-        features=spots * spec.pooled_dim * (1 + tiles * needs.neighbors) * FLOAT,
-        patches=spots * data.patch_size**2 * 3 if online else 0,
-        encoder=_encoder_bytes(config) if online else 0,
-        model=parameters * FLOAT * 5,
-        batch=batch,
-    )
-
-
-def activations(config: Config, spec: BackboneSpec, num_tokens: int, slide_sizes: Sequence[int]) -> int:
-    """Numbers kept for the backward pass of one batch: fusion, neighbor encoder, and the slides that the batch touches."""
-    model, size = config.MODEL, min(config.TRAINING.batch_size, sum(slide_sizes))
-    tiles, width = config.DATA.num_neighbors**2 * model.use_neighbor, model.projection_dim
-    fused_tokens = num_tokens + tiles + model.use_global
-    fusion = fused_tokens * (KEPT_WIDTHS * width + 2 * KEPT_HIDDEN * model.fusion_mlp_dim) + num_tokens * spec.dim
-    neighbor = tiles * model.neighbor_depth * (KEPT_WIDTHS + KEPT_HIDDEN * model.neighbor_mlp_ratio) * spec.pooled_dim
-    slides = sorted(slide_sizes, reverse=True)[: config.TRAINING.slides_per_batch or size]
-    context = sum(slides) * model.global_depth * (KEPT_WIDTHS + KEPT_HIDDEN * model.global_mlp_ratio) * spec.pooled_dim
-    return round(size * (fusion + neighbor) + context * model.use_global)
-
-
-def _encoder_bytes(config: Config) -> int:
-    """Size of the weight file; 0 where there is none, which is a finding of its own."""
-    try:
-        return find_encoder(config).stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
 def check_memory(need: Demand, device: torch.device, findings: Findings) -> None:
     """The demand against the memory of the host and of the device."""
+    on_cuda = device.type == "cuda"
     parts = {
         "features": need.features,
         "patches": need.patches,
         "encoder": need.encoder,
         "model with Adam": need.model,
         "a training step": need.batch,
+        "batches under way": BATCHES_ON_DEVICE * need.inputs if on_cuda else 0,
     }
     listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
-    on_cuda = device.type == "cuda"
     # Features and patches stay on the host where they do not fit beside the rest (DATA.residence=auto).
     host = need.features + need.patches + need.encoder + (0 if on_cuda else need.model + need.batch)
     limits = [("host memory", host, available_memory())]
     if on_cuda:
-        limits.append(
-            (f"memory of {device}", need.encoder + need.model + need.batch, torch.cuda.mem_get_info(device)[0])
-        )
+        limits.append((f"memory of {device}", need.on_device, torch.cuda.mem_get_info(device)[0]))
     for where, needed, free in limits:
         if needed > free:
             findings.problem(

@@ -14,9 +14,10 @@ from datasets.spots import SlideRecord
 from engine import Precision
 from models.backbones import BackboneSpec
 from modes.check_data import check_features, check_panel, check_slides, read_tables
-from modes.check_resources import check_device, check_encoder, check_memory, check_token_cache, demand
+from modes.check_resources import check_device, check_encoder, check_memory, check_token_cache
 from modes.check_tissue import check_checkpoints, check_fields_of_view, check_shared_tissue
 from modes.compose import needs_of, open_layout
+from modes.demand import demand, tokens_of_spot
 from modes.findings import PROBLEM, WARNING, Findings
 from modes.study import check_clusters, possible_folds, runs_encoder
 from utils.cli import say
@@ -106,7 +107,10 @@ def _check_sizes(
     if precision is not None:
         sizes = [record.stop - record.start for record in records]
         half = precision.dtype != torch.float32
-        need = findings.attempt("memory", lambda: demand(config, spec, spots, sizes, online, half))
+        need = findings.attempt(
+            "memory",
+            lambda: demand(config, spec, spots, sizes, online, half, tokens_of_spot(layout, slides, spec)),
+        )
         if need is not None:
             check_memory(need, device, findings)
 

@@ -16,6 +16,7 @@ from datasets.tokens import CachedTokens, open_tokens
 from engine import Precision
 from models.backbones import BackboneSpec, backbone_spec
 from modes.compose import Encode, find_encoder, load_encoder, make_encode, needs_of
+from modes.demand import demand, tokens_of_spot
 from utils.cli import say
 from utils.config import Config
 from utils.files import load_names
@@ -136,8 +137,9 @@ def open_study(
     )
     _check_width(store, spec, layout)
     source, encoder, token_dim = None, None, store.target_features.shape[1]
+    reserve = _reserve(config, layout, spec, store, device)
     if needs.tokens:
-        source, encoder = _open_source(config, config_name, layout, store, device)
+        source, encoder = _open_source(config, config_name, layout, store, device, reserve)
         token_dim = source.dim if source.gives_tokens else encoder.dim
     return Study(
         config=config,
@@ -145,14 +147,30 @@ def open_study(
         layout=layout,
         device=device,
         store=store,
-        maker=BatchMaker(store, source, device, config.DATA.residence),
+        maker=BatchMaker(store, source, device, config.DATA.residence, reserve),
         encode=make_encode(encoder),
         token_dim=token_dim,
     )
 
 
+def _reserve(config: Config, layout: Layout, spec: BackboneSpec, store: SpotStore, device: torch.device) -> int:
+    """Bytes of the device that tokens and features must leave free; they are loaded before the model is."""
+    if device.type != "cuda":
+        return 0
+    slides = [slide.name for slide in store.slides]
+    return demand(
+        config,
+        spec,
+        spots=store.slides[-1].stop,
+        slide_sizes=[slide.stop - slide.start for slide in store.slides],
+        online=needs_of(config).tokens and runs_encoder(config, layout, slides),
+        half=Precision(config.TRAINING.precision, device).dtype != torch.float32,
+        num_tokens=tokens_of_spot(layout, slides, spec),
+    ).on_device
+
+
 def _open_source(
-    config: Config, config_name: str, layout: Layout, store: SpotStore, device: torch.device
+    config: Config, config_name: str, layout: Layout, store: SpotStore, device: torch.device, reserve: int
 ) -> tuple[object, nn.Module | None]:
     """The source of target tokens and, when it gives patches, the frozen encoder that turns them into tokens."""
     source = open_tokens(
@@ -163,6 +181,7 @@ def _open_source(
         residence=config.DATA.residence,
         num_workers=config.DATA.num_workers,
         config_name=config_name,
+        reserve=reserve,
     )
     if source.gives_tokens:
         return source, None

@@ -69,16 +69,23 @@ def device_from(gpu: int | None = None, device: str | None = None) -> torch.devi
             chosen = torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"--device {device} is not a device of PyTorch: {str(error).splitlines()[0]}") from error
-        if chosen.type == "cuda":
-            _require_cuda(chosen.index or 0, f"--device {device}")
-        return chosen
+        return _cuda_device(chosen.index, f"--device {device}") if chosen.type == "cuda" else chosen
     if gpu is not None:
-        _require_cuda(gpu, f"--gpu {gpu}")
-        return torch.device("cuda", gpu)
+        return _cuda_device(gpu, f"--gpu {gpu}")
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     say("No CUDA device found: running on the CPU.")
     return torch.device("cpu")
+
+
+def _cuda_device(index: int | None, flag: str) -> torch.device:
+    """The CUDA device of that index (None: the current one), made the current one: pinned memory, streams and the
+    measure of memory in use follow the current device, not the tensors."""
+    _require_cuda(index or 0, flag)
+    if index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _require_cuda(index: int, flag: str) -> None:

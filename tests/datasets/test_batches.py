@@ -7,8 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
+from torch._subclasses import FakeTensorMode
 
-from datasets.batches import BatchMaker, TrainingBatches, check_batch_sizes, epoch_rows, split_rows
+from datasets import batches as batches_module
+from datasets import tokens as tokens_module
+from datasets.batches import BatchMaker, TrainingBatches, check_batch_sizes, epoch_rows, goes_to_device, split_rows
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
 from datasets.spots import (
@@ -19,6 +22,7 @@ from datasets.spots import (
     slide_targets,
     store_targets,
 )
+from datasets.tokens import CutPatches
 
 CPU = torch.device("cpu")
 SIZES = (5, 9, 7)
@@ -168,3 +172,64 @@ def test_a_repair_command_makes_the_cache_where_it_was_looked_for(tmp_path):
     assert "--config her2st/dml --mode external --test_name own" in found and "--set DATA.patch_size=112" in found
     elsewhere = extraction_command(external, "target", None, "uni", "mine/dml")
     assert "--config" not in elsewhere and "--mode external --test_name own" in elsewhere
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "reserve", "residence", "expected"),
+    [
+        (10, 0, "auto", True),
+        (15, 0, "auto", False),
+        (10, 6, "auto", False),
+        (9, 6, "auto", True),
+        (15, 6, "device", True),
+        (1, 0, "host", False),
+    ],
+)
+def test_arrays_go_to_the_device_where_the_step_still_fits_beside_them(
+    gigabytes, reserve, residence, expected, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * 10**9, 24 * 10**9))
+    assert goes_to_device("tokens", gigabytes * 10**9, CUDA, residence, reserve * 10**9) is expected
+    told = capsys.readouterr().out
+    assert f"{'device' if expected else 'host'} memory (16.0 GB free on cuda, {reserve}.0 GB of them kept" in told
+    with pytest.raises(ValueError, match=r"tokens take 17\.0 GB, 16\.0 GB are free"):
+        goes_to_device("tokens", 17 * 10**9, CUDA, "device")
+
+
+def test_a_device_without_an_index_is_the_device_its_arrays_lie_on(monkeypatch):
+    """torch.device("cuda") is not equal to torch.device("cuda:0"), where arrays sent to it lie."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+
+    def send(tensor, device):
+        assert not tensor.is_cuda, "sent to the device a second time"
+        return tensor.to(device)
+
+    for module in (batches_module, tokens_module):
+        monkeypatch.setattr(module, "to_device", send)
+    with FakeTensorMode():  # tensors without numbers may lie on a device that is not there
+        rows = torch.zeros(2, dtype=torch.long)
+        patches = CutPatches(torch.zeros(5, 8, 8, 3, dtype=torch.uint8), CUDA, "auto")
+        assert patches.get(rows, rows).is_cuda
+
+
+@pytest.mark.gpu
+def test_batches_on_cuda_are_those_of_the_cpu_wherever_the_features_lie(store):
+    batches = [torch.tensor([20, 1, 7]), torch.tensor([3, 12]), torch.arange(21)]
+    for residence in ("device", "host"):
+        found = []
+        for device in (CPU, CUDA):
+
+            class OnDevice(Tokens):
+                def get(self, rows, views, device=device):
+                    return super().get(rows, views).to(device)
+
+            maker = BatchMaker(store, OnDevice(), device, residence)
+            expression = torch.arange(21.0, device=device)[:, None]
+            found.append(list(TrainingBatches(maker, batches, expression, torch.Generator().manual_seed(3))))
+        for on_cpu, on_cuda in zip(*found, strict=True):
+            for name, value in vars(on_cpu).items():
+                other = vars(on_cuda)[name]
+                assert torch.equal(value, other.cpu()) if isinstance(value, torch.Tensor) else value == other

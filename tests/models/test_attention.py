@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models import attention as attention_module
-from models.attention import Attention, TransformerLayer, attend, in_chunks, relative_offset_index
+from models.attention import Attention, TransformerLayer, attend, attend_plainly, in_chunks, relative_offset_index
 
 
 def slow_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -116,3 +116,29 @@ def test_chunks_change_no_number(monkeypatch, count):
     calls.clear()
     in_chunks(function, rows[0], rows[1])
     assert calls == [count]
+
+
+def test_plain_attention_equals_the_kernel_and_its_gradients():
+    generator = torch.Generator().manual_seed(5)
+    leaves = [torch.randn(2, 1, 7, 300, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    weight = torch.randn(2, 1, 7, 300, generator=generator, dtype=torch.float64)
+    plain, kernel = attend_plainly(*leaves), attend(*leaves)
+    torch.testing.assert_close(plain, kernel)
+    for found, wanted in zip(
+        torch.autograd.grad((plain * weight).sum(), leaves), torch.autograd.grad((kernel * weight).sum(), leaves)
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_plain_attention_does_not_overflow_in_half_precision():
+    wide = torch.full((1, 1, 3, 512), 12.0, dtype=torch.float16)  # q k^T is 73728, over the largest float16
+    found = attend_plainly(wide, wide, torch.ones_like(wide))
+    assert found.dtype == torch.float16 and torch.equal(found, torch.ones_like(wide))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [256, 512])
+def test_wide_heads_on_cuda_equal_the_cpu(width):
+    parts = [torch.randn(3, 1, 40, width) for _ in range(3)]
+    found = attend(*(part.cuda() for part in parts))
+    torch.testing.assert_close(found.cpu(), attend(*parts), atol=1e-4, rtol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.attention import TransformerLayer, attend
-from models.packing import Padding, SlidePacking, attend_looped, attend_padded
+from models.packing import Padding, SlidePacking, attend_looped, attend_padded, similar_lengths
 
 LENGTHS = [5, 1, 11, 8]
 COUNT = sum(LENGTHS)
@@ -43,22 +43,31 @@ def test_packed_attention_equals_slide_by_slide(padded, rows):
         torch.testing.assert_close(gradient, wanted)
 
 
+def test_slides_are_padded_with_those_of_similar_length():
+    assert similar_lengths([5, 1, 11, 8]) == [[2, 3], [0], [1]]
+    assert similar_lengths([712, 500, 498, 177]) == [[0, 1], [2], [3]], "498 is less than 0.7 of 712"
+    assert similar_lengths([4, 4, 4]) == [[0, 1, 2]]
+
+
 def test_the_padded_path_called_directly_equals_the_loop():
     query, key, value = random_rows(torch.float32)
-    padding = Padding.of(LENGTHS, torch.device("cpu"))
+    padding = Padding.of(LENGTHS, similar_lengths(LENGTHS), torch.device("cpu"))
+    assert padding.shapes == [(2, 16), (1, 8), (1, 8)]
     is_spot = padding.pad(torch.ones(COUNT, dtype=torch.bool))
-    assert is_spot.sum(dim=1).tolist() == LENGTHS and padding.width % 8 == 0
+    assert [part.sum(dim=1).tolist() for part in is_spot] == [[11, 8], [5], [1]]
     looped = attend_looped(query, key, value, query_lengths=LENGTHS, lengths=LENGTHS)
     padded = attend_padded(query, key, value, query_padding=padding, padding=padding, is_spot=is_spot)
     torch.testing.assert_close(padded, looped, atol=2e-6, rtol=1e-5)
 
 
-def test_padding_and_back_is_the_identity():
-    padding = Padding.of(LENGTHS, torch.device("cpu"))
+@pytest.mark.parametrize("groups", [[[0, 1, 2, 3]], [[2, 3], [0], [1]]])
+def test_padding_and_back_is_the_identity(groups):
+    padding = Padding.of(LENGTHS, groups, torch.device("cpu"))
     rows = torch.randn(COUNT, 3)
     padded = padding.pad(rows)
     assert torch.equal(padding.unpad(padded), rows)
-    assert padded.square().sum() == pytest.approx(float(rows.square().sum()), rel=1e-5)
+    squares = sum(float(part.square().sum()) for part in padded)
+    assert squares == pytest.approx(float(rows.square().sum()), rel=1e-5), "zeros in the padding"
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -76,3 +85,17 @@ def test_asking_for_rows_equals_computing_all(padded):
 def test_a_slide_without_spots_is_refused():
     with pytest.raises(ValueError, match=r"at least one spot, but the slides hold \[3, 0\]"):
         SlidePacking([3, 0], device=torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [None, ROWS])
+def test_padded_attention_on_cuda_equals_the_loop_on_the_cpu(rows):
+    leaves, found = random_rows(torch.float32), []
+    for device, padded in ((torch.device("cpu"), False), (torch.device("cuda"), None)):
+        packing = SlidePacking(LENGTHS, device=device, rows=rows, padded=padded)
+        query, key, value = (leaf.to(device) for leaf in leaves)
+        attended = packing.attend(query if rows is None else query[rows.to(device)], key, value)
+        gradients = torch.autograd.grad(attended.square().sum(), leaves)
+        found.append([attended.cpu(), *gradients])
+    for on_cpu, on_cuda in zip(*found, strict=True):
+        torch.testing.assert_close(on_cuda, on_cpu, atol=1e-4, rtol=1e-4)

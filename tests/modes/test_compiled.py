@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ def with_backend(monkeypatch):
 
     def choose(backend):
         torch._dynamo.reset()
-        monkeypatch.setattr(torch, "compile", lambda model: compile_of_torch(model, backend=backend))
+        monkeypatch.setattr(torch, "compile", functools.partial(compile_of_torch, backend=backend))
 
     yield choose
     torch._dynamo.reset()
@@ -69,3 +71,44 @@ def test_an_error_of_the_model_itself_is_not_hidden(with_backend):
     forward = CompiledForward(Doubled())
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         forward(rows=torch.randn(5, 4))
+
+
+def test_a_batch_of_another_size_passes_the_model_as_it_is(with_backend):
+    """The last batch of an epoch must not start the compiler again."""
+    compiled_for = []
+
+    def backend(graph, inputs):
+        compiled_for.append([tuple(value.shape) for value in inputs if isinstance(value, torch.Tensor)])
+        return graph.forward
+
+    with_backend(backend)
+    model = Doubled()
+    forward = CompiledForward(model)
+    for count in (5, 3, 5, 4):
+        rows = torch.randn(count, 3)
+        assert torch.allclose(forward(rows=rows), model(rows=rows))
+    assert len(compiled_for) == 1 and (5, 3) in compiled_for[0]
+
+
+def test_too_little_memory_is_no_failure_of_the_compiler(with_backend, capsys):
+    class Hungry(Doubled):
+        def forward(self, *, rows):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with_backend("eager")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        CompiledForward(Hungry())(rows=torch.randn(5, 3))
+    assert "torch.compile failed" not in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_compiling_on_cuda_gives_the_numbers_of_the_model():
+    torch._dynamo.reset()
+    model = Doubled().cuda()
+    forward = CompiledForward(model)
+    for count in (64, 30, 64):
+        rows = torch.randn(count, 3, device="cuda")
+        found = forward(rows=rows)
+        found.sum().backward()
+        torch.testing.assert_close(found, model(rows=rows), atol=1e-5, rtol=1e-5)
+    assert forward.is_compiled

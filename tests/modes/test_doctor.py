@@ -19,8 +19,9 @@ from datasets.layout import Layout
 from datasets.spec import get_spec
 from models import build_loss
 from models.backbones import backbone_spec
-from modes.check_resources import Demand, activations, available_memory, check_memory, demand
+from modes.check_resources import available_memory, check_memory
 from modes.compose import make_model
+from modes.demand import Demand, activations, demand, tokens_of_spot
 from modes.doctor import Question, examine
 from modes.findings import Findings
 from tests.command_line import call_main
@@ -226,6 +227,28 @@ def test_memory_is_counted_from_sizes_alone(config):
     check_memory(Demand(0, 0, 0, 0, batch=10**15), torch.device("cpu"), findings)
     has(str(findings.found[0]), "problem", "memory", r"1e\+06 GB of host memory are needed", "--batch_size")
     assert 1e8 < available_memory() < 1e14
+
+
+def test_what_stays_free_on_a_gpu_holds_the_step_and_the_batches_under_way():
+    """Backward temporaries and five batches come on top of what autograd keeps; pooled tokens need less."""
+    config, uni = load_config("her2st/dml"), backbone_spec("uni")
+    need = demand(config, uni, 13620, [378] * 36, online=False, half=True)
+    batch_of_tokens = config.TRAINING.batch_size * (197 * 1024 * 2 + 25 * 1024 * 4)
+    assert need.inputs == batch_of_tokens
+    assert need.on_device == round(need.model + 1.3 * need.batch + 5 * batch_of_tokens)
+    pooled = demand(config, uni, 13620, [378] * 36, online=False, half=True, num_tokens=50)
+    assert pooled.on_device < need.on_device
+    online = demand(config, uni, 13620, [378] * 36, online=True, half=True)
+    assert online.inputs == config.TRAINING.batch_size * (224 * 224 * 3 + 25 * 1024 * 4)
+
+
+def test_tokens_of_a_spot_are_those_of_the_cache(layout):
+    spec = backbone_spec("efficientnet-lite0")
+    assert tokens_of_spot(layout, ["no such slide"], spec) == spec.num_tokens(64) == 16
+    slide = layout.slides_on_disk()[0]
+    with h5py.File(layout.cache_path("token", slide), "r+") as file:
+        file.attrs["token_pool"] = 2
+    assert tokens_of_spot(layout, [slide], spec) == 4
 
 
 @pytest.mark.parametrize(("batch", "slide_sizes"), [(32, [100, 80]), (16, [300, 200])])

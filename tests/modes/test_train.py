@@ -323,6 +323,28 @@ def test_a_whole_tiny_training_on_cuda(config, precision):
 
 
 @pytest.mark.gpu
+def test_training_on_cuda_has_the_losses_of_the_cpu(config):
+    """The same batches, no dropout, float32; resident on the device or copied for each batch."""
+    still = with_(
+        config,
+        MODEL={name: 0.0 for name in vars(config.MODEL) if name.endswith("dropout")},
+        TRAINING={"precision": "float32", "epochs": 2},
+    )
+    records = []
+    for place, device, residence in (("cpu", "cpu", "auto"), ("dev", "cuda", "device"), ("host", "cuda", "host")):
+        logs = {"log_path": f"{config.GENERAL.log_path}_{place}"}
+        run = train(
+            with_(still, GENERAL=logs, DATA={"residence": residence}), options(folds=[0], device=torch.device(device))
+        )
+        records.append([json.loads(line) for line in log(run, 0).splitlines()])
+    for on_cpu, *on_cuda in zip(*records, strict=True):
+        for other in on_cuda:
+            for name, value in on_cpu.items():
+                if name.startswith("train/"):
+                    assert other[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_checkpoint_continues_on_the_other_device(config, first, second):
     run = train(with_(config, TRAINING={"epochs": 2}), options(folds=[0], device=torch.device(first)))

@@ -48,3 +48,22 @@ def test_devices(capsys):
     if not torch.cuda.is_available():
         assert device_from() == torch.device("cpu")
         assert "running on the CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("gpu", "device", "expected", "made_current"),
+    [
+        (1, None, "cuda:1", [1]),
+        (None, "cuda:1", "cuda:1", [1]),
+        (None, "cuda", "cuda:0", []),
+        (None, None, "cuda:0", []),
+    ],
+)
+def test_a_cuda_device_has_its_index_and_is_the_current_one(gpu, device, expected, made_current, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert device_from(gpu, device) == torch.device(expected)
+    assert chosen == made_current
