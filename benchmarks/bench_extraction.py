@@ -2,11 +2,13 @@
 
     python benchmarks/bench_extraction.py
     python benchmarks/bench_extraction.py --device cuda          UNI's ViT-L (random weights), bf16
+    python benchmarks/bench_extraction.py --device cuda --compile
 
 The slow version is what the published code does: all crops of a slide are prepared and kept, tile by tile, then encoded.
 It stands for 37-40 MB per spot of neighbor extraction and, with a tiny ViT of 20 ms a patch, 0.86 s per spot.
 Memory is measured with an encoder that costs nothing, so that 4 000 spots take seconds: what the pipeline holds does
 not depend on it. The weights and activations of a real encoder come on top, once (ViT-L: 1.2 GB in float32).
+Files go to /dev/shm where there is room (10 GB for CUDA), so that no disk is measured.
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so that `python benchmarks/x.py` works
 
 import argparse
+import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +38,7 @@ from benchmarks.common import (
     TERA,
     Goal,
     Report,
+    available_memory,
     begin,
     finish,
     flags,
@@ -40,18 +48,23 @@ from benchmarks.common import (
     seconds_of,
     watched,
 )
+from datasets.encoding import default_workers
 from datasets.feature_cache import CacheIdentity, read_features
 from datasets.layout import Layout
 from datasets.patch_encoder import PatchEncoder
 from datasets.slides import open_slide
 from datasets.spec import DatasetSpec
 from models.backbones import Backbone, build_backbone
-from preprocess.extraction import ExtractionSettings, SlideWork, extract_slide
+from preprocess.extraction import ExtractionSettings, SlideWork, extract_slides
 from utils.cli import run
 
 TILES = 5  # a side
 ROUNDS = 3  # of each throughput measurement; the one with the median share is shown
 SLIDE = "S1"
+SEVERAL = (("token",), ("target", "neighbor", "token"))
+SLIDES, FULL_SIZE = 4, (9300, 9900)  # with images as those of HER2ST
+SHARED_MEMORY = Path("/dev/shm")
+ROOM = {"cuda": 10 * GIGA, "cpu": 4 * GIGA}  # free there: twice what the files of the largest measurement take
 VIT_L_GFLOP = 119.3  # per patch of 224 px: 24 layers, 197 tokens, width 1024
 COMBINATIONS = (("target",), ("token",), ("neighbor",), ("target", "neighbor", "token"))
 
@@ -70,12 +83,24 @@ def centers_in(width: int, height: int, count: int, margin: int) -> np.ndarray:
     return (margin + steps * (np.array([width, height]) - 2 * margin)).astype(np.int64)
 
 
+@contextmanager
+def scratch_in_memory(device: torch.device) -> Iterator[tuple[Path, str]]:
+    """A folder for files, removed afterwards, and where it is: in memory if there is room, else on the disk."""
+    is_there = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+    if is_there and min(shutil.disk_usage(SHARED_MEMORY).free, available_memory()) > ROOM.get(device.type, ROOM["cpu"]):
+        with TemporaryDirectory(dir=SHARED_MEMORY) as folder:
+            yield Path(folder), "memory"
+    else:
+        with scratch() as folder:
+            yield folder, "disk"
+
+
 def extraction_of(
-    folder: Path, image_path: Path, count: int, kinds: tuple[str, ...], patch_size: int, views: int
+    folder: Path, image_path: Path, count: int, kinds: tuple[str, ...], patch_size: int, views: int, slide: str = SLIDE
 ) -> tuple[Layout, SlideWork, ExtractionSettings]:
     """The work of one slide, as `preprocess/extract_features_uni.py` plans it."""
     layout = Layout(folder, DatasetSpec(name="bench"), patch_size=patch_size, num_neighbors=TILES)
-    place = layout.images_dir / f"{SLIDE}.jpg"
+    place = layout.images_dir / f"{slide}.jpg"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(image_path)
@@ -97,24 +122,38 @@ def extraction_of(
         )
         for kind in kinds
     }
-    work = SlideWork(SLIDE, [f"{i}x0" for i in range(count)], centers, identities)
-    return layout, work, ExtractionSettings(kinds=kinds, num_workers=2, command="bench", views=views)
+    work = SlideWork(slide, [f"{i}x0" for i in range(count)], centers, identities)
+    return layout, work, ExtractionSettings(kinds=kinds, num_workers=default_workers(), command="bench", views=views)
 
 
 # --- throughput ---------------------------------------------------------------------------------------------------------
 
 
 def throughput(
-    folder: Path, image_path: Path, encoder: PatchEncoder, images: int, kinds: tuple[str, ...], patch_size: int
+    folder: Path,
+    image_path: Path,
+    encoder: PatchEncoder,
+    images: int,
+    kinds: tuple[str, ...],
+    patch_size: int,
+    slides: int = 1,
 ) -> tuple[float, int]:
-    """Patches per second of the whole extraction of about `images` patches, and how many there were."""
+    """Patches per second of the whole extraction of about `images` patches, and how many spots there were.
+
+    slides: among how many they are spread; every one of them is decoded. The folder is removed afterwards.
+    """
     views = 8
     per_spot = ("neighbor" in kinds) * (TILES**2 - 1) + (views if "token" in kinds else 1)
-    count = max(2, images // per_spot)
-    layout, work, settings = extraction_of(folder, image_path, count, kinds, patch_size, views)
+    count = max(2, images // per_spot // slides)
+    prepared = [
+        extraction_of(folder, image_path, count, kinds, patch_size, views, f"S{number}") for number in range(slides)
+    ]
+    layout, _, settings = prepared[0]
     started = time.perf_counter()
-    extract_slide(layout, work, encoder, settings)
-    return count * per_spot / (time.perf_counter() - started), count
+    extract_slides(layout, [work for _, work, _ in prepared], encoder, settings)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder)
+    return slides * count * per_spot / seconds, slides * count
 
 
 def bare_throughput(encoder: PatchEncoder, patch_size: int, repeats: int) -> float:
@@ -142,7 +181,7 @@ class FreeEncoder:
 def extract_all(folder: Path, image_path: Path, count: int, dim: int, patch_size: int) -> None:
     """Neighbor extraction of `count` spots with the free encoder, through the project's pipeline."""
     layout, work, settings = extraction_of(folder, image_path, count, ("neighbor",), patch_size, 1)
-    extract_slide(layout, work, PatchEncoder(FreeEncoder(dim), torch.device("cpu"), batch_size=32), settings)
+    extract_slides(layout, [work], PatchEncoder(FreeEncoder(dim), torch.device("cpu"), batch_size=32), settings)
 
 
 def naive_extraction(image_path: Path, centers: np.ndarray, backbone, patch_size: int) -> np.ndarray:
@@ -184,41 +223,76 @@ def same_features(folder: Path, image_path: Path, found: np.ndarray, patch_size:
 # --- the report ---------------------------------------------------------------------------------------------------------
 
 
-def throughput_table(
-    arguments: argparse.Namespace, folder: Path, backbone: Backbone, device: torch.device, images: int
-) -> tuple[list[dict[str, object]], float, PatchEncoder]:
-    """Rows (kinds, patches/s, share of the bare encoder) and the bare encoder's patches/s."""
+def encoder_for(arguments: argparse.Namespace, backbone: Backbone, device: torch.device) -> PatchEncoder:
+    return PatchEncoder(
+        backbone.to(device),
+        device,
+        prefix_tokens=backbone.spec.prefix_tokens,
+        batch_size=arguments.batch_size or (256 if device.type == "cuda" else 32),
+        compiled=arguments.compile,
+    )
+
+
+def patches_of(arguments: argparse.Namespace, kinds: tuple[str, ...], device: torch.device) -> int:
+    """How many patches a measurement takes: some seconds each, and no more tokens than fit into memory."""
+    if arguments.images or arguments.quick:
+        return arguments.images or 40
+    if device.type != "cuda":
+        return 500
+    return 8_000 if "token" in kinds else 40_000
+
+
+def median_round(
+    arguments: argparse.Namespace,
+    folder: Path,
+    image_path: Path,
+    encoder: PatchEncoder,
+    kinds: tuple[str, ...],
+    slides: int = 1,
+) -> dict[str, object]:
+    """Row (kinds, spots, patches/s, share of the bare encoder) of the round with the median share."""
     patch_size = 64 if arguments.quick else 224
-    image_path = folder / "small.jpg"
-    write_image(image_path, 2400 if not arguments.quick else 500, 2400 if not arguments.quick else 500)
-    batch = arguments.batch_size or (256 if device.type == "cuda" else 32)
-    encoder = PatchEncoder(backbone.to(device), device, prefix_tokens=backbone.spec.prefix_tokens, batch_size=batch)
-    rows = []
-    for kinds in COMBINATIONS:
-        # Bare before and after, and several rounds: on a machine that others use too, the two differ.
-        rounds = []
-        for number in range(1 if arguments.quick else ROUNDS):
-            before = bare_throughput(encoder, patch_size, 3)
-            place = folder / f"{'_'.join(kinds)}_{number}"
-            found, count = throughput(place, image_path, encoder, images, kinds, patch_size)
-            rounds.append((found, (before + bare_throughput(encoder, patch_size, 3)) / 2))
-        found, bare = sorted(rounds, key=lambda pair: pair[0] / pair[1])[len(rounds) // 2]
-        rows.append(
-            {
-                "extraction of": ", ".join(kinds),
-                "spots": count,
-                "patches/s": found,
-                "bare encoder (patches/s)": bare,
-                "share": f"{100 * found / bare:.0f} %",
-            }
-        )
-    return rows, max(row["bare encoder (patches/s)"] for row in rows), encoder
+    images = patches_of(arguments, kinds, encoder.device)
+    rounds = []
+    # Bare before and after, and several rounds: on a machine that others use too, the two differ.
+    for _ in range(1 if arguments.quick else ROUNDS):
+        before = bare_throughput(encoder, patch_size, 3)
+        found, count = throughput(folder / "round", image_path, encoder, images, kinds, patch_size, slides)
+        rounds.append((found, (before + bare_throughput(encoder, patch_size, 3)) / 2))
+    found, bare = sorted(rounds, key=lambda pair: pair[0] / pair[1])[len(rounds) // 2]
+    return {
+        "extraction of": ", ".join(kinds),
+        "spots": count,
+        "patches/s": found,
+        "bare encoder (patches/s)": bare,
+        "share": f"{100 * found / bare:.0f} %",
+    }
+
+
+def throughput_table(arguments: argparse.Namespace, folder: Path, encoder: PatchEncoder) -> list[dict[str, object]]:
+    """A row per combination of kinds, of one slide whose image is small: nothing to decode."""
+    image_path, side = folder / "small.jpg", 500 if arguments.quick else 2400
+    write_image(image_path, side, side)
+    return [median_round(arguments, folder, image_path, encoder, kinds) for kinds in COMBINATIONS]
+
+
+def slides_table(arguments: argparse.Namespace, folder: Path, encoder: PatchEncoder) -> list[dict[str, object]]:
+    """The same of several slides of full size, which are decoded during the run. On a CPU decoding is no matter."""
+    if encoder.device.type != "cuda" and not arguments.quick:
+        return []
+    size = (700, 800) if arguments.quick else FULL_SIZE
+    write_image(image_path := folder / "large.jpg", *size)
+    return [
+        {"slides": SLIDES, "their size (px)": "{} x {}".format(*size)}
+        | median_round(arguments, folder, image_path, encoder, kinds, SLIDES)
+        for kinds in SEVERAL
+    ]
 
 
 def memory_table(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict[str, object]], bool]:
     """Rows (version, spots, peak memory) and whether both versions give the same features."""
     patch_size, dim, apart = (64, 16, False) if arguments.quick else (224, 1024, True)
-    size = (700, 800) if arguments.quick else (9300, 9900)
+    size = (700, 800) if arguments.quick else FULL_SIZE
     image_path = folder / "large.jpg"
     write_image(image_path, *size)
     few, many = (3, 6) if arguments.quick else (10, 40)
@@ -272,9 +346,8 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument(
         "--batch_size", type=int, help="patches that pass the encoder at a time (default: 32, CUDA: 256)"
     )
-    parser.add_argument(
-        "--images", type=int, help="patches of each throughput measurement (default: 500, CUDA: 40 000)"
-    )
+    parser.add_argument("--images", type=int, help="patches of a measurement (default: 500, CUDA: 8 000 or 40 000)")
+    parser.add_argument("--compile", action="store_true", help="the encoder through torch.compile")
     arguments = parser.parse_args(argv)
     device = begin(arguments)
     started_on = machine(device)
@@ -282,26 +355,31 @@ def main(argv: list[str] | None = None) -> Path:
     name = arguments.encoder or (
         "efficientnet-lite0" if arguments.quick else "uni" if on_cuda else "timm:vit_tiny_patch16_224"
     )
-    images = arguments.images or (40 if arguments.quick else 40_000 if on_cuda else 500)
     backbone = build_backbone(name, random_weights=True)
     share = ceiling = None
-    with scratch() as folder:
-        rows, bare, encoder = throughput_table(arguments, folder, backbone, device, images)
+    encoder = encoder_for(arguments, backbone, device)
+    with scratch_in_memory(device) as (folder, where):
+        rows = throughput_table(arguments, folder, encoder)
+        tables = {"Several slides, decoded during the run": slides_table(arguments, folder, encoder)}
         memory, is_same = memory_table(arguments, folder)
+        tables["Memory of neighbor extraction"] = memory
     if on_cuda and name == "uni":
         ceiling = matmul_ceiling(device, torch.bfloat16)
         share = rows[1]["patches/s"] * VIT_L_GFLOP * GIGA / ceiling
     report = Report(
-        name="extraction",
-        title="Feature extraction",
+        name="extraction_compiled" if arguments.compile else "extraction",
+        script="extraction",
+        title="Feature extraction" + (", encoder through torch.compile" if arguments.compile else ""),
         settings={
             "encoder": f"{name}, random weights",
             "batch": encoder.batch_size,
             "precision": encoder.precision,
-            "bare encoder (patches/s)": round(bare, 1),
+            "compiled": encoder.is_compiled,
+            "files in": where,
+            "bare encoder (patches/s)": round(max(row["bare encoder (patches/s)"] for row in rows), 1),
         },
         rows=rows,
-        tables={"Memory of neighbor extraction": memory},
+        tables={title: table for title, table in tables.items() if table},
         goals=goals(rows, memory, on_cuda, share, not arguments.quick),
         notes=[
             "Throughput is that of the whole extraction of a slide: decode, crop, encode, write; the share is of the bare "

@@ -24,6 +24,7 @@ SCHEMA_VERSION = 1
 DATASET_OF_KIND = {"target": "features", "neighbor": "features", "token": "tokens", "patch": "patches"}
 FILL_RULE = "white outside the image; neighbor tiles that cross an edge are zero and masked"
 NO_ENCODER = "none"  # of the patch cache
+_ADDED_LATER = {"is_compiled": False}  # attributes that older caches lack, and what they were
 _READ_ERRORS = (OSError, KeyError, RuntimeError, UnicodeDecodeError)  # what h5py raises on a damaged file
 _NAMED_AT_MOST = 5  # spots in a message
 
@@ -34,7 +35,8 @@ class CacheIdentity:
 
     kind: target | neighbor | token | patch.  image_size: (width, height) px.  patch_size: px at level 0.
     num_neighbors: tiles a side.  views: how many dihedral views of each patch.  token_pool: factor by which the grid of
-    patch tokens was mean-pooled (1: as the encoder gives them).  precision: of the encoder's arithmetic.
+    patch tokens was mean-pooled (1: as the encoder gives them).  precision: of the encoder's arithmetic.  is_compiled:
+    whether the encoder ran through torch.compile; it then rounds in other places, within the same precision.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class CacheIdentity:
     fill: str = FILL_RULE
     token_pool: int = 1
     precision: str = "float32"
+    is_compiled: bool = False
 
 
 def write_cache(
@@ -86,7 +89,10 @@ def _write_blocks(
         if payload is None:
             payload = _create_payload(file, identity, (num_spots, *block.shape[1:]))
         assert done + len(block) <= num_spots, f"more than {num_spots} rows for {path}"
-        payload[done : done + len(block)] = block
+        if identity.kind == "token":
+            _write_chunks(payload, done, block)
+        else:
+            payload[done : done + len(block)] = block
         done += len(block)
     assert done == num_spots, f"{done} of {num_spots} rows for {path}"
 
@@ -95,6 +101,18 @@ def _create_payload(file: h5py.File, identity: CacheIdentity, shape: tuple[int, 
     """Tokens in one uncompressed chunk per spot and view, for random reads; everything else in one piece."""
     chunks = (1, 1, *shape[2:]) if identity.kind == "token" else None
     return file.create_dataset(DATASET_OF_KIND[identity.kind], shape, dtype=identity.dtype, chunks=chunks)
+
+
+def _write_chunks(payload: h5py.Dataset, start: int, block: np.ndarray) -> None:
+    """Write tokens (b, V, T, D) of the spots from `start` on, chunk by chunk, past the chunk cache of HDF5.
+
+    A chunk is then copied once, into the page cache, instead of twice. Several threads would be slower than one, since
+    the system lets only one of them at a time write into a file.
+    """
+    assert block.shape[1:] == payload.shape[1:], f"tokens {block.shape} for {payload.shape}"
+    block = np.ascontiguousarray(block, dtype=payload.dtype)
+    for spot, view in np.ndindex(block.shape[:2]):
+        payload.id.write_direct_chunk((start + spot, view, 0, 0), block[spot, view])
 
 
 def _attributes(identity: CacheIdentity) -> dict[str, object]:
@@ -138,7 +156,8 @@ def identity_of(file: h5py.File, path: str | Path, repair: str | None = None) ->
             f"{path} is a cache of schema version {found}, this program reads version {SCHEMA_VERSION}. "
             f"Re-run:\n{repair or 'its extraction with --overwrite'}"
         )
-    values = {field.name: _from_attribute(file.attrs[field.name]) for field in dataclasses.fields(CacheIdentity)}
+    stored = {**_ADDED_LATER, **file.attrs}
+    values = {field.name: _from_attribute(stored[field.name]) for field in dataclasses.fields(CacheIdentity)}
     values["image_size"] = tuple(int(length) for length in values["image_size"])
     return CacheIdentity(**values)
 

@@ -92,7 +92,7 @@ class PlainReader:
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         assert level == 0
-        return self._decoded()[y : y + height, x : x + width]
+        return self.decode()[y : y + height, x : x + width]
 
     def preview(self, size: tuple[int, int]) -> Image.Image | None:
         """A JPEG decoded at 1/2, 1/4 or 1/8, at least `size`: much quicker than the whole. None where not possible."""
@@ -106,7 +106,8 @@ class PlainReader:
     def close(self) -> None:
         self._pixels = None
 
-    def _decoded(self) -> np.ndarray:
+    def decode(self) -> np.ndarray:
+        """uint8 (height, width, 3): the whole image, decoded now if it was not yet."""
         with self._lock:
             if self._pixels is None:
                 width, height = self.level_sizes[0]

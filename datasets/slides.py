@@ -65,6 +65,16 @@ class Slide:
         width, height = self.size
         return f"{width}x{height}-{length}-{digest.hexdigest()[:32]}"
 
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory that the pixels take once the first of them was read; 0 where only regions are decoded."""
+        return 3 * self.size[0] * self.size[1] if isinstance(self._reader, PlainReader) else 0
+
+    def decode(self) -> None:
+        """Decode now what would be decoded whole at the first region. Raises ValueError as `read_region` does."""
+        if isinstance(self._reader, PlainReader):
+            self._reader.decode()
+
     def close(self) -> None:
         self._reader.close()
 

@@ -57,9 +57,7 @@ class CutPatches:
     def __init__(self, patches: Tensor, device: torch.device, residence: str, reserve: int = 0):
         """patches: (R, P, P, 3) uint8."""
         self.device = device
-        on_device = device.type == "cuda" and goes_to_device(
-            "patches", patches.nbytes, device, residence, reserve
-        )
+        on_device = device.type == "cuda" and goes_to_device("patches", patches.nbytes, device, residence, reserve)
         self._patches = patches.to(device) if on_device else patches
 
     def get(self, rows: Tensor, views: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import numpy as np
 from datasets.encoding import EncodedSpots
 from datasets.feature_cache import CacheIdentity, write_cache
 
-_BLOCKS_AHEAD = 2  # of each cache that wait for the disk: what bounds the memory when it is slower than the encoder
+_BLOCKS_AHEAD = 2  # of each cache that wait for the disk: they bound the memory when it is slower than the encoder
 _POLL_SECONDS = 0.2
 
 
 class CacheWriters:
-    """Caches that appear at the end of the `with` block; if it is left by an exception, none does.
+    """Caches that appear once `wait` has returned; if the `with` block is left by an exception, none does.
 
+    The end of the block does not wait for the disk, so that the next slide can begin meanwhile.
     paths, identities: per kind.  spot_ids (N,), centers (N, 2): the spots of the slide, in the order of the blocks.
     """
 
@@ -71,15 +72,27 @@ class CacheWriters:
         return self
 
     def __exit__(self, kind_of_error, *_) -> None:
+        if kind_of_error is not None:
+            return self._abort()
         try:
-            if kind_of_error is None:
-                for kind, blocks in self._queues.items():
-                    self._put(kind, blocks, None)
-                for written in self._written.values():
-                    written.result()
-        finally:
-            self._is_aborted = True  # no effect on a writer that is done
-            self._pool.shutdown(wait=True)
+            for kind, blocks in self._queues.items():
+                self._put(kind, blocks, None)
+        except BaseException:
+            self._abort()
+            raise
+
+    def wait(self) -> None:
+        """Wait until the files are there, after the `with` block; raises what a writer has raised.
+
+        All writers have their blocks by then, so that also an interruption leaves whole files.
+        """
+        self._pool.shutdown(wait=True)
+        for written in self._written.values():
+            written.result()
+
+    def _abort(self) -> None:
+        self._is_aborted = True  # no effect on a writer that is done
+        self._pool.shutdown(wait=True)
 
 
 class _Aborted(Exception):

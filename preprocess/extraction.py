@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from datasets.slides import Slide, open_slide
 from datasets.tables import check_inside, load_slide
 from models.backbones import Backbone
 from preprocess.cache_threads import CacheWriters
+from preprocess.slides_ahead import opened_in_turn
 from utils.cli import progress, say
 
 _NAMED_AT_MOST = 8
@@ -87,12 +89,21 @@ def extract(
         say(f"Nothing to do: all caches are there and valid ({', '.join(settings.kinds)}).")
         return
     _check_disk(layout.root, work, shapes, settings)
+    if encoder is not None and encoder.is_compiled:
+        _compile(encoder, layout.patch_size)
     try:
-        for item in progress(work, description="slides", unit="slide"):
-            extract_slide(layout, item, encoder, settings)
+        extract_slides(layout, work, encoder, settings)
     except KeyboardInterrupt:
         say("Finished slides are kept, the one in work left no file; the same command goes on.")
         raise
+
+
+def _compile(encoder: PatchEncoder, patch_size: int) -> None:
+    """Before the first slide: its time is that of no slide, and what the caches record is then known."""
+    started = time.perf_counter()
+    encoder.warm_up(patch_size)
+    if encoder.is_compiled:
+        say(f"The encoder was compiled in {time.perf_counter() - started:.0f} s.")
 
 
 def cache_shapes(layout: Layout, backbone: Backbone | None, settings: ExtractionSettings) -> dict[str, tuple[int, ...]]:
@@ -145,10 +156,14 @@ def _how_to_prepare(layout: Layout) -> str:
 
 
 def _has_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> bool:
+    return _has_image(layout, slide) or _patches_suffice(layout, slide, kinds)
+
+
+def _has_image(layout: Layout, slide: str) -> bool:
     try:
         layout.image_path(slide)
     except FileNotFoundError:
-        return _patches_suffice(layout, slide, kinds)
+        return False
     return True
 
 
@@ -261,8 +276,55 @@ def _check_disk(
     )
 
 
-def extract_slide(layout: Layout, item: SlideWork, encoder: PatchEncoder | None, settings: ExtractionSettings) -> None:
-    """Make the missing caches of one slide in one pass over its image; all of them appear at the end."""
+def extract_slides(
+    layout: Layout, work: Sequence[SlideWork], encoder: PatchEncoder | None, settings: ExtractionSettings
+) -> None:
+    """Make the missing caches of all slides, one slide after the other, each in one pass over its image.
+
+    While a slide is encoded, the image of the next one is decoded and the files of the one before reach the disk. All
+    files of a slide appear at its end; what was encoded whole is written also when a later slide fails.
+    """
+    encoder = encoder or PatchEncoder(_no_encoder, torch.device("cpu"))
+    images = opened_in_turn(
+        [item.slide for item in work],
+        lambda slide: _open_pixels(layout, slide, settings.kinds),
+        lambda slide: _has_image(layout, slide),
+    )
+    unfinished: list[_EncodedSlide] = []  # one at most
+    with closing(images), progress(total=len(work), description="slides", unit="slide") as bar:
+        try:
+            for image, item in zip(images, work):
+                unfinished.append(_encode_one(layout, item, image, encoder, settings, unfinished))
+                bar.update()
+        finally:
+            _finish(unfinished)
+
+
+@dataclass(frozen=True)
+class _EncodedSlide:
+    """A slide whose blocks are all computed, and perhaps not yet on the disk.  summary: what to say when they are."""
+
+    summary: str
+    writers: CacheWriters
+
+
+def _finish(unfinished: list[_EncodedSlide]) -> None:
+    """Wait for the files of these slides, and take them from the list."""
+    while unfinished:
+        slide = unfinished.pop()
+        slide.writers.wait()
+        say(slide.summary)
+
+
+def _encode_one(
+    layout: Layout,
+    item: SlideWork,
+    image: Slide | PatchSlide,
+    encoder: PatchEncoder,
+    settings: ExtractionSettings,
+    before: list[_EncodedSlide],
+) -> _EncodedSlide:
+    """Hand all spots of one slide to its writers.  before: slides whose files have to be there first."""
     started = time.perf_counter()
     encoding = EncodingPlan(
         kinds=tuple(item.identities),
@@ -273,17 +335,18 @@ def extract_slide(layout: Layout, item: SlideWork, encoder: PatchEncoder | None,
         token_dtype=getattr(torch, settings.token_dtype),
     )
     paths = {kind: layout.cache_path(kind, item.slide) for kind in item.identities}
-    encoder = encoder or PatchEncoder(_no_encoder, torch.device("cpu"))
+    is_compiled = encoding.needs_encoder and encoder.is_compiled
+    identities = {kind: replace(found, is_compiled=is_compiled) for kind, found in item.identities.items()}
     with (
-        _open_pixels(layout, item.slide, settings.kinds) as slide,
         progress(total=len(item.spot_ids), description=item.slide, unit="spot", leave=False) as bar,
-        CacheWriters(paths, item.identities, item.spot_ids, item.centers) as writers,
+        CacheWriters(paths, identities, item.spot_ids, item.centers) as writers,
     ):
-        for spots in encode_slide(slide, item.centers, encoder, encoding, num_workers=settings.num_workers):
+        for spots in encode_slide(image, item.centers, encoder, encoding, num_workers=settings.num_workers):
             writers.put(spots)
             bar.update(spots.rows.stop - spots.rows.start)
-    seconds = time.perf_counter() - started
-    say(f"{item.slide}: {', '.join(paths)} of {len(item.spot_ids)} spots, {len(item.spot_ids) / seconds:.1f} spots/s")
+        _finish(before)
+    rate = len(item.spot_ids) / (time.perf_counter() - started)
+    return _EncodedSlide(f"{item.slide}: {', '.join(paths)} of {len(item.spot_ids)} spots, {rate:.1f} spots/s", writers)
 
 
 def _no_encoder(images: torch.Tensor) -> None:

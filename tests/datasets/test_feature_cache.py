@@ -80,6 +80,33 @@ def test_every_kind(tmp_path, kind, dataset, shape, dtype):
     assert np.array_equal(read_features(path), values)
 
 
+def test_tokens_are_stored_as_hdf5_itself_would(tmp_path):
+    """Against the obvious way: the same values, chunks and places; blocks that are no plain arrays of the type too."""
+    identity = dataclasses.replace(IDENTITY, kind="token", dtype="float16", views=2)
+    values = np.random.default_rng(2).normal(size=(4, 2, 3, 5)).astype(np.float16)
+    turned = np.ascontiguousarray(values[1:].transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
+    blocks = iter([values[:1].astype(np.float64), turned])
+    path = write_cache(tmp_path / "A1.h5", identity, IDS, CENTERS, blocks)
+    with h5py.File(tmp_path / "slow.h5", "w") as slow:
+        slow.create_dataset("tokens", data=values, chunks=(1, 1, 3, 5))
+        with h5py.File(path) as file:
+            tokens = file["tokens"]
+            assert (tokens.chunks, tokens.compression, tokens.dtype) == ((1, 1, 3, 5), None, np.float16)
+            assert tokens.id.get_num_chunks() == slow["tokens"].id.get_num_chunks() == 8
+            assert np.array_equal(tokens[:], slow["tokens"][:]) and np.array_equal(tokens[:], values)
+    with pytest.raises(AssertionError, match="tokens"):
+        write_cache(tmp_path / "B1.h5", identity, IDS, CENTERS, iter([values[:2], values[2:, :, :2]]))
+
+
+def test_a_cache_from_before_compiling_was_recorded(tmp_path):
+    path = _write(tmp_path / "A1.h5", dataclasses.replace(IDENTITY, is_compiled=True))
+    assert read_identity(path).is_compiled is True
+    with h5py.File(path, "r+") as file:
+        del file.attrs["is_compiled"]
+    assert read_identity(path) == IDENTITY
+    assert verify_cache(path, EXPECTED, IDS, CENTERS, repair=REPAIR) == IDENTITY
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -61,6 +61,14 @@ def test_regions_are_the_pixels_and_white_outside(slide, picture, region):
     assert np.array_equal(got, _white_border(picture, *region))
 
 
+def test_only_plain_images_are_decoded_whole(slide, picture):
+    is_plain = isinstance(slide._reader, PlainReader)
+    assert slide.decoded_bytes == (picture.nbytes if is_plain else 0)
+    slide.decode()
+    assert not is_plain or np.array_equal(slide._reader._pixels, picture)
+    assert np.array_equal(slide.read_region(30, 40, 50, 60), picture[40:100, 30:80])
+
+
 def test_a_region_is_scaled_like_the_mean_of_its_pixels(slide, picture):
     got = slide.read_region(8, 16, 80, 64, size=(20, 16))
     expected = picture[16:80, 8:88].reshape(16, 4, 20, 4, 3).mean(axis=(1, 3))
