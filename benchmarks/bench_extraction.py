@@ -367,9 +367,8 @@ def main(argv: list[str] | None = None) -> Path:
         ceiling = matmul_ceiling(device, torch.bfloat16)
         share = rows[1]["patches/s"] * VIT_L_GFLOP * GIGA / ceiling
     report = Report(
-        name="extraction_compiled" if arguments.compile else "extraction",
-        script="extraction",
-        title="Feature extraction" + (", encoder through torch.compile" if arguments.compile else ""),
+        name="extraction",
+        title="Feature extraction",
         settings={
             "encoder": f"{name}, random weights",
             "batch": encoder.batch_size,
