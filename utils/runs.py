@@ -88,7 +88,7 @@ def versions() -> dict[str, str]:
     """Versions of the program, its commit where it is a git checkout, the packages and the device."""
     found = {
         "gene_dml": VERSION,
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).resolve().parents[1]),
         "python": platform.python_version(),
         "system": platform.platform(),
     }
@@ -98,15 +98,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
-    root = Path(__file__).resolve().parents[1]
+def commit_of(root: str | Path) -> str:
+    """Commit of a checkout, with "-dirty" where what the program reads was changed since; "unknown" outside a checkout.
+
+    Texts and the results of benchmarks, which a benchmark writes while the next one still has to run, change no program.
+    """
+    git = ["git", "-C", str(root)]
+    tracked = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results"]
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
-        )
+        name = subprocess.run([*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True)
+        changed = subprocess.run([*tracked, ":(exclude,top)*.md"], capture_output=True, text=True)
     except OSError:
         return "unknown"
-    return answer.stdout.strip() or "unknown"
+    commit = name.stdout.strip()
+    if not commit:
+        return "unknown"
+    return f"{commit}-dirty" if changed.stdout.strip() else commit
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from utils.config import load_config
 from utils.runs import (
+    commit_of,
     generator_for,
     open_run,
     read_epochs,
@@ -62,3 +65,27 @@ def test_epochs_are_written_whole_and_without_nan(tmp_path):
 def test_versions_name_the_program_and_its_packages():
     found = versions()
     assert {"gene_dml", "commit", "python", "torch", "timm", "numpy", "device"} <= set(found)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_is_dirty_by_programs_not_by_texts_and_results(tmp_path):
+    files = {name: tmp_path / name for name in ("engine.py", "README.md", "benchmarks/results/step.json")}
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    first = commit_of(tmp_path)
+    assert len(first) == 12 and int(first, 16)
+    (tmp_path / "untracked.py").write_text("new")
+    for name in ("README.md", "benchmarks/results/step.json"):
+        files[name].write_text("after")
+    assert commit_of(tmp_path / "benchmarks") == first
+    files["engine.py"].write_text("after")
+    assert commit_of(tmp_path / "benchmarks") == f"{first}-dirty"
+
+
+def test_a_folder_that_is_no_checkout_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit_of(tmp_path) == "unknown"
