@@ -22,7 +22,6 @@ KEY_OF_FLAG = {
     "k": "LOSS.k",
     "lambda_cld": "LOSS.group_weight",
     "cld_t": "LOSS.group_temperature",
-    "kmeans_init": "LOSS.kmeans_init",
     "epochs": "TRAINING.epochs",
     "batch_size": "TRAINING.batch_size",
     "slides_per_batch": "TRAINING.slides_per_batch",
@@ -134,7 +133,6 @@ def _add_method_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--weights", help="file of the encoder's weights")
     group.add_argument("--k", type=int, help="clusters of the instance-group loss")
     group.add_argument("--use_kmeans", action="store_true", help="k-means (the paper); otherwise spectral clustering")
-    group.add_argument("--kmeans_init", choices=("first", "kmeans++"), help="start of the k-means (default: first)")
     group.add_argument("--lambda_cld", type=float, help="weight of the instance-group loss")
     group.add_argument("--cld_t", type=float, help="temperature of the instance-group loss")
     group.add_argument("--epochs", type=int, help="greatest number of epochs (default: 200)")

@@ -64,7 +64,7 @@ class Trainer:
         self.optimization = Optimization.of(
             self.model, self.config, Precision(self.config.TRAINING.precision, self.device)
         )
-        self.step = make_step(self.model, self.config, self.encode, torch.Generator(self.device))
+        self.step = make_step(self.model, self.config, self.encode)
 
     def epoch(self, number: int) -> tuple[float, dict[str, float]]:
         """Seconds of an epoch and its average losses."""
@@ -158,8 +158,8 @@ def random_store(lengths: list[int], dim: int, tiles: int) -> SpotStore:
 
 def large_trainers(arguments: argparse.Namespace, device: torch.device) -> dict[str, Trainer]:
     """Both ways at UNI size over the sections of a fold's training patients (all but A)."""
-    overrides = ["LOSS.use_kmeans=true", f"TRAINING.compile={arguments.compile}"]
-    config = with_overrides(Config(), [*overrides, f"TRAINING.slides_per_batch={arguments.slides_per_batch}"])
+    overrides = ["LOSS.use_kmeans=true", f"TRAINING.slides_per_batch={arguments.slides_per_batch}"]
+    config = with_overrides(Config(), overrides)
     lengths = [length for name, length in SECTION_SIZES.items() if name[0] != "A"]
     encoder = build_backbone("uni", random_weights=True).to(device)
     store = random_store(lengths, encoder.pooled_dim, config.DATA.num_neighbors**2)
@@ -181,7 +181,6 @@ def main(argv: list[str] | None = None) -> Path:
     parser = flags(__doc__)
     parser.add_argument("--views", type=int, default=NUM_VIEWS, help="CUDA: views in the token cache (4.7 GB each)")
     parser.add_argument("--slides_per_batch", type=int, default=0, help="CUDA: TRAINING.slides_per_batch")
-    parser.add_argument("--compile", action="store_true", help="CUDA: with TRAINING.compile")
     arguments = parser.parse_args(argv)
     device = begin(arguments)
     started_on = machine(device)

@@ -2,7 +2,6 @@
 
     python benchmarks/bench_extraction.py
     python benchmarks/bench_extraction.py --device cuda          UNI's ViT-L (random weights), bf16
-    python benchmarks/bench_extraction.py --device cuda --compile
 
 The slow version is what the published code does: all crops of a slide are prepared and kept, tile by tile, then encoded.
 It stands for 37-40 MB per spot of neighbor extraction and, with a tiny ViT of 20 ms a patch, 0.86 s per spot.
@@ -229,7 +228,6 @@ def encoder_for(arguments: argparse.Namespace, backbone: Backbone, device: torch
         device,
         prefix_tokens=backbone.spec.prefix_tokens,
         batch_size=arguments.batch_size or (256 if device.type == "cuda" else 32),
-        compiled=arguments.compile,
     )
 
 
@@ -347,7 +345,6 @@ def main(argv: list[str] | None = None) -> Path:
         "--batch_size", type=int, help="patches that pass the encoder at a time (default: 32, CUDA: 256)"
     )
     parser.add_argument("--images", type=int, help="patches of a measurement (default: 500, CUDA: 8 000 or 40 000)")
-    parser.add_argument("--compile", action="store_true", help="the encoder through torch.compile")
     arguments = parser.parse_args(argv)
     device = begin(arguments)
     started_on = machine(device)
@@ -373,7 +370,6 @@ def main(argv: list[str] | None = None) -> Path:
             "encoder": f"{name}, random weights",
             "batch": encoder.batch_size,
             "precision": encoder.precision,
-            "compiled": encoder.is_compiled,
             "files in": where,
             "bare encoder (patches/s)": round(max(row["bare encoder (patches/s)"] for row in rows), 1),
         },

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_step.py                      CPU: 32 spots of 5 slides, as the published code was measured
     python benchmarks/bench_step.py --device cuda        512 spots of 30 slides, bf16; FLOP/s against the ceiling
-    python benchmarks/bench_step.py --device cuda --profile --compile
+    python benchmarks/bench_step.py --device cuda --profile
 
 The slow version is the step with the frozen ViT-L in it, which is what the published code runs: 47 s for 32 spots (38.0 of
 them the ViT-L), 9.3 s without it. The ViT-L has random weights here and is measured on a few spots and scaled: its
@@ -97,8 +97,7 @@ class Scene:
 
 
 def make_scene(arguments: argparse.Namespace, device: torch.device) -> Scene:
-    overrides = ["LOSS.use_kmeans=true", *(TINY if arguments.quick else ())]
-    config = with_overrides(Config(), [*overrides, f"TRAINING.compile={arguments.compile}"])
+    config = with_overrides(Config(), ["LOSS.use_kmeans=true", *(TINY if arguments.quick else ())])
     encoder = build_backbone(config.DATA.encoder, random_weights=True).to(device)
     seed_everything(config.GENERAL.seed)
     model = make_model(
@@ -370,7 +369,6 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--batch_size", type=int, help="spots of a step (default: 32, on CUDA 512)")
     parser.add_argument("--slides", type=int, help="slides they lie on (default: 5, on CUDA 30)")
     parser.add_argument("--encoder_spots", type=int, help="spots that the encoder is timed on (default: 8; CUDA: 256)")
-    parser.add_argument("--compile", action="store_true", help="with TRAINING.compile")
     parser.add_argument("--profile", action="store_true", help="write the profiler's table of a step")
     arguments = parser.parse_args(argv)
     device = begin(arguments)
@@ -405,7 +403,6 @@ def main(argv: list[str] | None = None) -> Path:
             "their spots": sum(batch.lengths),
             "precision": scene.precision.name,
             "encoder": f"{scene.encoder.name}, random weights, timed on {encoder_spots} spots",
-            "compiled": arguments.compile,
             "matrix products (TFLOP/s)": round(ceiling / TERA, 3),
         },
         rows=part_rows(scene, parts, batch, step_s, encoder_s),

@@ -261,13 +261,11 @@ def scratch() -> Iterator[Path]:
 def finish(report: Report, arguments: argparse.Namespace, device: torch.device, started_on: dict) -> Path:
     """Print the table and write `<out>/<name>.json` and `.md`; returns the JSON. started_on: `machine` at the start.
 
-    What was measured on another device than the CPU, or with --compile, has a name of its own.
+    What was measured on another device than the CPU has a name of its own.
     """
     folder = arguments.out or (SCRATCH if arguments.quick else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     name = report.name if device.type == "cpu" else f"{report.name}_{device.type}"
-    if getattr(arguments, "compile", False):
-        name, report.title = f"{name}_compiled", f"{report.title}, compiled"
     given = list(arguments.given)
     if arguments.out:  # where the results go is no part of what was measured
         at = next(i for i, flag in enumerate(given) if flag.split("=")[0] == "--out")

@@ -24,7 +24,6 @@ SCHEMA_VERSION = 1
 DATASET_OF_KIND = {"target": "features", "neighbor": "features", "token": "tokens", "patch": "patches"}
 FILL_RULE = "white outside the image; neighbor tiles that cross an edge are zero and masked"
 NO_ENCODER = "none"  # of the patch cache
-_ADDED_LATER = {"is_compiled": False}  # attributes that older caches lack, and what they were
 _READ_ERRORS = (OSError, KeyError, RuntimeError, UnicodeDecodeError)  # what h5py raises on a damaged file
 _NAMED_AT_MOST = 5  # spots in a message
 
@@ -35,8 +34,7 @@ class CacheIdentity:
 
     kind: target | neighbor | token | patch.  image_size: (width, height) px.  patch_size: px at level 0.
     num_neighbors: tiles a side.  views: how many dihedral views of each patch.  token_pool: factor by which the grid of
-    patch tokens was mean-pooled (1: as the encoder gives them).  precision: of the encoder's arithmetic.  is_compiled:
-    whether the encoder ran through torch.compile; it then rounds in other places, within the same precision.
+    patch tokens was mean-pooled (1: as the encoder gives them).  precision: of the encoder's arithmetic.
     """
 
     kind: str
@@ -52,7 +50,6 @@ class CacheIdentity:
     fill: str = FILL_RULE
     token_pool: int = 1
     precision: str = "float32"
-    is_compiled: bool = False
 
 
 def write_cache(
@@ -156,8 +153,7 @@ def identity_of(file: h5py.File, path: str | Path, repair: str | None = None) ->
             f"{path} is a cache of schema version {found}, this program reads version {SCHEMA_VERSION}. "
             f"Re-run:\n{repair or 'its extraction with --overwrite'}"
         )
-    stored = {**_ADDED_LATER, **file.attrs}
-    values = {field.name: _from_attribute(stored[field.name]) for field in dataclasses.fields(CacheIdentity)}
+    values = {field.name: _from_attribute(file.attrs[field.name]) for field in dataclasses.fields(CacheIdentity)}
     values["image_size"] = tuple(int(length) for length in values["image_size"])
     return CacheIdentity(**values)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from datasets.compiled_encoder import CompiledEncoder
 from utils.devices import half_precision
 
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
@@ -20,7 +19,7 @@ class PatchEncoder:
     backbone: callable, uint8 images (B, 3, P, P) on the device -> object with `.tokens` (B, T, D) and `.pooled` (B, D').
     prefix_tokens: how many of the T tokens come before the grid of patch tokens (class and register tokens).
     batch_size: images that pass the encoder at a time.  precision: of its arithmetic; "auto" is float32 on the CPU and
-        bf16 (or fp16 where there is no bf16) on CUDA.  compiled: through torch.compile, if it can be done on the device.
+        bf16 (or fp16 where there is no bf16) on CUDA.
     """
 
     def __init__(
@@ -31,7 +30,6 @@ class PatchEncoder:
         prefix_tokens: int = 0,
         batch_size: int = 64,
         precision: str = "auto",
-        compiled: bool = False,
     ):
         if precision not in PRECISIONS:
             raise ValueError(f"The precision should be one of {', '.join(PRECISIONS)}, found {precision!r}.")
@@ -40,17 +38,7 @@ class PatchEncoder:
         if precision == "auto":
             precision = half_precision(device) if device.type == "cuda" else "float32"
         self.device, self.prefix_tokens, self.batch_size, self.precision = device, prefix_tokens, batch_size, precision
-        self._backbone = CompiledEncoder(backbone, batch_size) if compiled else backbone
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether it was to be compiled, and until now that has not failed."""
-        return isinstance(self._backbone, CompiledEncoder) and self._backbone.is_compiled
-
-    def warm_up(self, patch_size: int) -> None:
-        """Compile, if it is to be compiled, for patches of `patch_size` px a side. Says aloud if that fails."""
-        if self.is_compiled:
-            self.encode(torch.zeros((1, patch_size, patch_size, 3), dtype=torch.uint8, device=self.device), 0)
+        self._backbone = backbone
 
     @torch.inference_mode()
     def encode(self, images: Tensor, with_tokens: int) -> tuple[Tensor, Tensor | None]:

@@ -35,16 +35,14 @@ def kmeans(
     points: Tensor,
     k: int,
     *,
-    init: str = "first",
     empty: EmptyPolicy = "drop",
     steps: int = LLOYD_STEPS,
-    generator: torch.Generator | None = None,
 ) -> Clusters:
     """Lloyd's k-means with a fixed number of steps and without waiting for the device.
 
-    points: (N, D). init: "first" (the first k rows; batches are shuffled, so these are random rows) or "kmeans++",
-    which needs a generator. Each step assigns every point to the nearest centroid (the least index on ties) and then
-    takes means. The labels are those of the last assignment and the centroids are the means of exactly those labels.
+    points: (N, D). The start is the first k rows; batches are shuffled, so these are random rows. Each step assigns every
+    point to the nearest centroid (the least index on ties) and then takes means. The labels are those of the last
+    assignment and the centroids are the means of exactly those labels.
     empty: "drop" takes an empty cluster out of all later distances (and `is_used` out of the softmax); "zero" keeps a
     zero vector as its centroid, as the published code does.
     Raises ValueError if there are fewer points than clusters.
@@ -52,7 +50,7 @@ def kmeans(
     _check_count(points, k)
     with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
         data = points.detach().to(_distance_dtype(points.device))
-        centroids = _initial_centroids(data, k, init=init, generator=generator)
+        centroids = data[:k]
         is_used = torch.ones(k, dtype=torch.bool, device=data.device)
         tolerance = TIE_TOLERANCE if data.dtype == torch.float64 else SINGLE_TIE_TOLERANCE
         margin = tolerance * data.square().sum(dim=1).amax()
@@ -110,27 +108,6 @@ def _check_count(points: Tensor, k: int) -> None:
 def _distance_dtype(device: torch.device) -> torch.dtype:
     """float64, so that matrix products give the labels of the plain sum of squares; mps has none."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _initial_centroids(data: Tensor, k: int, *, init: str, generator: torch.Generator | None) -> Tensor:
-    if init == "first":
-        return data[:k]
-    if init != "kmeans++":
-        raise ValueError(f"Unknown start of k-means '{init}'. Use --kmeans_init first or --kmeans_init kmeans++.")
-    if generator is None:
-        raise ValueError("k-means++ draws random rows and needs an explicit torch.Generator.")
-    draws = torch.rand(k, generator=generator, device=generator.device, dtype=torch.float64).to(data)
-    # index_select with a tensor of one row: data[row] would wait for the device to say which row.
-    first = (draws[:1] * data.shape[0]).long().clamp_max(data.shape[0] - 1)
-    chosen = [data.index_select(0, first)]
-    distance = (data - chosen[0]).square().sum(dim=1)
-    for draw in draws[1:]:
-        cumulative = distance.cumsum(dim=0)
-        # right=True passes over rows of probability zero, i.e. repetitions of a row already chosen.
-        row = torch.searchsorted(cumulative, draw * cumulative[-1:], right=True).clamp_max(data.shape[0] - 1)
-        chosen.append(data.index_select(0, row))
-        distance = torch.minimum(distance, (data - chosen[-1]).square().sum(dim=1))
-    return torch.cat(chosen)
 
 
 def _nearest(data: Tensor, centroids: Tensor, is_used: Tensor, margin: Tensor) -> Tensor:

@@ -84,23 +84,19 @@ class GeneDMLLoss:
         group_temperature: float,
         k: int,
         use_kmeans: bool = True,
-        kmeans_init: str = "first",
         normalize_fused: bool = False,
         empty: EmptyPolicy = "drop",
-        generator: torch.Generator | None = None,
     ) -> None:
         """normalize_fused: the fused vector that meets the gene centroids is brought to length 1 (what is clustered has
-        length 1 in either case). generator: draws of k-means++; given, or a fresh one with PyTorch's default seed."""
+        length 1 in either case)."""
         self.instance_weight = instance_weight
         self.group_weight = group_weight
         self.instance_temperature = instance_temperature
         self.group_temperature = group_temperature
         self.k = k
         self.use_kmeans = use_kmeans
-        self.kmeans_init = kmeans_init
         self.normalize_fused = normalize_fused
         self.empty = empty
-        self.generator = torch.Generator() if generator is None else generator
 
     def __call__(self, prediction: Prediction, expression: Tensor) -> dict[str, Tensor]:
         """Named, unweighted terms and "total", all scalars.
@@ -139,11 +135,11 @@ class GeneDMLLoss:
         """Group the rows (B, P) of one modality as configured."""
         if not self.use_kmeans:
             return spectral(vectors, self.k, empty=self.empty)
-        return kmeans(vectors, self.k, init=self.kmeans_init, empty=self.empty, generator=self.generator)
+        return kmeans(vectors, self.k, empty=self.empty)
 
 
-def build_loss(config: Any, *, generator: torch.Generator | None = None) -> GeneDMLLoss:
-    """The loss of a run. config: Config.LOSS. generator: see `GeneDMLLoss`."""
+def build_loss(config: Any) -> GeneDMLLoss:
+    """The loss of a run. config: Config.LOSS."""
     return GeneDMLLoss(
         instance_weight=config.instance_weight,
         group_weight=config.group_weight,
@@ -151,7 +147,5 @@ def build_loss(config: Any, *, generator: torch.Generator | None = None) -> Gene
         group_temperature=config.group_temperature,
         k=config.k,
         use_kmeans=config.use_kmeans,
-        kmeans_init=config.kmeans_init,
         normalize_fused=config.normalize_fused,
-        generator=generator,
     )

@@ -16,7 +16,6 @@ from engine import Precision, Step
 from models import build_loss, build_model
 from models.backbones import build_backbone, find_weights
 from models.baselines import CLOSED_FORMS, build_baseline_loss
-from modes.compiled import CompiledForward
 from utils.config import Config
 
 SCALES = {"fused": "fused", "target": "target", "neighbor": "neighbor", "global": "global_"}
@@ -94,18 +93,16 @@ def make_model(config: Config, *, feature_dim: int, token_dim: int, num_genes: i
     )
 
 
-def make_step(model: nn.Module, config: Config, encode: Encode, generator: torch.Generator | None = None) -> Step:
+def make_step(model: nn.Module, config: Config, encode: Encode) -> Step:
     """The training step: batch -> named loss terms."""
     needs = needs_of(config)
     if config.MODEL.name == "gene_dml":
-        loss = build_loss(config.LOSS, generator=generator)
+        loss = build_loss(config.LOSS)
     else:
         loss = build_baseline_loss(config.MODEL.name)
-    # The encoder over whole slides is not compiled: its shapes change with the slides of every batch.
-    forward = CompiledForward(model) if config.TRAINING.compile else model
 
     def step(batch: SpotBatch) -> dict[str, Tensor]:
-        return loss(_forward(model, forward, needs, encode, batch), batch.expression)
+        return loss(_forward(model, needs, encode, batch), batch.expression)
 
     return step
 
@@ -134,18 +131,18 @@ def make_predict(
 
 def batch_clusters(model: nn.Module, config: Config, encode: Encode, batch: SpotBatch) -> tuple[Tensor, Tensor]:
     """(B,) clusters of a batch by its fused and by its gene vectors, as the instance-group loss forms them."""
-    prediction = _forward(model, model, needs_of(config), encode, batch)
+    prediction = _forward(model, needs_of(config), encode, batch)
     loss = build_loss(config.LOSS)
     embeddings = prediction.embeddings
     return loss.cluster(embeddings.fused_cluster).labels.cpu(), loss.cluster(embeddings.gene_cluster).labels.cpu()
 
 
-def _forward(model: nn.Module, forward: Callable, needs: Needs, encode: Encode, batch: SpotBatch):
-    """The model on a training batch: its slides through the global encoder, then its spots through `forward`."""
+def _forward(model: nn.Module, needs: Needs, encode: Encode, batch: SpotBatch):
+    """The model on a training batch: its slides through the global encoder, then its spots."""
     global_tokens = None
     if needs.slides:
         global_tokens = model.encode_slides(batch.slide_features, batch.grid_xy, batch.lengths, batch.slide_rows)
-    return forward(**model_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
+    return model(**model_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
 
 
 def model_inputs(batch: SpotBatch, encode: Encode) -> dict[str, Tensor | None]:

@@ -44,8 +44,7 @@ class FoldRun:
         self._best, self._best_is_written, self._last_saved = None, True, time.monotonic()
         state = self._restore()
         self.predict = make_predict(self.model, config, self.study.encode, self.optimization.precision)
-        self.generator = torch.Generator(self.study.device)
-        self.step = make_step(self.model, config, self.study.encode, self.generator)
+        self.step = make_step(self.model, config, self.study.encode)
         self.expression = self.split.targets.to(self.study.device)
         board = Board(self.folder / "tensorboard", state.epoch + 1)
         epochs = config.EVALUATION.fixed_epochs or config.TRAINING.epochs
@@ -79,7 +78,6 @@ class FoldRun:
         # what an undisturbed one would, on whatever device, and no generator's state needs to be stored.
         keys = (config.GENERAL.seed, self.split.fold.index, epoch)
         seed_everything(*keys)
-        self.generator.manual_seed(generator_for(*keys, "clusters").initial_seed())
         generator = generator_for(*keys, "batches")
         batches = epoch_rows(
             store.slide_of_row,

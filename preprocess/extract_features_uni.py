@@ -49,7 +49,7 @@ KEY_OF_FLAG = {
 _TOKEN_FLAGS = {"dtype": "float16", "views": 8, "token_pool": 1}
 _SHARED_FLAGS = (
     *("config", "mode", "test_name", "num_n", "data_dir", "model_size", "encoder", "weights", "random_weights"),
-    *("gpu", "device", "precision", "batch_size", "compile"),
+    *("gpu", "device", "precision", "batch_size"),
 )  # of this command that a repairing command repeats
 
 
@@ -90,7 +90,6 @@ def _add_encoder_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="any PyTorch device, e.g. cpu")
     group.add_argument("--batch_size", type=int, help="images that pass the encoder at a time")
     group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: float32 on the CPU, bf16 on CUDA")
-    group.add_argument("--compile", action="store_true", help="pass the encoder through torch.compile (takes a minute)")
     group.add_argument("--num_workers", type=int, default=default_workers(), help="threads that crop patches")
 
 
@@ -143,8 +142,6 @@ def _check_flags(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> None:
     given = [f"--{flag}" for flag in _TOKEN_FLAGS if getattr(arguments, flag) is not None]
     if given and "token" not in kinds:
         problems.append(f"{', '.join(given)} shape the token cache, but --extract_mode is {arguments.extract_mode}.")
-    if arguments.compile and kinds == ("patch",):
-        problems.append("--compile is for the encoder, and --extract_mode patch runs none.")
     if arguments.slides is not None and not arguments.slides.strip(", "):
         problems.append("--slides names no slide.")
     if arguments.num_workers < 0:
@@ -195,7 +192,6 @@ def _encoder_on(backbone: Backbone, device: torch.device, arguments: argparse.Na
         prefix_tokens=backbone.spec.prefix_tokens,
         batch_size=_given(arguments, "batch_size", BATCH_SIZE.get(device.type, CPU_BATCH_SIZE)),
         precision=arguments.precision,
-        compiled=arguments.compile,
     )
 
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -89,21 +89,11 @@ def extract(
         say(f"Nothing to do: all caches are there and valid ({', '.join(settings.kinds)}).")
         return
     _check_disk(layout.root, work, shapes, settings)
-    if encoder is not None and encoder.is_compiled:
-        _compile(encoder, layout.patch_size)
     try:
         extract_slides(layout, work, encoder, settings)
     except KeyboardInterrupt:
         say("Finished slides are kept, the one in work left no file; the same command goes on.")
         raise
-
-
-def _compile(encoder: PatchEncoder, patch_size: int) -> None:
-    """Before the first slide: its time is that of no slide, and what the caches record is then known."""
-    started = time.perf_counter()
-    encoder.warm_up(patch_size)
-    if encoder.is_compiled:
-        say(f"The encoder was compiled in {time.perf_counter() - started:.0f} s.")
 
 
 def cache_shapes(layout: Layout, backbone: Backbone | None, settings: ExtractionSettings) -> dict[str, tuple[int, ...]]:
@@ -335,11 +325,9 @@ def _encode_one(
         token_dtype=getattr(torch, settings.token_dtype),
     )
     paths = {kind: layout.cache_path(kind, item.slide) for kind in item.identities}
-    is_compiled = encoding.needs_encoder and encoder.is_compiled
-    identities = {kind: replace(found, is_compiled=is_compiled) for kind, found in item.identities.items()}
     with (
         progress(total=len(item.spot_ids), description=item.slide, unit="spot", leave=False) as bar,
-        CacheWriters(paths, identities, item.spot_ids, item.centers) as writers,
+        CacheWriters(paths, item.identities, item.spot_ids, item.centers) as writers,
     ):
         for spots in encode_slide(image, item.centers, encoder, encoding, num_workers=settings.num_workers):
             writers.put(spots)

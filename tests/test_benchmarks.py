@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, table
+from benchmarks import table
 from benchmarks.common import in_child
 from benchmarks.fabricated import SECTION_SIZES, round_section
 from benchmarks.flops import forward_flops, step_flops
@@ -142,16 +142,3 @@ def test_fabricated_sections_have_the_sizes_of_the_public_download():
     assert len(SECTION_SIZES) == 36 and sum(SECTION_SIZES.values()) == 13_620
     grid = round_section(SECTION_SIZES["F3"])
     assert len({tuple(cell) for cell in grid.tolist()}) == 712
-
-
-def test_what_was_compiled_does_not_replace_what_was_not(tmp_path):
-    flags = common.flags("a trial")
-    flags.add_argument("--compile", action="store_true")
-    for given, name in (([], "trial"), (["--compile"], "trial_compiled")):
-        arguments = flags.parse_args(["--out", str(tmp_path), *given])
-        report = common.Report(name="trial", title="A trial", settings={"size": 1}, rows=[{"s": 1.0}])
-        path = common.finish(report, arguments, torch.device("cpu"), common.machine(torch.device("cpu")))
-        assert path == tmp_path / f"{name}.json"
-        content = json.loads(path.read_text())
-        assert content["command"] == " ".join(["python benchmarks/bench_trial.py", *given])
-        assert content["title"].endswith("compiled") == bool(given)

@@ -37,7 +37,6 @@ def test_a_flag_that_a_mode_does_not_read_is_refused(flag):
         **dict.fromkeys(("k", "epochs", "batch_size", "slides_per_batch", "fixed_epochs", "num_workers"), "7"),
         **dict.fromkeys(("seed", "exp_id", "gpu", "fold", "folds", "seeds"), "7"),
         "protocol": "paper",
-        "kmeans_init": "first",
         "model_size": "large",
         "set": "LOSS.k=7",
     }.get(flag, "word")

@@ -74,7 +74,6 @@ class Loss:
     group_temperature: float = 0.07
     k: int = 18
     use_kmeans: bool = False  # False: spectral clustering, as without --use_kmeans on the command line
-    kmeans_init: str = "first"  # first | kmeans++
     normalize_fused: bool = False
 
 
@@ -88,7 +87,6 @@ class Training:
     lr_decay: float = 0.95
     start_at_mean: bool = False  # output biases start at the training mean instead of near zero (not in the paper)
     precision: str = "auto"  # auto | float32 | bf16 | fp16
-    compile: bool = False
     slides_per_batch: int = 0  # 0: spots of all slides are mixed, as in the paper
 
 
@@ -124,11 +122,12 @@ MODELS = ("gene_dml", "mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_p
 _CHOICES = {
     "DATA.tokens": ("auto", "cache", "online"),
     "DATA.residence": ("auto", "device", "host"),
-    "LOSS.kmeans_init": ("first", "kmeans++"),
     "TRAINING.precision": ("auto", "float32", "bf16", "fp16"),
     "EVALUATION.protocol": ("clean", "paper"),
     "MODEL.name": MODELS,
 }
+# Keys that earlier versions saved with a run, and the value with which it trained as every run does now.
+_REMOVED = {"TRAINING.compile": False, "LOSS.kmeans_init": "first"}
 _MAY_BE_ZERO = {
     "GENERAL.seed",
     "GENERAL.exp_id",
@@ -146,13 +145,7 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     out of range.
     """
     path = _config_path(name_or_path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: expected sections ({', '.join(SECTIONS)}), found {type(content).__name__}.")
-    values, problems = _flatten(content, str(path))
+    values, problems = _flatten(_read(path), str(path))
     _override(values, overrides, problems)
     return _build(values, problems)
 
@@ -174,14 +167,25 @@ def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
 
 
 def config_from_dict(content: Mapping, source: str) -> Config:
-    """The configuration saved in a checkpoint or in a run's `config.yaml`; `source` names it in errors."""
+    """The configuration saved in a checkpoint; `source` names it in errors. Keys that are no more are left out."""
     values, problems = _flatten(content, source)
-    return _build(values, problems)
+    return _build({key: found for key, found in values.items() if key not in _REMOVED}, problems)
 
 
 def read_config(path: str | Path) -> Config:
-    """The resolved configuration that a run has saved."""
-    return load_config(Path(path).resolve())
+    """The resolved configuration that a run has saved, with which it goes on.
+
+    Keys that are no more are left out; ValueError if the run trained with what they switched on.
+    """
+    content = _read(Path(path))
+    gone = [
+        f"{key} {value!r}"
+        for key, (value, _) in _flatten(content, str(path))[0].items()
+        if key in _REMOVED and value != _REMOVED[key]
+    ]
+    if gone:
+        raise ValueError(f"{path}: the run trained with {', '.join(gone)}, which is no more; it cannot go on.")
+    return config_from_dict(content, str(path))
 
 
 def differences(run: Config, asked: Config) -> list[str]:
@@ -198,6 +202,16 @@ def differences(run: Config, asked: Config) -> list[str]:
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML, whole or not at all."""
     write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def _read(path: Path) -> Mapping:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected sections ({', '.join(SECTIONS)}), found {type(content).__name__}.")
+    return content
 
 
 def _config_path(name_or_path: str | Path) -> Path:

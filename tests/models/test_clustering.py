@@ -128,34 +128,12 @@ def test_half_precision_and_autocast_give_float32_centroids_and_the_same_labels(
     assert kmeans(points.bfloat16(), 7).centroids.dtype == torch.float32
 
 
-def test_kmeans_plus_plus_repeats_with_its_generator_and_never_starts_twice_at_one_point():
-    points = random_points(5, 4, seed=1).repeat(8, 1)
-    first = kmeans(points, 5, init="kmeans++", generator=torch.Generator().manual_seed(1))
-    again = kmeans(points, 5, init="kmeans++", generator=torch.Generator().manual_seed(1))
-    assert torch.equal(first.labels, again.labels)
-    assert first.is_used.all() and sorted(torch.bincount(first.labels).tolist()) == [8] * 5
-    labels = {
-        tuple(kmeans(random_points(30, 2, 0), 4, init="kmeans++", generator=generator).labels.tolist())
-        for generator in (torch.Generator().manual_seed(seed) for seed in range(5))
-    }
-    assert len(labels) > 1
-
-
-def test_kmeans_plus_plus_works_when_points_run_out():
-    found = kmeans(torch.ones(6, 2), 3, init="kmeans++", generator=torch.Generator())
-    assert int(found.is_used.sum()) == 1
-
-
 def test_bad_arguments_are_refused():
     points = random_points(5, 3, seed=0)
     with pytest.raises(ValueError, match=r"5 spots cannot form 6 clusters.*Lower --k.*--batch_size"):
         kmeans(points, 6)
     with pytest.raises(ValueError, match=r"5 spots cannot form 0 clusters"):
         spectral(points, 0)
-    with pytest.raises(ValueError, match=r"Unknown start of k-means 'random'.*kmeans\+\+"):
-        kmeans(points, 2, init="random")
-    with pytest.raises(ValueError, match=r"explicit torch\.Generator"):
-        kmeans(points, 2, init="kmeans++")
 
 
 def test_spectral_clustering_equals_the_recording(golden, tools):

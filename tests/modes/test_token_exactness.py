@@ -93,7 +93,7 @@ def train_steps(config, source_type: type, epochs: int = 2) -> Record:
     dim = study.store.target_features.shape[1]
     model = make_model(config, feature_dim=dim, token_dim=study.token_dim, num_genes=targets.shape[1]).train()
     optimizer = Optimization.of(model, config, study.precision).optimizer
-    step = make_step(model, config, study.encode, torch.Generator())
+    step = make_step(model, config, study.encode)
     record = Record([], {}, study.maker.source.num_views)
     for epoch in range(epochs):
         seed_everything(config.GENERAL.seed, epoch)

@@ -272,7 +272,7 @@ def test_every_baseline_goes_the_same_way(config, model):
         {"LOSS": {"instance_weight": 0.0}},
         {"LOSS": {"group_weight": 0.0}},
         {"LOSS": {"use_kmeans": False}},
-        {"LOSS": {"kmeans_init": "kmeans++", "normalize_fused": True}},
+        {"LOSS": {"normalize_fused": True}},
         {"TRAINING": {"slides_per_batch": 2}},
         {"EVALUATION": {"fixed_epochs": 2}},
     ],

@@ -261,47 +261,6 @@ def test_a_full_disk_at_the_end_of_a_slide_ends_the_run(data_dir, monkeypatch):
     assert _caches(data_dir) == [], "neither the slide that failed nor the one in work"
 
 
-@pytest.fixture
-def compile_with(monkeypatch):
-    """compile_with(backend): what torch.compile uses from now on, instead of a minute with a C++ compiler."""
-    original = torch.compile
-
-    def choose(backend):
-        torch._dynamo.reset()
-        monkeypatch.setattr(torch, "compile", lambda model, **options: original(model, backend=backend, **options))
-
-    yield choose
-    torch._dynamo.reset()
-
-
-def test_a_compiled_encoder_gives_the_same_and_is_recorded(extracted, tiny_data, tmp_path, compile_with, capsys):
-    compile_with("aot_eager")
-    folder = _copy(tiny_data, tmp_path, ("A1",))
-    _run(folder, "all", "--views", "2", "--compile")
-    assert "The encoder was compiled in" in capsys.readouterr().out
-    for kind in ("target", "neighbor", "token"):
-        plain, compiled = (_layout(place).cache_path(kind, "A1") for place in (extracted, folder))
-        assert read_identity(compiled).is_compiled and not read_identity(plain).is_compiled
-        np.testing.assert_allclose(read_features(compiled), read_features(plain), rtol=2e-3, atol=2e-3)
-    _run(folder, "all", "--views", "2")
-    assert "Nothing to do" in capsys.readouterr().out, "either is as good"
-
-
-def test_an_encoder_that_cannot_be_compiled_runs_and_that_is_recorded(data_dir, compile_with, capsys):
-    def broken(graph, inputs):
-        raise FileNotFoundError("no C++ compiler found")
-
-    compile_with(broken)
-    _run(data_dir, "target", "--slides", "A1", "--compile")
-    said = capsys.readouterr().out
-    assert said.count("--compile: torch.compile failed (") == 1 and "was compiled" not in said
-    assert not read_identity(_layout(data_dir).cache_path("target", "A1")).is_compiled
-    with h5py.File(_layout(data_dir).cache_path("target", "A1"), "r+") as file:
-        file.attrs["encoder_sha256"] = "other"
-    with pytest.raises(ValueError, match=r"--compile --extract_mode target --slides A1 --overwrite"):
-        _run(data_dir, "target", "--slides", "A1", "--compile")
-
-
 def test_slides_without_an_image(data_dir, capsys):
     layout = _layout(data_dir)
     layout.image_path("B1").unlink()
@@ -382,7 +341,6 @@ def test_the_size_is_announced_and_checked(data_dir, capsys, monkeypatch):
             "--test_name x is for --mode external",
         ),
         (["--extract_mode", "target", "--config", "demo/dml", "--views", "1"], "--views shape the token cache"),
-        (["--extract_mode", "patch", "--config", "demo/dml", "--compile"], "--compile is for the encoder"),
         (
             ["--extract_mode", "all", "--config", "demo/dml", "--model_size", "large", "--encoder", "uni"],
             "--model_size large means --encoder uni2-h, but --encoder uni is given",

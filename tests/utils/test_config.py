@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from utils.config import LARGE, SECTIONS, config_from_dict, load_config, read_config, save_config, with_overrides
 
@@ -99,6 +100,23 @@ def test_resolved_configuration_round_trips(tmp_path):
     assert read_config(tmp_path / "config.yaml") == config
     assert config_from_dict(config.to_dict(), "checkpoint") == config
     assert with_overrides(config, ["EVALUATION.fixed_epochs=null"]).EVALUATION.fixed_epochs is None
+
+
+def test_keys_that_are_no_more_are_left_out_of_what_earlier_versions_saved(tmp_path):
+    config, path = load_config("demo/dml"), tmp_path / "config.yaml"
+    content = config.to_dict()
+    content["TRAINING"]["compile"], content["LOSS"]["kmeans_init"] = False, "first"
+    path.write_text(yaml.safe_dump(content))
+    assert read_config(path) == config_from_dict(content, "checkpoint") == config
+    with pytest.raises(ValueError, match=r"unknown key 'LOSS\.kmeans_init'"):
+        load_config(path)
+    with pytest.raises(ValueError, match=r"unknown key 'TRAINING\.compile'"):
+        load_config("demo/dml", ["TRAINING.compile=false"])
+    content["LOSS"]["kmeans_init"] = "kmeans++"
+    path.write_text(yaml.safe_dump(content))
+    assert config_from_dict(content, "checkpoint") == config, "it mattered in training only"
+    with pytest.raises(ValueError, match=r"trained with LOSS\.kmeans_init 'kmeans\+\+', which is no more"):
+        read_config(path)
 
 
 def test_every_key_has_a_reader():
