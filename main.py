@@ -13,8 +13,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.cli import device_from, run, say
+from utils.cli import run, say
 from utils.config import LARGE, MODELS, Config, config_label, load_config
+from utils.devices import device_from
 
 MODES = ("train", "test", "external_test", "predict", "doctor", "compare", "import_reference")
 # Flags that set one key of the configuration; --set SECTION.key=value sets any.
@@ -260,14 +261,14 @@ def run_compare(arguments: argparse.Namespace) -> None:
 
 
 def run_import_reference(arguments: argparse.Namespace) -> None:
-    from modes.convert import Source, convert
+    from modes.import_reference import Source, convert
 
     source = Source(required(arguments, "model_path"), required(arguments, "config_name"), required(arguments, "fold"))
     convert(config_of(arguments), source, required(arguments, "out"))
 
 
 def run_external_test(arguments: argparse.Namespace) -> None:
-    from modes.external import external_test
+    from modes.external_test import external_test
 
     test_name, model_path = required(arguments, "test_name"), required(arguments, "model_path")
     device = device_from(arguments.gpu, arguments.device)

@@ -22,13 +22,14 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.common import RESULTS, machine, software
-from evaluation.comparison import write_comparison
-from evaluation.statistics import compare_methods
-from evaluation.tables import NOT_DEFINED, Table, label, number
-from models.baselines import CLOSED_FORMS
+from evaluation.comparison.runs import compare_methods
+from evaluation.comparison.write import write_comparison
+from evaluation.report.tables import NOT_DEFINED, Table, label, number
+from models.baselines.build import CLOSED_FORMS
 from modes.train import TrainOptions, train_seeds
-from utils.cli import device_from, run, say
+from utils.cli import run, say
 from utils.config import Config, config_label, load_config
+from utils.devices import device_from
 from utils.files import write_text
 from utils.runs import write_json
 
@@ -73,7 +74,7 @@ def train_method(config: Config, name: str, config_name: str, seeds: Sequence[in
 def accuracy_table(compared: pd.DataFrame) -> Table:
     """One row a method: PCC(A) with interval and paired test against the first method, and the other scores.
 
-    compared: of `evaluation.statistics.compare_methods`.
+    compared: of `evaluation.comparison.runs.compare_methods`.
     """
     by_metric = {metric: rows.set_index("method") for metric, rows in compared.groupby("metric", sort=False)}
     pcc, first = by_metric["pcc_all"], compared["method"].iloc[0]

@@ -39,7 +39,7 @@ from benchmarks.common import (
 )
 from benchmarks.fabricated import PITCH, Sizes, chosen_sections, fabricate, fabricated_layout, open_store
 from datasets.batches import BatchMaker, TrainingBatches, epoch_rows
-from datasets.feature_cache import read_features
+from datasets.features.cache import read_features
 from datasets.layout import Layout
 from datasets.tokens import open_tokens
 from utils.cli import run

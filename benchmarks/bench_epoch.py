@@ -25,13 +25,14 @@ from torch import Tensor
 from benchmarks.common import GIGA, Goal, Report, begin, finish, flags, machine, scratch, synchronise
 from benchmarks.fabricated import SECTION_SIZES, random_validity, round_section
 from datasets.batches import BatchMaker, TargetSource, TrainingBatches, epoch_rows
-from datasets.geometry import NUM_VIEWS
-from datasets.spots import EncoderIdentity, SlideRecord, SpotStore, slide_of_row, store_targets
+from datasets.images.geometry import NUM_VIEWS
+from datasets.spots import EncoderIdentity, SlideRecord, SpotStore, slide_of_row
+from datasets.targets import store_targets
 from datasets.tokens import CutPatches
 from engine import Precision, train_one_epoch
-from models.backbones import build_backbone
-from modes.compose import Encode, Optimization, make_encode, make_model, make_step, open_layout
-from modes.study import open_study
+from models.patch_encoders.build import build_patch_encoder
+from modes.training.compose import Encode, Optimization, make_encode, make_model, make_step, open_layout
+from modes.training.run_data import open_study
 from preprocess.extract_features_uni import main as extract
 from preprocess.simulate_demo import simulate
 from utils.cli import run
@@ -161,7 +162,7 @@ def large_trainers(arguments: argparse.Namespace, device: torch.device) -> dict[
     overrides = ["LOSS.use_kmeans=true", f"TRAINING.slides_per_batch={arguments.slides_per_batch}"]
     config = with_overrides(Config(), overrides)
     lengths = [length for name, length in SECTION_SIZES.items() if name[0] != "A"]
-    encoder = build_backbone("uni", random_weights=True).to(device)
+    encoder = build_patch_encoder("uni", random_weights=True).to(device)
     store = random_store(lengths, encoder.pooled_dim, config.DATA.num_neighbors**2)
     rows, size = sum(lengths), config.DATA.patch_size
     expression = torch.rand(rows, config.DATA.num_genes, device=device)

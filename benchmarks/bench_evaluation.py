@@ -32,7 +32,7 @@ from datasets.batches import SlideBatch, SpotBatch
 from engine import Precision
 from models import GeneDML
 from models.encoders import mean_tokens
-from modes.compose import make_model, make_predict
+from modes.training.compose import make_model, make_predict
 from utils.cli import run
 from utils.config import Config, with_overrides
 from utils.runs import seed_everything

@@ -47,14 +47,14 @@ from benchmarks.common import (
     seconds_of,
     watched,
 )
-from datasets.encoding import default_workers
-from datasets.feature_cache import CacheIdentity, read_features
+from datasets.features.cache import CacheIdentity, read_features
+from datasets.features.encoding import default_workers
+from datasets.features.patch_encoder import BatchedPatchEncoder
+from datasets.images.slides import open_slide
 from datasets.layout import Layout
-from datasets.patch_encoder import PatchEncoder
-from datasets.slides import open_slide
 from datasets.spec import DatasetSpec
-from models.backbones import Backbone, build_backbone
-from preprocess.extraction import ExtractionSettings, SlideWork, extract_slides
+from models.patch_encoders.build import PatchEncoder, build_patch_encoder
+from preprocess.extraction.extract import ExtractionSettings, SlideWork, extract_slides
 from utils.cli import run
 
 TILES = 5  # a side
@@ -131,7 +131,7 @@ def extraction_of(
 def throughput(
     folder: Path,
     image_path: Path,
-    encoder: PatchEncoder,
+    encoder: BatchedPatchEncoder,
     images: int,
     kinds: tuple[str, ...],
     patch_size: int,
@@ -155,7 +155,7 @@ def throughput(
     return slides * count * per_spot / seconds, slides * count
 
 
-def bare_throughput(encoder: PatchEncoder, patch_size: int, repeats: int) -> float:
+def bare_throughput(encoder: BatchedPatchEncoder, patch_size: int, repeats: int) -> float:
     """Patches per second of the encoder on patches that lie on its device, at its own batch size."""
     shape = (encoder.batch_size, patch_size, patch_size, 3)
     images = torch.randint(256, shape, dtype=torch.uint8, device=encoder.device)
@@ -180,10 +180,10 @@ class FreeEncoder:
 def extract_all(folder: Path, image_path: Path, count: int, dim: int, patch_size: int) -> None:
     """Neighbor extraction of `count` spots with the free encoder, through the project's pipeline."""
     layout, work, settings = extraction_of(folder, image_path, count, ("neighbor",), patch_size, 1)
-    extract_slides(layout, [work], PatchEncoder(FreeEncoder(dim), torch.device("cpu"), batch_size=32), settings)
+    extract_slides(layout, [work], BatchedPatchEncoder(FreeEncoder(dim), torch.device("cpu"), batch_size=32), settings)
 
 
-def naive_extraction(image_path: Path, centers: np.ndarray, backbone, patch_size: int) -> np.ndarray:
+def naive_extraction(image_path: Path, centers: np.ndarray, patch_encoder, patch_size: int) -> np.ndarray:
     """(N, 25, D): crops of all spots first, tile by tile as pictures to tensors, all kept; then spot by spot encoded."""
     image = Image.open(image_path)
     image.load()
@@ -202,7 +202,7 @@ def naive_extraction(image_path: Path, centers: np.ndarray, backbone, patch_size
     features = []
     for _, _, stacked in prepared:
         with torch.no_grad():
-            features.append(backbone(((stacked * std + mean) * 255).round().to(torch.uint8)).pooled)
+            features.append(patch_encoder(((stacked * std + mean) * 255).round().to(torch.uint8)).pooled)
     return torch.stack(features).numpy()
 
 
@@ -222,11 +222,13 @@ def same_features(folder: Path, image_path: Path, found: np.ndarray, patch_size:
 # --- the report ---------------------------------------------------------------------------------------------------------
 
 
-def encoder_for(arguments: argparse.Namespace, backbone: Backbone, device: torch.device) -> PatchEncoder:
-    return PatchEncoder(
-        backbone.to(device),
+def patch_encoder_for(
+    arguments: argparse.Namespace, patch_encoder: PatchEncoder, device: torch.device
+) -> BatchedPatchEncoder:
+    return BatchedPatchEncoder(
+        patch_encoder.to(device),
         device,
-        prefix_tokens=backbone.spec.prefix_tokens,
+        prefix_tokens=patch_encoder.spec.prefix_tokens,
         batch_size=arguments.batch_size or (256 if device.type == "cuda" else 32),
     )
 
@@ -244,7 +246,7 @@ def median_round(
     arguments: argparse.Namespace,
     folder: Path,
     image_path: Path,
-    encoder: PatchEncoder,
+    encoder: BatchedPatchEncoder,
     kinds: tuple[str, ...],
     slides: int = 1,
 ) -> dict[str, object]:
@@ -267,14 +269,16 @@ def median_round(
     }
 
 
-def throughput_table(arguments: argparse.Namespace, folder: Path, encoder: PatchEncoder) -> list[dict[str, object]]:
+def throughput_table(
+    arguments: argparse.Namespace, folder: Path, encoder: BatchedPatchEncoder
+) -> list[dict[str, object]]:
     """A row per combination of kinds, of one slide whose image is small: nothing to decode."""
     image_path, side = folder / "small.jpg", 500 if arguments.quick else 2400
     write_image(image_path, side, side)
     return [median_round(arguments, folder, image_path, encoder, kinds) for kinds in COMBINATIONS]
 
 
-def slides_table(arguments: argparse.Namespace, folder: Path, encoder: PatchEncoder) -> list[dict[str, object]]:
+def slides_table(arguments: argparse.Namespace, folder: Path, encoder: BatchedPatchEncoder) -> list[dict[str, object]]:
     """The same of several slides of full size, which are decoded during the run. On a CPU decoding is no matter."""
     if encoder.device.type != "cuda" and not arguments.quick:
         return []
@@ -352,9 +356,9 @@ def main(argv: list[str] | None = None) -> Path:
     name = arguments.encoder or (
         "efficientnet-lite0" if arguments.quick else "uni" if on_cuda else "timm:vit_tiny_patch16_224"
     )
-    backbone = build_backbone(name, random_weights=True)
+    patch_encoder = build_patch_encoder(name, random_weights=True)
     share = ceiling = None
-    encoder = encoder_for(arguments, backbone, device)
+    encoder = patch_encoder_for(arguments, patch_encoder, device)
     with scratch_in_memory(device) as (folder, where):
         rows = throughput_table(arguments, folder, encoder)
         tables = {"Several slides, decoded during the run": slides_table(arguments, folder, encoder)}

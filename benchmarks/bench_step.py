@@ -39,15 +39,15 @@ from benchmarks.common import (
 from benchmarks.fabricated import SECTION_SIZES, random_validity, round_section
 from benchmarks.flops import forward_flops, step_flops
 from datasets.batches import SpotBatch
-from datasets.geometry import dihedral_views
+from datasets.images.geometry import dihedral_views
 from engine import Precision
-from models.attention import attend_plainly
-from models.backbones import Backbone, build_backbone
+from models.layers.attention import attend_plainly
 from models.losses import build_loss
-from modes.compose import Optimization, make_encode, make_model, make_step
+from models.patch_encoders.build import PatchEncoder, build_patch_encoder
+from modes.training.compose import Optimization, make_encode, make_model, make_step
 from utils.cli import run
 from utils.config import Config, with_overrides
-from utils.memory import keep_freed_memory
+from utils.devices import keep_freed_memory
 from utils.runs import seed_everything
 
 PUBLISHED_S = {"neighbor encoder": 1.0, "global encoder": 2.6, "projection and fusion": 0.7}  # forward, 32 spots
@@ -64,7 +64,7 @@ class Scene:
 
     config: Config
     model: nn.Module
-    encoder: Backbone
+    encoder: PatchEncoder
     device: torch.device
     precision: Precision
 
@@ -98,7 +98,7 @@ class Scene:
 
 def make_scene(arguments: argparse.Namespace, device: torch.device) -> Scene:
     config = with_overrides(Config(), ["LOSS.use_kmeans=true", *(TINY if arguments.quick else ())])
-    encoder = build_backbone(config.DATA.encoder, random_weights=True).to(device)
+    encoder = build_patch_encoder(config.DATA.encoder, random_weights=True).to(device)
     seed_everything(config.GENERAL.seed)
     model = make_model(
         config, feature_dim=encoder.pooled_dim, token_dim=encoder.dim, num_genes=config.DATA.num_genes
@@ -319,8 +319,8 @@ def time_parts_of_global(scene: Scene, batch: SpotBatch, repeats: int) -> float:
 def wide_head_table(scene: Scene, size: int, repeats: int) -> list[dict[str, object]]:
     """The fusion's attention (one head, as wide as the model) by PyTorch's kernel and by two plain matrix products.
 
-    Flash attention takes heads up to 256 wide; `models/attention.py` prefers the plain way, which keeps (B, T, T) scores,
-    beyond that. This table tells whether it is right on the device at hand.
+    Flash attention takes heads up to 256 wide; `models/layers/attention.py` prefers the plain way beyond that,
+    which keeps (B, T, T) scores. This table tells whether it is right on the device at hand.
     """
     count = scene.num_tokens + scene.config.DATA.num_neighbors**2 + 1
     width = scene.config.MODEL.projection_dim // scene.config.MODEL.fusion_heads

@@ -26,12 +26,12 @@ from scipy import sparse
 
 from benchmarks.common import Goal, Report, begin, finish, flags, machine
 from benchmarks.fabricated import NUM_GENES, PITCH, SECTION_SIZES, round_section
-from datasets.counts import read_counts
-from datasets.expression import highest_mean_panel, log10p1, normalise, smooth
+from datasets.known_sets import SPECS
 from datasets.layout import Layout
-from datasets.spec import SPECS
-from datasets.spots import slide_targets
-from datasets.tables import check_spots, join, read_spots
+from datasets.tables.counts import read_counts
+from datasets.tables.expression import highest_mean_panel, log10p1, normalise, smooth
+from datasets.tables.slide_table import check_spots, join, read_spots
+from datasets.targets import slide_targets
 from utils.cli import run
 
 PANEL_GENES = 250

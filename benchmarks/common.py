@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from utils.cli import device_from
+from utils.devices import device_from
 from utils.files import write_text
 from utils.runs import versions, write_json
 

@@ -11,10 +11,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from datasets.feature_cache import CacheIdentity, write_cache
+from datasets.features.cache import CacheIdentity, write_cache
+from datasets.features.reader import load_store
+from datasets.known_sets import SPECS
 from datasets.layout import Layout
-from datasets.spec import SPECS, DatasetSpec
-from datasets.spots import SpotStore, load_store
+from datasets.spec import DatasetSpec
+from datasets.spots import SpotStore
 from utils.files import write_text
 
 # Spots with counts of each section of the public download (13 620 in all).

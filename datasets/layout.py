@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasets.counts import some
 from datasets.spec import SPEC_FILE, DatasetSpec
 from utils.files import safe_name
+from utils.text import some
 
 COUNT_SUFFIXES = ("_sub.parquet", ".parquet", ".tsv.gz", ".tsv", ".csv", ".h5ad")  # the first found is read
 SPOT_SUFFIX = "_selection.tsv"

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import yaml
 
-from datasets.folds import KFOLD, LEAVE_ONE_PATIENT_OUT
-from datasets.spec_checks import CHECKS
+from datasets.folds import LEAVE_ONE_PATIENT_OUT
+
+pass
+from datasets.folds import SCHEMES
 from utils.files import safe_name, write_text
 
 SPEC_FILE = "dataset.yaml"
@@ -89,128 +91,6 @@ class DatasetSpec:
         return f"Move the slide out of the data folder, or describe your own data set in a {SPEC_FILE} beside ST-cnts."
 
 
-_C1_C2_D1, _C2_D1, _D2_E1_E2 = ("C1", "C2", "D1"), ("C2", "D1"), ("D2", "E1", "E2")
-# The order of the patients defines the folds.
-_STNET_SECTIONS = {
-    "BC23209": _C1_C2_D1,
-    "BC23270": _D2_E1_E2,
-    "BC23803": _D2_E1_E2,
-    "BC24105": _C1_C2_D1,
-    "BC24220": _D2_E1_E2,
-    "BC23268": _C1_C2_D1,
-    "BC23269": _C1_C2_D1,
-    "BC23272": _D2_E1_E2,
-    "BC23277": _D2_E1_E2,
-    "BC23287": _C1_C2_D1,
-    "BC23288": _D2_E1_E2,
-    "BC23377": _C1_C2_D1,
-    "BC23450": _D2_E1_E2,
-    "BC23506": _C1_C2_D1,
-    "BC23508": _D2_E1_E2,
-    "BC23567": _D2_E1_E2,
-    "BC23810": _D2_E1_E2,
-    "BC23895": _C1_C2_D1,
-    "BC23901": _C2_D1,
-    "BC23903": _C1_C2_D1,
-    "BC23944": _D2_E1_E2,
-    "BC24044": _D2_E1_E2,
-    "BC24223": _D2_E1_E2,
-}
-
-_ALL_SPECS = (
-    DatasetSpec(
-        name="her2st",
-        patients=tuple("ABCDEFGH"),
-        patient_pattern=r"^([A-Z])\d+$",
-        image_pattern="{patient}/{slide}/*",
-        slides=tuple(f"{p}{i + 1}" for p in "ABCDEFGH" for i in range(6 if p in "ABCD" else 3)),
-        expected_spots=(176, 712),
-        prepared_by="prepare_her2st.py --source RAW",
-        microns_per_pixel={"A": 0.93, **dict.fromkeys("BCDEFGH", 0.68)},
-    ),
-    DatasetSpec(
-        name="skinst",
-        patients=("P2", "P5", "P9", "P10"),
-        patient_pattern=r"^(P\d+)_ST_rep\d+$",
-        image_pattern="*{slide}.*",
-        slides=tuple(f"{patient}_ST_rep{i}" for patient in ("P2", "P5", "P9", "P10") for i in (1, 2, 3)),
-        expected_spots=(462, 1182),
-        prepared_by="prepare_skinst.py --source RAW",
-        pitch_um=200.0,
-    ),
-    DatasetSpec(
-        name="stnet",
-        patients=tuple(_STNET_SECTIONS),
-        patient_pattern=r"^(BC\d+)_[A-Z]\d$",
-        image_pattern="*{slide}.*",
-        slides=tuple(f"{p}_{section}" for p, sections in _STNET_SECTIONS.items() for section in sections),
-        expected_spots=(256, 713),
-        fold_scheme=KFOLD,
-        num_folds=8,
-        fold_seed=2021,
-        prepared_by="prepare_stnet.py --source RAW --gene_map features.tsv.gz",
-        pitch_um=200.0,
-    ),
-    DatasetSpec(
-        name="demo",
-        patient_pattern=r"^([A-Z]+)\d+$",
-        image_pattern="{patient}/{slide}/*",
-        prepared_by="simulate_demo.py",
-    ),
-    *(
-        DatasetSpec(
-            name=name,
-            image_pattern="**/*{slide}.*",
-            exchanged_pixels=True,
-            sort_by="xy",
-            microns_per_pixel=microns,
-            external=True,
-            training_type=training_type,
-            prepared_by=f"prepare_visium.py --source OUTS --image FULLRES --name {name}",
-        )
-        for name, training_type, microns in (
-            ("10x_breast_ff1", "her2st", 0.366),
-            ("10x_breast_ff2", "her2st", 0.366),
-            ("10x_breast_ff3", "her2st", 0.366),
-            ("NCBI463", "skinst", 1.04),
-            ("NCBI464", "skinst", 1.04),
-        )
-    ),
-)
-SPECS: dict[str, DatasetSpec] = {spec.name: spec for spec in _ALL_SPECS}
-
-
-def get_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
-    """The spec of a data set or external test set.
-
-    A `dataset.yaml` in <data_dir>/<name>/ or <data_dir>/test/<name>/ goes first: whoever prepared the folder described
-    it, and a set prepared here follows the internal convention also under a published name. Then the table `SPECS`. An
-    external folder without either is read with the internal convention, every slide as its own patient.
-    Raises ValueError with the known names otherwise.
-    """
-    name = safe_name(name, "Data set")
-    if data_dir is not None:
-        for folder, external in ((Path(data_dir) / name, False), (Path(data_dir) / "test" / name, True)):
-            if (folder / SPEC_FILE).is_file():
-                return read_spec(folder / SPEC_FILE, name=name, external=external)
-    if name in SPECS:
-        return SPECS[name]
-    if data_dir is not None and (Path(data_dir) / "test" / name / "ST-cnts").is_dir():
-        return DatasetSpec(name=name, image_pattern="**/{slide}.*", external=True)
-    folder = Path("data" if data_dir is None else data_dir)
-    where = f" and {folder / name / SPEC_FILE} does not exist" if data_dir is not None else ""
-    close = difflib.get_close_matches(name, SPECS, n=1)
-    raise ValueError(
-        f"Unknown data set {name!r}: known are {', '.join(SPECS)}{where}."
-        + (f" Did you mean {close[0]!r}?" if close else "")
-        + f" For your own data write a {SPEC_FILE} into its folder, for example:\n"
-        "patient_pattern: '^(P[0-9]+)_'\nimage_pattern: '{slide}.jpg'\n"
-        f"An external test set would lie in {folder / 'test' / name}; of Visium it is made by: "
-        f"python preprocess/prepare_visium.py --name {name} --source OUTS --image FULLRES --data_dir {folder} "
-        "--model_path RUN"
-    )
-
-
 def read_spec(path: str | Path, *, name: str, external: bool = False) -> DatasetSpec:
     """Read a `dataset.yaml`: the fields of `DatasetSpec` except `NOT_IN_FILE`; the folder decides on these.
 
@@ -250,3 +130,95 @@ def write_spec(path: str | Path, spec: DatasetSpec) -> None:
             is_mapping = isinstance(value, Mapping)
             values[f.name] = dict(value) if is_mapping else list(value) if isinstance(value, tuple) else value
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"expected text, found {value!r}")
+    return value
+
+
+def _pattern(value: object) -> str:
+    try:
+        groups = re.compile(_text(value)).groups
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression ({error})") from error
+    if groups < 1:
+        raise ValueError(f"{value!r} needs one group in parentheses, the patient")
+    return _text(value)
+
+
+def _image_pattern(value: object) -> str:
+    text = _text(value)
+    if text.startswith("/") or ".." in Path(text).parts:
+        raise ValueError(f"{text!r} leaves the folder ST-imgs")
+    if "{slide}" not in text:
+        raise ValueError(f"{text!r} needs {{slide}}")
+    return text
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise TypeError(f"expected a list of names, found {value!r}")
+    names = tuple(safe_name(str(name), "name") for name in value)
+    if len(set(names)) < len(names):
+        raise ValueError(f"names are listed twice in {value!r}")
+    return names
+
+
+def _patient_map(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected 'slide: patient' lines, found {value!r}")
+    return {safe_name(str(slide), "slide"): safe_name(str(patient), "patient") for slide, patient in value.items()}
+
+
+def _spot_range(value: object) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or not value[0] <= value[1]:
+        raise TypeError(f"expected [least, greatest], found {value!r}")
+    return _integer(value[0]), _integer(value[1])
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"expected an integer, found {value!r}")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected true or false, found {value!r}")
+    return value
+
+
+def _microns(value: object) -> float | dict[str, float]:
+    if isinstance(value, dict):
+        return {str(patient): _microns(number) for patient, number in value.items()}
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
+        raise ValueError(f"expected micrometres per pixel, found {value!r}")
+    return float(value)
+
+
+def _one_of(*choices: str):
+    def check(value: object) -> str:
+        if value not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}, found {value!r}")
+        return str(value)
+
+    return check
+
+
+CHECKS = {
+    "patients": _names,
+    "patient_pattern": _pattern,
+    "patient_of_slide": _patient_map,
+    "image_pattern": _image_pattern,
+    "slides": _names,
+    "expected_spots": _spot_range,
+    "fold_scheme": _one_of(*SCHEMES),
+    "num_folds": _integer,
+    "fold_seed": _integer,
+    "exchanged_pixels": _flag,
+    "sort_by": _one_of("yx", "xy"),
+    "microns_per_pixel": _microns,
+    "training_type": _text,
+}

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from datasets.batches import goes_to_device, to_device
-from datasets.feature_cache import CacheIdentity, read_features, verify_cache
-from datasets.geometry import NUM_VIEWS, dihedral_views, patch_corner
+from datasets.features.cache import CacheIdentity, read_features, verify_cache
+from datasets.features.reader import extraction_command
+from datasets.features.token_store import TokenStore
+from datasets.images.geometry import NUM_VIEWS, dihedral_views, patch_corner
+from datasets.images.slides import open_slide
 from datasets.layout import Layout
-from datasets.slides import open_slide
-from datasets.spots import SlideRecord, SpotStore, extraction_command
-from datasets.token_store import TokenStore
+from datasets.spots import SlideRecord, SpotStore
 from utils.cli import progress, say
 
 

@@ -18,8 +18,8 @@ import pandas as pd
 
 from evaluation import aggregation
 from evaluation.fold_files import plain
+from evaluation.report.tables import Table, label, number
 from evaluation.slide_scores import SlideResult, score_slide, score_training_mean
-from evaluation.tables import Table, label, number
 from utils.files import write_atomically, write_text
 
 MEAN = "mean of folds"

@@ -11,7 +11,7 @@ import pandas as pd
 
 from evaluation import aggregation
 from evaluation.fold_files import FoldRecord, plain, read_run
-from evaluation.inference import bootstrap_interval
+from evaluation.intervals import bootstrap_interval
 
 HEADLINE = ("pcc_all", "pcc_h", "mse", "mae")
 DESCRIPTIONS = {

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention import FeedForward, TransformerLayer
-from models.context import build_global_encoder, build_neighbor_encoder
-from models.dropout import Dropout
-from models.encoders import FusionEncoder, GeneEncoder
+from models.encoders import FusionEncoder, GeneEncoder, build_global_encoder, build_neighbor_encoder
 from models.gene_dml import Embeddings, GeneDML, Prediction
+from models.layers.dropout import Dropout
+from models.layers.transformer import FeedForward, TransformerLayer
 from models.losses import build_loss
 
 BASELINES = ("mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_probe", "triplex")
@@ -39,7 +38,7 @@ def build_model(
             num_neighbors=num_neighbors,
         )
     if config.name in BASELINES:
-        from models.baselines import build_baseline
+        from models.baselines.build import build_baseline
 
         return build_baseline(
             config, feature_dim=feature_dim, num_genes=num_genes, pooled_dim=pooled_dim, num_neighbors=num_neighbors

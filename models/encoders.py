@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.attention import FeedForward, TransformerLayer
-from models.dropout import Dropout
-from models.packing import SlidePacking, send
-from models.position import GridConvolution, grid_neighbors
+from models.layers.dropout import Dropout
+from models.layers.packing import SlidePacking, send
+from models.layers.position import GridConvolution, grid_neighbors
+from models.layers.transformer import FeedForward, TransformerLayer
 
 
 class NeighborEncoder(nn.Module):
@@ -120,3 +122,32 @@ class FusionEncoder(nn.Module):
 def mean_tokens(tokens: Tensor) -> Tensor:
     """Mean over the tokens (B, T, P) of a scale, in float32 at least: half precision would lose the small differences."""
     return tokens.mean(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+
+
+def build_neighbor_encoder(config: Any, dim: int, num_neighbors: int) -> NeighborEncoder:
+    """config: Config.MODEL. dim: width of the neighbor features. num_neighbors: side of the square of tiles."""
+    layers = [
+        TransformerLayer(
+            dim=dim,
+            heads=config.neighbor_heads,
+            hidden_dim=round(config.neighbor_mlp_ratio * dim),
+            dropout=config.neighbor_dropout,
+            grid_side=num_neighbors,
+        )
+        for _ in range(config.neighbor_depth)
+    ]
+    return NeighborEncoder(layers=layers, dim=dim)
+
+
+def build_global_encoder(config: Any, dim: int) -> GlobalEncoder:
+    """config: Config.MODEL. dim: width of the features of the slide's spots."""
+    layers = [
+        TransformerLayer(
+            dim=dim,
+            heads=config.global_heads,
+            hidden_dim=round(config.global_mlp_ratio * dim),
+            dropout=config.global_dropout,
+        )
+        for _ in range(config.global_depth)
+    ]
+    return GlobalEncoder(layers=layers, position=GridConvolution(dim=dim), dim=dim)

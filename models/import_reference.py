@@ -1,7 +1,7 @@
 """State dicts of the published Gene-DML code, under our names.
 
 Only names change; every array stays as it is. The frozen patch encoder that such a checkpoint carries is left out,
-because ours come from `models.backbones` with a verified weight file.
+because ours come from `models.patch_encoders.build` with a verified weight file.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from models.attention import relative_offset_index
+from models.layers.attention import relative_offset_index
 
 # What training wrappers put before every name.
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.")
 # Buffer of the published relative bias: the index that we compute ourselves. Checked, not kept.
 INDEX_BUFFER = re.compile(r"(^|\.)attention_bias_idxs$")
 # First parts of a vision transformer or a residual network, below whatever name the checkpoint gives it.
-BACKBONE_PART = re.compile(
+PATCH_ENCODER_PART = re.compile(
     r"^(?:image_encoder\.)?(?P<module>\w+)\.(?:[\w]+\.)*?"
     r"(?:cls_token|pos_embed|reg_token|patch_embed\.|blocks\.\d+\.|conv1\.weight|bn1\.|layer1\.\d+\.conv\d)"
 )
@@ -91,7 +91,7 @@ def import_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     inner = state_dict.get("state_dict", state_dict)
     named = {_without_wrappers(name): value for name, value in inner.items()}
-    frozen = {match["module"] for match in map(BACKBONE_PART.match, named) if match} - LEARNED_MODULES
+    frozen = {match["module"] for match in map(PATCH_ENCODER_PART.match, named) if match} - LEARNED_MODULES
     imported, unknown = {}, []
     for name, value in named.items():
         ours = translate_name(name)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from evaluation.comparison import write_comparison
-from evaluation.statistics import compare_runs
+from evaluation.comparison.runs import compare_runs
+from evaluation.comparison.write import write_comparison
 from utils.cli import say
 
 

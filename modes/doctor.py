@@ -12,14 +12,14 @@ from datasets.folds import Fold, with_validation
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from engine import Precision
-from models.backbones import BackboneSpec
-from modes.check_data import check_features, check_panel, check_slides, read_tables
-from modes.check_resources import check_device, check_encoder, check_memory, check_token_cache
-from modes.check_tissue import check_checkpoints, check_fields_of_view, check_shared_tissue
-from modes.compose import needs_of, open_layout
-from modes.demand import demand, tokens_of_spot
-from modes.findings import PROBLEM, WARNING, Findings
-from modes.study import check_clusters, possible_folds, runs_encoder
+from models.patch_encoders.build import PatchEncoderSpec
+from modes.checks.checkpoint import check_checkpoints, check_fields_of_view, check_shared_tissue
+from modes.checks.data import check_features, check_panel, check_slides, read_tables
+from modes.checks.findings import PROBLEM, WARNING, Findings
+from modes.checks.machine import check_device, check_memory, check_patch_encoder_files, check_token_cache
+from modes.training.compose import needs_of, open_layout
+from modes.training.memory import demand, tokens_of_spot
+from modes.training.run_data import check_clusters, possible_folds, runs_encoder
 from utils.cli import say
 from utils.config import Config
 from utils.runs import check_run
@@ -68,7 +68,7 @@ def examine(config: Config, question: Question) -> Findings:
         have_features = findings.count(PROBLEM) == before
         check_shared_tissue(config, layout, slides, findings)
         check_fields_of_view(layout, slides, findings)
-    spec = check_encoder(config, layout, slides, have_features, findings)
+    spec = check_patch_encoder_files(config, layout, slides, have_features, findings)
     if records and question.test_name is None and question.model_path is None:
         _check_training(config, question, layout, records, findings)
     if records and spec is not None:
@@ -93,7 +93,7 @@ def _check_sizes(
     question: Question,
     layout: Layout,
     records: Sequence[SlideRecord],
-    spec: BackboneSpec,
+    spec: PatchEncoderSpec,
     device: torch.device | None,
     findings: Findings,
 ) -> None:

@@ -16,34 +16,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.counts import some
-from datasets.encoding import default_workers
-from datasets.expression import UNIT
-from datasets.slides import Slide, open_slide
-from evaluation.maps import Tissue, predicted_map
+from datasets.features.encoding import default_workers
+from datasets.field_of_view import compare_fields_of_view
+from datasets.images.slides import Slide, open_slide
+from datasets.tables.expression import UNIT
 from evaluation.predictions import read_prediction, tissue_image, write_prediction
-from evaluation.style import save_figure
-from modes.ensemble import (
+from evaluation.report.maps import Tissue, predicted_map
+from evaluation.report.style import save_figure
+from modes.prediction.checkpoint import THUMBNAIL_PX
+from modes.prediction.encode import (
+    Part,
+    encoded_parts,
+    open_patch_encoder,
+    plan_for,
+    pooled_features,
+    spot_batches,
+    validity,
+)
+from modes.prediction.ensemble import (
     CHUNK_SIZE,
     Member,
     columns_of,
-    compare_fields_of_view,
     describe_peak,
     field_of_view_of,
     load_members,
     mean_prediction,
     peak_memory,
+    provenance_of,
     put_rows,
     shared_genes,
     stream_predictions,
 )
-from modes.external import provenance_of
-from modes.scoring import THUMBNAIL_PX
-from modes.slide_spots import SlideSpots, spots_of_file, spots_on_tissue
-from modes.streaming import Part, encoded_parts, open_encoder, plan_for, pooled_features, spot_batches, validity
+from modes.prediction.place_spots import SlideSpots, spots_of_file, spots_on_tissue
 from utils.checkpoint import chosen_checkpoints
 from utils.cli import say
 from utils.files import require_file, safe_name
+from utils.text import some
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ def predict(
         say(view_note)
         spots = find_spots(slide, options, mpp, covered_px)
         say(spots.note)
-        encoder = open_encoder(members[0], device)
+        encoder = open_patch_encoder(members[0], device)
         predictions = predict_spots(members, genes, slide, spots.centers, spots.table.obsm["grid"], encoder, covered_px)
         picture, scale = slide.thumbnail(THUMBNAIL_PX)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +218,7 @@ def predict_spots(
 ) -> dict[str, np.ndarray]:
     """{scale: (N, G) float32}, the mean over the folds, in the order of `centers` (N, 2).
 
-    encoder: a PatchEncoder.  covered_px: level-0 px that a patch covers; it is scaled to the patch size.
+    encoder: a BatchedPatchEncoder.  covered_px: level-0 px that a patch covers; it is scaled to the patch size.
     """
     member, device, num_workers = members[0], encoder.device, default_workers()
     source_size = None if covered_px == member.config.DATA.patch_size else covered_px

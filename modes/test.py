@@ -8,26 +8,12 @@ from pathlib import Path
 
 import torch
 
-from modes.compose import open_layout
-from modes.scoring import score_checkpoint
-from modes.study import open_study
+from modes.prediction.checkpoint import restored_config, score_checkpoint
 from modes.train import finish_run
+from modes.training.compose import open_layout
+from modes.training.run_data import open_study
 from utils.checkpoint import chosen_checkpoints, has_ended, load_checkpoint, result_folder
 from utils.cli import say
-from utils.config import Config, config_from_dict, differences, with_overrides
-
-# What a test may set differently from the training; everything else is part of the trained model.
-FREE_KEYS = (
-    "GENERAL.log_path",
-    "GENERAL.exp_id",
-    "DATA.data_dir",
-    "DATA.weights",
-    "DATA.tokens",
-    "DATA.residence",
-    "DATA.num_workers",
-    "TRAINING.precision",
-    "EVALUATION.chunk_size",
-)
 
 
 def test(
@@ -60,20 +46,6 @@ def test(
     run_dir = checkpoints[0].parent.parent
     if is_official and (run_dir / "config.yaml").is_file():
         say(finish_run(run_dir, with_report))
-
-
-def restored_config(content: dict, checkpoint: Path, overrides: Sequence[str]) -> Config:
-    """The configuration of a checkpoint with what this machine does differently (paths, memory, precision)."""
-    trained = config_from_dict(content["config"], str(checkpoint))
-    config = with_overrides(trained, overrides)
-    changed = [line for line in differences(trained, config) if line.split(":")[0] not in FREE_KEYS]
-    if changed:
-        listed = "\n  ".join(changed)
-        raise ValueError(
-            f"{checkpoint} was trained with other settings, which cannot be changed afterwards:\n  {listed}\n"
-            f"Free are: {', '.join(FREE_KEYS)}."
-        )
-    return config
 
 
 def _test_checkpoint(

@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 
 from datasets.folds import Fold
-from evaluation.report import format_table, write_report, write_summary
+from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
-from modes.compose import open_layout
-from modes.fold import FoldRun, fit_closed_form, new_model, start_folder
-from modes.resume_checks import check_continues, check_started_folds
-from modes.scoring import score_checkpoint
-from modes.split import prepare_split
-from modes.study import Study, find_folds, open_study
+from modes.prediction.checkpoint import score_checkpoint
+from modes.training.compose import open_layout
+from modes.training.fold import FoldRun, fit_closed_form, new_model, start_folder
+from modes.training.resume import check_continues, check_started_folds
+from modes.training.run_data import Study, find_folds, open_study
+from modes.training.split import prepare_split
 from utils.checkpoint import has_ended
 from utils.cli import say
 from utils.config import Config, with_overrides
-from utils.memory import keep_freed_memory
+from utils.devices import keep_freed_memory
 from utils.runs import check_run, open_run
 
 

@@ -20,14 +20,16 @@ import shlex
 
 import torch
 
-from datasets.encoding import VIEW_COUNTS, default_workers
+from datasets.features.encoding import VIEW_COUNTS, default_workers
+from datasets.features.patch_encoder import PRECISIONS, BatchedPatchEncoder
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.patch_encoder import PRECISIONS, PatchEncoder
-from datasets.spec import DatasetSpec, get_spec
-from models.backbones import Backbone, build_backbone
-from preprocess.extraction import ExtractionSettings, choose_slides, extract
-from utils.cli import device_from, run, say
+from datasets.spec import DatasetSpec
+from models.patch_encoders.build import PatchEncoder, build_patch_encoder
+from preprocess.extraction.extract import ExtractionSettings, choose_slides, extract
+from utils.cli import run, say
 from utils.config import LARGE, Config, Data, load_config
+from utils.devices import device_from
 from utils.files import safe_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,12 +110,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     requested = [name.strip() for name in arguments.slides.split(",") if name.strip()] if arguments.slides else None
     slides = choose_slides(layout, requested, kinds)
-    backbone = encoder = None
+    patch_encoder = encoder = None
     if kinds != ("patch",):
-        backbone = _build_backbone(config, arguments)
-        encoder = _encoder_on(backbone, device_from(arguments.gpu, arguments.device), arguments)
+        patch_encoder = _build_patch_encoder(config, arguments)
+        encoder = _patch_encoder_on(patch_encoder, device_from(arguments.gpu, arguments.device), arguments)
         say(
-            f"Encoder {backbone.name} on {encoder.device} ({encoder.precision}), weights {backbone.weights_sha256[:12]}"
+            f"Encoder {patch_encoder.name} on {encoder.device} ({encoder.precision}), "
+            f"weights {patch_encoder.weights_sha256[:12]}"
         )
     variant = {flag: _given(arguments, flag, default) for flag, default in _TOKEN_FLAGS.items()}
     settings = ExtractionSettings(
@@ -125,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         token_pool=variant["token_pool"],
         token_dtype=variant["dtype"],
     )
-    extract(layout, slides, backbone, encoder, settings)
+    extract(layout, slides, patch_encoder, encoder, settings)
 
 
 def _check_flags(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> None:
@@ -175,8 +178,8 @@ def resolve(arguments: argparse.Namespace) -> tuple[Config, DatasetSpec]:
     return load_config(f"{spec.training_type}/dml", overrides), spec
 
 
-def _build_backbone(config: Config, arguments: argparse.Namespace) -> Backbone:
-    return build_backbone(
+def _build_patch_encoder(config: Config, arguments: argparse.Namespace) -> PatchEncoder:
+    return build_patch_encoder(
         config.DATA.encoder,
         config.DATA.weights,
         allow_download=arguments.allow_download,
@@ -185,11 +188,13 @@ def _build_backbone(config: Config, arguments: argparse.Namespace) -> Backbone:
     )
 
 
-def _encoder_on(backbone: Backbone, device: torch.device, arguments: argparse.Namespace) -> PatchEncoder:
-    return PatchEncoder(
-        backbone.to(device),
+def _patch_encoder_on(
+    patch_encoder: PatchEncoder, device: torch.device, arguments: argparse.Namespace
+) -> BatchedPatchEncoder:
+    return BatchedPatchEncoder(
+        patch_encoder.to(device),
         device,
-        prefix_tokens=backbone.spec.prefix_tokens,
+        prefix_tokens=patch_encoder.spec.prefix_tokens,
         batch_size=_given(arguments, "batch_size", BATCH_SIZE.get(device.type, CPU_BATCH_SIZE)),
         precision=arguments.precision,
     )

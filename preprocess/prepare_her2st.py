@@ -14,18 +14,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.counts import read_counts, some
+from datasets.known_sets import SPECS
 from datasets.layout import IMAGE_SUFFIXES, Layout
-from datasets.spec import SPECS
-from datasets.tables import read_both, read_spots
-from preprocess.common import Options, Prepared, RawSlide, chosen_slides, options_of, parser, prepare, source_folder
+from datasets.tables.counts import read_counts
+from datasets.tables.slide_table import read_both, read_spots
+from preprocess.raw.prepare import (
+    Options,
+    Prepared,
+    RawSlide,
+    chosen_slides,
+    options_of,
+    parser,
+    prepare,
+    source_folder,
+)
 from utils.cli import run, say
+from utils.text import some
 
 CONTENTS = "the HER2ST download: ST-cnts/, ST-spotfiles/ and ST-imgs/, or data/ with them"
 
 
 def prepare_her2st(source: Path, data_dir: Path, options: Options, slides: str | None = None) -> list[Prepared]:
-    """Prepare `slides` ("A1,B2"; None = all that the source has counts for). See `preprocess.common.prepare`."""
+    """Prepare `slides` ("A1,B2"; None = all that the source has counts for). See `preprocess.raw.prepare.prepare`."""
     source = source_folder(source, CONTENTS)
     folder = next((f for f in (source, source / "data") if (f / "ST-cnts").is_dir()), None)
     if folder is None:

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 
 from anndata import AnnData
 
-from datasets.counts import some
+from datasets.known_sets import SPECS
 from datasets.layout import IMAGE_SUFFIXES, Layout
-from datasets.spec import SPECS, DatasetSpec, read_spec, write_spec
-from preprocess.common import Options, Prepared, RawSlide, chosen_slides, options_of, parser, prepare, source_folder
-from preprocess.hest_samples import (
+from datasets.spec import DatasetSpec, read_spec, write_spec
+from preprocess.raw.hest import (
     HestPatches,
     HestSample,
     microns_of_patches,
@@ -32,8 +31,19 @@ from preprocess.hest_samples import (
     read_expression,
     read_metadata,
 )
+from preprocess.raw.prepare import (
+    Options,
+    Prepared,
+    RawSlide,
+    chosen_slides,
+    options_of,
+    parser,
+    prepare,
+    source_folder,
+)
 from utils.cli import run, say
 from utils.files import safe_name
+from utils.text import some
 
 CONTENTS = "the HEST-1k download: st/<id>.h5ad, patches/<id>.h5 or wsis/<id>.tif, and the metadata table HEST_v*.csv"
 
@@ -47,7 +57,7 @@ def prepare_hest(
     ids: str | None = None,
     metadata: Path | None = None,
 ) -> list[Prepared]:
-    """Prepare the samples `ids` ("A,B"; None = all in st/) as the data set `name`. See `preprocess.common.prepare`.
+    """Prepare the samples `ids` ("A,B"; None = all in st/) as the data set `name`. See `preprocess.raw.prepare.prepare`.
 
     metadata: the table; None = the one HEST_v*.csv below the source.
     """

@@ -17,19 +17,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import re
 from collections.abc import Sequence
 
-from datasets.counts import read_counts
+from datasets.known_sets import SPECS
 from datasets.layout import Layout
-from datasets.spec import SPECS
-from datasets.tables import read_both, read_spots
-from preprocess.common import Options, Prepared, RawSlide, chosen_slides, options_of, parser, prepare, source_folder
-from preprocess.placing import files_below, find_file
+from datasets.tables.counts import read_counts
+from datasets.tables.slide_table import read_both, read_spots
+from preprocess.raw.files import files_below, find_file
+from preprocess.raw.prepare import (
+    Options,
+    Prepared,
+    RawSlide,
+    chosen_slides,
+    options_of,
+    parser,
+    prepare,
+    source_folder,
+)
 from utils.cli import run
 
 CONTENTS = "the files of GSE144240: *P2_ST_rep1_stdata.tsv, *spot*P2_ST_rep1.tsv and *P2_ST_rep1.jpg"
 
 
 def prepare_skinst(source: Path, data_dir: Path, options: Options, slides: str | None = None) -> list[Prepared]:
-    """Prepare `slides` (None = all that the source has counts for). See `preprocess.common.prepare`."""
+    """Prepare `slides` (None = all that the source has counts for). See `preprocess.raw.prepare.prepare`."""
     files = files_below(source_folder(source, CONTENTS))
     spec = SPECS["skinst"]
     found = [s for s in spec.slides if any(re.fullmatch(counts_name(s), path.name) for path in files)]

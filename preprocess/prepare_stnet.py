@@ -20,14 +20,24 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from datasets.counts import read_counts, read_gene_names, round_ids, some
+from datasets.known_sets import SPECS
 from datasets.layout import Layout
-from datasets.spec import SPECS
-from datasets.tables import check_spots, read_both
-from preprocess.common import Options, Prepared, RawSlide, chosen_slides, options_of, parser, prepare, source_folder
-from preprocess.gene_map import WHERE, is_ensembl, read_gene_map, symbols_of, with_genes
-from preprocess.placing import files_below, find_file
+from datasets.tables.counts import read_counts, read_gene_names, round_ids
+from datasets.tables.slide_table import check_spots, read_both
+from preprocess.raw.files import files_below, find_file
+from preprocess.raw.gene_map import WHERE, is_ensembl, read_gene_map, symbols_of, with_genes
+from preprocess.raw.prepare import (
+    Options,
+    Prepared,
+    RawSlide,
+    chosen_slides,
+    options_of,
+    parser,
+    prepare,
+    source_folder,
+)
 from utils.cli import run, say
+from utils.text import some
 
 CONTENTS = "the files of Mendeley 29ntw7sh4r: BC23287_C1_stdata.tsv.gz, spots_BT23287_C1.csv and HE_BT23287_C1.jpg"
 
@@ -40,7 +50,7 @@ def prepare_stnet(
     gene_map: Path | None = None,
     keep_ensembl: bool = False,
 ) -> list[Prepared]:
-    """Prepare `slides` (None = all that the source has counts for). See `preprocess.common.prepare`.
+    """Prepare `slides` (None = all that the source has counts for). See `preprocess.raw.prepare.prepare`.
 
     gene_map: table of Ensembl ids and symbols. keep_ensembl: go on with the ids as names where there is none.
     """
@@ -100,7 +110,7 @@ def read_slide(files: Sequence[Path], name: str, genes: Sequence[str], gene_map:
 def read_pixel_table(path: Path) -> pd.DataFrame:
     """Spots from `spots_*.csv`: index "XxY" (also "X10x13", as R makes names), columns X and Y in pixels of the image.
 
-    returns: a spot table as `datasets.tables.read_spots` gives it.
+    returns: a spot table as `datasets.tables.slide_table.read_spots` gives it.
     """
     try:
         table = pd.read_csv(path, index_col=0)

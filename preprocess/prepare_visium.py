@@ -26,16 +26,17 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from datasets.counts import gene_names, some
+from datasets.features.reader import extraction_command
+from datasets.known_sets import SPECS
 from datasets.layout import Layout
-from datasets.spec import SPECS, DatasetSpec, read_spec
+from datasets.spec import DatasetSpec, read_spec
 from datasets.spec import write_spec as write_dataset_yaml
-from datasets.spots import extraction_command
-from datasets.tables import check_spots, spot_ids
-from preprocess.common import Options, Prepared, RawSlide, place_slide, source_folder, tell, verify
-from preprocess.gene_map import is_ensembl, read_gene_map, symbols_of, with_genes, without_version
-from preprocess.placing import image_size
-from preprocess.visium_outs import (
+from datasets.tables.counts import gene_names
+from datasets.tables.slide_table import check_spots, spot_ids
+from preprocess.raw.files import image_size
+from preprocess.raw.gene_map import is_ensembl, read_gene_map, symbols_of, with_genes, without_version
+from preprocess.raw.prepare import Options, Prepared, RawSlide, place_slide, source_folder, tell, verify
+from preprocess.raw.space_ranger import (
     CONTENTS,
     GeneCounts,
     SpaceRangerOutput,
@@ -47,6 +48,7 @@ from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.cli import run, say
 from utils.config import Data, config_from_dict, load_config
 from utils.files import load_names, require_file, safe_name, write_atomically, write_text
+from utils.text import some
 
 IMAGE_PATTERN = "{slide}/*"
 

@@ -25,12 +25,12 @@ import pandas as pd
 import scanpy
 from anndata import AnnData
 
-from datasets.expression import common_genes, genes_by_mean, highest_mean_panel, require_enough_genes
 from datasets.folds import Fold, available_folds, make_folds
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.spec import get_spec
-from datasets.tables import load_slide
-from preprocess.panels import PANEL_METHODS, write_panel
+from datasets.tables.expression import common_genes, genes_by_mean, highest_mean_panel, require_enough_genes
+from datasets.tables.slide_table import load_slide
+from preprocess.raw.panels import PANEL_METHODS, write_panel
 from utils.cli import progress, run, say
 from utils.config import load_config
 

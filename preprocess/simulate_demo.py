@@ -23,10 +23,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from PIL import Image
 
-from datasets.expression import highest_mean_panel
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec, write_spec
-from datasets.tables import load_slide
+from datasets.tables.expression import highest_mean_panel
+from datasets.tables.slide_table import load_slide
 from preprocess.simulation.genes import PROGRAM_OF, PROGRAMS, GeneModel, gene_model
 from preprocess.simulation.slide import Slide, simulate_slide
 from preprocess.simulation.tissue import generator

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "datasets": {"datasets", "utils"},
     "evaluation": {"evaluation", "utils"},
     "engine": {"utils"},
-    "preprocess": {"preprocess", "datasets", "utils", "models.backbones"},
+    "preprocess": {"preprocess", "datasets", "utils", "models.patch_encoders"},
     "modes": {"modes", "models", "datasets", "evaluation", "engine", "utils"},
     "main": {"modes", "utils"},
 }

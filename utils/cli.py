@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-import torch
 from tqdm import tqdm
 
 WRONG_USE, INTERRUPTED = 2, 130
@@ -54,42 +53,3 @@ def progress(
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         file=sys.stderr,
     )
-
-
-def device_from(gpu: int | None = None, device: str | None = None) -> torch.device:
-    """The device asked for, or CUDA if there is one, or the CPU, said aloud.
-
-    gpu: index of a CUDA device (`--gpu`); one that does not exist is an error, never a silent CPU.
-    device: any PyTorch device name (`--device`).
-    """
-    if gpu is not None and device is not None:
-        raise ValueError(f"--gpu {gpu} and --device {device} are both given; give one of them.")
-    if device is not None:
-        try:
-            chosen = torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"--device {device} is not a device of PyTorch: {str(error).splitlines()[0]}") from error
-        return _cuda_device(chosen.index, f"--device {device}") if chosen.type == "cuda" else chosen
-    if gpu is not None:
-        return _cuda_device(gpu, f"--gpu {gpu}")
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    say("No CUDA device found: running on the CPU.")
-    return torch.device("cpu")
-
-
-def _cuda_device(index: int | None, flag: str) -> torch.device:
-    """The CUDA device of that index (None: the current one), made the current one: pinned memory, streams and the
-    measure of memory in use follow the current device, not the tensors."""
-    _require_cuda(index or 0, flag)
-    if index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def _require_cuda(index: int, flag: str) -> None:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not 0 <= index < count:
-        found = f"{count} CUDA device{'s' if count != 1 else ''}"
-        raise ValueError(f"{flag}: this machine has {found}. Leave the flag out or use --device cpu to run on the CPU.")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+
 import torch
+
+from utils.cli import say
 
 _BF16_CAPABILITY = (8, 0)  # Ampere
 
@@ -17,3 +22,62 @@ def half_precision(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "bf16"
     return "bf16" if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else "fp16"
+
+
+def device_from(gpu: int | None = None, device: str | None = None) -> torch.device:
+    """The device asked for, or CUDA if there is one, or the CPU, said aloud.
+
+    gpu: index of a CUDA device (`--gpu`); one that does not exist is an error, never a silent CPU.
+    device: any PyTorch device name (`--device`).
+    """
+    if gpu is not None and device is not None:
+        raise ValueError(f"--gpu {gpu} and --device {device} are both given; give one of them.")
+    if device is not None:
+        try:
+            chosen = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"--device {device} is not a device of PyTorch: {str(error).splitlines()[0]}") from error
+        return _cuda_device(chosen.index, f"--device {device}") if chosen.type == "cuda" else chosen
+    if gpu is not None:
+        return _cuda_device(gpu, f"--gpu {gpu}")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    say("No CUDA device found: running on the CPU.")
+    return torch.device("cpu")
+
+
+def _cuda_device(index: int | None, flag: str) -> torch.device:
+    """The CUDA device of that index (None: the current one), made the current one: pinned memory, streams and the
+    measure of memory in use follow the current device, not the tensors."""
+    _require_cuda(index or 0, flag)
+    if index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _require_cuda(index: int, flag: str) -> None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not 0 <= index < count:
+        found = f"{count} CUDA device{'s' if count != 1 else ''}"
+        raise ValueError(f"{flag}: this machine has {found}. Leave the flag out or use --device cpu to run on the CPU.")
+
+
+# Numbers of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep freed memory for its next request instead of handing it back to the system.
+
+    A training step on the CPU frees and takes gigabytes. glibc gives large blocks back at once, and the system clears
+    every page again when it is asked for: up to a third of a step at UNI size. The greatest memory a process needs
+    stays about the same; it just keeps it until its end. Only with glibc (Linux); elsewhere nothing is changed.
+
+    returns: whether it took effect.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    never = -1
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, never))

@@ -25,7 +25,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from evaluation.metrics import pearson
 from evaluation.predictions import read_prediction, tissue_image
-from evaluation.style import INK, MUTED, SCALE_COLORS, new_figure
+from evaluation.report.style import INK, MUTED, SCALE_COLORS, new_figure
 from utils.cli import run, say
 from utils.files import write_atomically
 

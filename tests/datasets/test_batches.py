@@ -12,16 +12,11 @@ from torch._subclasses import FakeTensorMode
 from datasets import batches as batches_module
 from datasets import tokens as tokens_module
 from datasets.batches import BatchMaker, TrainingBatches, check_batch_sizes, epoch_rows, goes_to_device, split_rows
+from datasets.features.reader import extraction_command
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
-from datasets.spots import (
-    EncoderIdentity,
-    SlideRecord,
-    SpotStore,
-    extraction_command,
-    slide_targets,
-    store_targets,
-)
+from datasets.spots import EncoderIdentity, SlideRecord, SpotStore
+from datasets.targets import slide_targets, store_targets
 from datasets.tokens import CutPatches
 
 CPU = torch.device("cpu")

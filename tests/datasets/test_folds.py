@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from datasets.folds import Fold, available_folds, make_folds, with_validation
-from datasets.spec import SPECS
+from datasets.known_sets import SPECS
 
 STNET = SPECS["stnet"]
 PINNED_FIRST = ("BC23277", "BC23287", "BC23508")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from datasets.known_sets import SPECS
 from datasets.layout import COUNT_SUFFIXES, Layout
-from datasets.spec import SPECS, DatasetSpec
+from datasets.spec import DatasetSpec
 
 OWN = DatasetSpec(name="own", patient_pattern=r"^([A-Z])\d$", image_pattern="{patient}/{slide}/*")
 

@@ -32,7 +32,7 @@ def test_prefixes_of_wrappers_are_stripped(published, prefix):
     assert import_reference({"state_dict": wrapped, "epoch": 3}).keys() == import_reference(published).keys()
 
 
-@pytest.mark.parametrize("module", ["image_encoder.feature_extractor", "backbone", "image_encoder.uni.model"])
+@pytest.mark.parametrize("module", ["image_encoder.feature_extractor", "patch_encoder", "image_encoder.uni.model"])
 def test_the_frozen_patch_encoder_is_left_out(published, module):
     parts = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"]
     frozen = {f"{module}.{part}": torch.zeros(1) for part in parts}

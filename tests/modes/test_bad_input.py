@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.spec import get_spec
 from tests.command_line import Left, call_extract, call_main
 
 
@@ -138,7 +138,7 @@ def test_published_features_of_a_spot_outside_the_image(place):
     """Without an extraction the training itself has to see it."""
     import torch
 
-    from datasets.feature_cache import read_features
+    from datasets.features.cache import read_features
 
     place.spots(outside)
     for kind in ("target", "neighbor"):

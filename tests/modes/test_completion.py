@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from modes import ensemble
-from modes.compose import open_layout
-from modes.external import external_test
+from modes.external_test import external_test
 from modes.predict import PredictOptions, predict
-from modes.study import find_folds
+from modes.prediction import ensemble
 from modes.test import test as run_test
 from modes.train import TrainOptions, train
+from modes.training.compose import open_layout
+from modes.training.run_data import find_folds
 from preprocess.extract_features_uni import main as extract
 from utils.checkpoint import chosen_checkpoints, find_checkpoint, has_ended, load_checkpoint, save_checkpoint
 from utils.config import load_config

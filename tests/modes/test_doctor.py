@@ -15,15 +15,15 @@ import pytest
 import torch
 import yaml
 
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.spec import get_spec
 from models import build_loss
-from models.backbones import backbone_spec
-from modes.check_resources import available_memory, check_memory
-from modes.compose import make_model
-from modes.demand import Demand, activations, demand, tokens_of_spot
+from models.patch_encoders.build import patch_encoder_spec
+from modes.checks.findings import Findings
+from modes.checks.machine import available_memory, check_memory
 from modes.doctor import Question, examine
-from modes.findings import Findings
+from modes.training.compose import make_model
+from modes.training.memory import Demand, activations, demand, tokens_of_spot
 from tests.command_line import call_main
 from utils.config import Config, load_config, with_overrides
 
@@ -214,15 +214,15 @@ def test_what_a_token_cache_would_take(config, layout, ask):
 def test_memory_is_counted_from_sizes_alone(config):
     """UNI, HER2ST, batch 512: the parts that can be counted by hand; more than there is, is a problem."""
     large = with_overrides(load_config("her2st/dml"), [])
-    need = demand(large, backbone_spec("uni"), spots=13620, slide_sizes=[378] * 36, online=False, half=False)
+    need = demand(large, patch_encoder_spec("uni"), spots=13620, slide_sizes=[378] * 36, online=False, half=False)
     assert need.features == 13620 * 26 * 1024 * 4
     assert need.patches == need.encoder == 0
     layer = 1024 * 1024 * (3 + 1 + 8)
     assert need.model == pytest.approx((9 * layer) * 4 * 5, rel=0.1), "nine layers hold most of the parameters"
     assert 5e9 < need.batch < 40e9
-    assert demand(large, backbone_spec("uni"), 13620, [378] * 36, False, True).batch == need.batch / 2
+    assert demand(large, patch_encoder_spec("uni"), 13620, [378] * 36, False, True).batch == need.batch / 2
     few = with_overrides(large, ["TRAINING.slides_per_batch=5"])
-    assert demand(few, backbone_spec("uni"), 13620, [378] * 36, False, False).batch < need.batch
+    assert demand(few, patch_encoder_spec("uni"), 13620, [378] * 36, False, False).batch < need.batch
     findings = Findings()
     check_memory(Demand(0, 0, 0, 0, batch=10**15), torch.device("cpu"), findings)
     has(str(findings.found[0]), "problem", "memory", r"1e\+06 GB of host memory are needed", "--batch_size")
@@ -231,7 +231,7 @@ def test_memory_is_counted_from_sizes_alone(config):
 
 def test_what_stays_free_on_a_gpu_holds_the_step_and_the_batches_under_way():
     """Backward temporaries and five batches come on top of what autograd keeps; pooled tokens need less."""
-    config, uni = load_config("her2st/dml"), backbone_spec("uni")
+    config, uni = load_config("her2st/dml"), patch_encoder_spec("uni")
     need = demand(config, uni, 13620, [378] * 36, online=False, half=True)
     batch_of_tokens = config.TRAINING.batch_size * (197 * 1024 * 2 + 25 * 1024 * 4)
     assert need.inputs == batch_of_tokens
@@ -243,7 +243,7 @@ def test_what_stays_free_on_a_gpu_holds_the_step_and_the_batches_under_way():
 
 
 def test_tokens_of_a_spot_are_those_of_the_cache(layout):
-    spec = backbone_spec("efficientnet-lite0")
+    spec = patch_encoder_spec("efficientnet-lite0")
     assert tokens_of_spot(layout, ["no such slide"], spec) == spec.num_tokens(64) == 16
     slide = layout.slides_on_disk()[0]
     with h5py.File(layout.cache_path("token", slide), "r+") as file:
@@ -256,7 +256,7 @@ def test_the_estimate_of_a_step_is_what_autograd_keeps(batch, slide_sizes):
     settings = ["projection_dim=192", "fusion_mlp_dim=384", "neighbor_depth=2", "global_depth=2"]
     config = with_overrides(load_config("her2st/dml"), [f"MODEL.{key}" for key in settings])
     config = with_overrides(config, ["LOSS.k=4", "LOSS.use_kmeans=true", f"TRAINING.batch_size={batch}"])
-    spec, rows, tokens = backbone_spec("kaiko-vits16"), sum(slide_sizes), 30
+    spec, rows, tokens = patch_encoder_spec("kaiko-vits16"), sum(slide_sizes), 30
     model = make_model(config, feature_dim=spec.dim, token_dim=spec.dim, num_genes=50).train()
     kept = {}
 

@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from datasets.feature_cache import CacheIdentity, write_cache
+from datasets.features.cache import CacheIdentity, write_cache
+from datasets.images.slides import open_slide
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.slides import open_slide
-from datasets.spec import get_spec
-from datasets.tables import load_slide
-from models.backbones import backbone_spec
+from datasets.tables.slide_table import load_slide
+from models.patch_encoders.build import patch_encoder_spec
 from tests.command_line import Left, call_extract, call_main
 
 PATCH, SLIDES, SPOTS = 56, ("A1", "B1"), 12
@@ -52,7 +52,7 @@ def layout_of(place: Path) -> Layout:
 
 def fabricate(layout: Layout, encoder: str) -> None:
     """Features and tokens as wide as the encoder gives them; as many tokens as it gives for such a patch."""
-    spec, random = backbone_spec(encoder), np.random.default_rng(0)
+    spec, random = patch_encoder_spec(encoder), np.random.default_rng(0)
     for slide in SLIDES:
         table = load_slide(layout, slide)
         shapes = {
@@ -102,7 +102,7 @@ def trained(place: Path) -> dict:
 )
 def test_wide_features_train_and_test(place, flags, encoder, num_tokens):
     """uni2-h: 1536 and register tokens; virchow2: its pooled feature is twice as wide as its tokens."""
-    spec, layout = backbone_spec(encoder), layout_of(place)
+    spec, layout = patch_encoder_spec(encoder), layout_of(place)
     fabricate(layout, encoder)
     with h5py.File(layout.cache_path("token", "A1")) as file:
         assert file["tokens"].shape[2:] == (num_tokens, spec.dim)

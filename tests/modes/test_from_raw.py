@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from datasets.folds import make_folds
-from datasets.spec import SPECS
+from datasets.known_sets import SPECS
 from preprocess import prepare_her2st, prepare_hest, prepare_skinst, prepare_stnet
 from tests.command_line import call, call_extract, call_main
 from tests.preprocess import test_prepare_her2st as her2st

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import main
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.spec import get_spec
 from preprocess import extract_features_uni, select_genes
 from tests.command_line import Left, call
 from utils.files import load_names

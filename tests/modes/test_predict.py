@@ -17,11 +17,11 @@ from PIL import Image, ImageDraw
 
 import main
 from datasets.batches import SpotBatch
-from datasets.slides import open_slide
-from modes.ensemble import load_members, shared_genes, stream_predictions
-from modes.external import external_test
+from datasets.images.slides import open_slide
+from modes.external_test import external_test
 from modes.predict import PredictOptions, collect_mean, predict
-from modes.slide_spots import spots_on_tissue
+from modes.prediction.ensemble import load_members, shared_genes, stream_predictions
+from modes.prediction.place_spots import spots_on_tissue
 from preprocess.extract_features_uni import main as extract
 from tests.space_ranger import write_outs
 from utils.checkpoint import chosen_checkpoints, load_checkpoint, save_checkpoint

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.feature_cache import CacheIdentity, write_cache
+from datasets.features.cache import CacheIdentity, write_cache
+from datasets.features.reader import load_store
+from datasets.images.slides import open_slide
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.slides import open_slide
-from datasets.spec import get_spec
-from datasets.spots import load_store
-from datasets.tables import load_slide
+from datasets.tables.slide_table import load_slide
 from tests.command_line import call_main
 
 GENES = [f"GENE{i:02d}" for i in range(14)]  # the download holds more genes than the panel

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from datasets.batches import TrainingBatches, epoch_rows
-from datasets.spots import store_targets
+from datasets.targets import store_targets
 from datasets.tokens import CachedTokens, CutPatches
-from modes.compose import Optimization, make_model, make_step, open_layout
-from modes.study import open_study
 from modes.train import TrainOptions, train
+from modes.training.compose import Optimization, make_model, make_step, open_layout
+from modes.training.run_data import open_study
 from preprocess.extract_features_uni import main as extract
 from utils.config import load_config
 from utils.files import load_names

@@ -17,11 +17,11 @@ import pandas as pd
 import pytest
 import torch
 
-from datasets.feature_cache import CacheIdentity, write_cache
+from datasets.features.cache import CacheIdentity, write_cache
+from datasets.images.slides import open_slide
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.slides import open_slide
-from datasets.spec import get_spec
-from datasets.tables import load_slide
+from datasets.tables.slide_table import load_slide
 from modes.train import TrainOptions, train
 from utils.config import load_config
 

@@ -14,24 +14,24 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.feature_cache import read_features, read_identity
-from datasets.geometry import dihedral_view, neighbor_corners, neighbor_validity
+from datasets.features.cache import read_features, read_identity
+from datasets.features.patch_encoder import BatchedPatchEncoder
+from datasets.images.geometry import dihedral_view, neighbor_corners, neighbor_validity
+from datasets.images.slides import open_slide
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.patch_encoder import PatchEncoder
-from datasets.slides import open_slide
-from datasets.spec import get_spec
-from datasets.tables import load_slide
-from models.backbones import build_backbone
+from datasets.tables.slide_table import load_slide
+from models.patch_encoders.build import build_patch_encoder
 from preprocess.extract_features_uni import main
-from preprocess.extraction import ExtractionSettings, choose_slides, extract
+from preprocess.extraction.extract import ExtractionSettings, choose_slides, extract
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return build_backbone("efficientnet-lite0")
+def patch_encoder():
+    return build_patch_encoder("efficientnet-lite0")
 
 
 def _copy(tiny_data: Path, folder: Path, slides: tuple[str, ...]) -> Path:
@@ -73,11 +73,11 @@ def _caches(data_dir: Path) -> list[str]:
     )
 
 
-def _encode(backbone, pixels: np.ndarray, view: int = 0):
-    return backbone(dihedral_view(torch.from_numpy(pixels.copy()).permute(2, 0, 1), view)[None])
+def _encode(patch_encoder, pixels: np.ndarray, view: int = 0):
+    return patch_encoder(dihedral_view(torch.from_numpy(pixels.copy()).permute(2, 0, 1), view)[None])
 
 
-def test_all_caches_of_a_slide_equal_a_slow_version(extracted, backbone):
+def test_all_caches_of_a_slide_equal_a_slow_version(extracted, patch_encoder):
     layout = _layout(extracted)
     table = load_slide(layout, "A1")
     centers = table.obsm["center"]
@@ -92,23 +92,23 @@ def test_all_caches_of_a_slide_equal_a_slow_version(extracted, backbone):
         for spot in range(0, table.n_obs, 7):
             for tile in np.flatnonzero(is_valid[spot])[::5]:
                 pixels = image.read_region(*corners[spot, tile], SIZE, SIZE)
-                expected = _encode(backbone, pixels).pooled[0]
+                expected = _encode(patch_encoder, pixels).pooled[0]
                 np.testing.assert_allclose(neighbor[spot, tile], expected, rtol=1e-3, atol=1e-4)
             patch = image.read_region(*corners[spot, 12], SIZE, SIZE)
-            np.testing.assert_allclose(target[spot], _encode(backbone, patch).pooled[0], rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(target[spot], _encode(patch_encoder, patch).pooled[0], rtol=1e-3, atol=1e-4)
             for view in range(2):
-                expected = _encode(backbone, patch, view).tokens[0]
+                expected = _encode(patch_encoder, patch, view).tokens[0]
                 np.testing.assert_allclose(token[spot, view], expected, rtol=2e-3, atol=2e-3)
 
 
-def test_caches_say_what_they_are_of(extracted, backbone):
+def test_caches_say_what_they_are_of(extracted, patch_encoder):
     layout = _layout(extracted)
     table = load_slide(layout, "A1")
     identity = read_identity(layout.cache_path("token", "A1"))
     assert (identity.kind, identity.encoder, identity.encoder_sha256) == (
         "token",
         "efficientnet-lite0",
-        backbone.weights_sha256,
+        patch_encoder.weights_sha256,
     )
     assert (identity.patch_size, identity.num_neighbors, identity.views, identity.dtype) == (SIZE, 5, 2, "float16")
     with open_slide(layout.image_path("A1")) as image:
@@ -144,7 +144,7 @@ def _paint(root: Path, is_exchanged: bool) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("is_exchanged", [False, True])
-def test_features_stay_with_their_spots_in_an_external_set(tiny_data, tmp_path, backbone, is_exchanged):
+def test_features_stay_with_their_spots_in_an_external_set(tiny_data, tmp_path, patch_encoder, is_exchanged):
     """Row by row of the loader's table, for both conventions of the pixel columns: the feature is that of the spot's id."""
     root = tmp_path / "test" / "painted"
     shutil.copytree(tiny_data / "test" / "demo_external", root, ignore=shutil.ignore_patterns("*.h5", "*.json"))
@@ -160,7 +160,7 @@ def test_features_stay_with_their_spots_in_an_external_set(tiny_data, tmp_path, 
     with open_slide(layout.image_path("X1")) as image:
         crops = [true_centers[spot] for spot in table.obs_names]
         patches = np.stack([image.read_region(x - 32, y - 32, SIZE, SIZE) for x, y in crops])
-    expected = backbone(torch.from_numpy(patches).permute(0, 3, 1, 2))
+    expected = patch_encoder(torch.from_numpy(patches).permute(0, 3, 1, 2))
     tolerance = {"rtol": 1e-3, "atol": 5e-3}
     np.testing.assert_allclose(target, expected.pooled, **tolerance)
     np.testing.assert_allclose(neighbor[:, 12], expected.pooled, **tolerance)
@@ -210,7 +210,7 @@ def test_the_variant_of_the_token_cache_is_part_of_it(extracted, tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_slide_leaves_nothing_and_is_made_again(data_dir, backbone, capsys, error):
+def test_an_interrupted_slide_leaves_nothing_and_is_made_again(data_dir, patch_encoder, capsys, error):
     layout = _layout(data_dir)
     settings = ExtractionSettings(("target", "token"), num_workers=1, command="extract", views=1)
     num_batches = 0
@@ -220,21 +220,21 @@ def test_an_interrupted_slide_leaves_nothing_and_is_made_again(data_dir, backbon
         num_batches += 1
         if num_batches == 6:  # in the second slide
             raise error("stopped")
-        return backbone(images)
+        return patch_encoder(images)
 
     def encoder(encode):
-        return PatchEncoder(encode, torch.device("cpu"), batch_size=8)
+        return BatchedPatchEncoder(encode, torch.device("cpu"), batch_size=8)
 
     with pytest.raises(error):
-        extract(layout, choose_slides(layout, None, settings.kinds), backbone, encoder(interrupted), settings)
+        extract(layout, choose_slides(layout, None, settings.kinds), patch_encoder, encoder(interrupted), settings)
     assert _caches(data_dir) == ["gt_features_64/A1.h5", "token_features_64/A1.h5"], "A1 whole, nothing of B1"
     assert ("the same command goes on" in capsys.readouterr().out) == (error is KeyboardInterrupt)
-    extract(layout, choose_slides(layout, None, settings.kinds), backbone, encoder(backbone), settings)
+    extract(layout, choose_slides(layout, None, settings.kinds), patch_encoder, encoder(patch_encoder), settings)
     assert "1 slides are complete and skipped: A1" in capsys.readouterr().out
     assert len(_caches(data_dir)) == 4
 
 
-def test_a_slide_that_cannot_be_decoded_costs_no_other(data_dir, backbone, capsys):
+def test_a_slide_that_cannot_be_decoded_costs_no_other(data_dir, patch_encoder, capsys):
     """It is opened while the slide before is encoded, and its error comes when that one is on the disk."""
     layout = _layout(data_dir)
     path = layout.image_path("B1")

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from datasets.counts import read_counts
-from datasets.expression import highest_mean_panel
+from datasets.known_sets import SPECS
 from datasets.layout import Layout
-from datasets.spec import SPECS
-from datasets.tables import load_slide
-from preprocess.common import Options
+from datasets.tables.counts import read_counts
+from datasets.tables.expression import highest_mean_panel
+from datasets.tables.slide_table import load_slide
 from preprocess.prepare_her2st import prepare_her2st
+from preprocess.raw.prepare import Options
 from utils.files import load_names
 
 ROOT = Path(__file__).resolve().parents[2]

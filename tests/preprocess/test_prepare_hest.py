@@ -14,13 +14,13 @@ import yaml
 from PIL import Image
 from scipy import sparse
 
-from datasets.feature_cache import read_features, read_identity
+from datasets.features.cache import read_features, read_identity
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.spec import get_spec
-from datasets.tables import load_slide
-from preprocess.common import Options
-from preprocess.hest_samples import patients_of, pixel_size, read_metadata
+from datasets.tables.slide_table import load_slide
 from preprocess.prepare_hest import main, prepare_hest
+from preprocess.raw.hest import patients_of, pixel_size, read_metadata
+from preprocess.raw.prepare import Options
 from utils.files import load_names
 
 SMALL = Options(num_genes=2)

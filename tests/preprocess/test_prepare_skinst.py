@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from datasets.known_sets import SPECS
 from datasets.layout import Layout
-from datasets.spec import SPECS
-from datasets.tables import load_slide
-from preprocess.common import Options
+from datasets.tables.slide_table import load_slide
 from preprocess.prepare_skinst import main, prepare_skinst
+from preprocess.raw.prepare import Options
 from utils.files import load_names
 
 SKINST = SPECS["skinst"]

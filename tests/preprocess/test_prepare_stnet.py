@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from datasets.known_sets import SPECS
 from datasets.layout import Layout
-from datasets.spec import SPECS
-from datasets.tables import load_slide
-from preprocess.common import Options
-from preprocess.gene_map import read_gene_map, symbols_of
+from datasets.tables.slide_table import load_slide
 from preprocess.prepare_stnet import main, prepare_stnet
+from preprocess.raw.gene_map import read_gene_map, symbols_of
+from preprocess.raw.prepare import Options
 from utils.files import load_names
 
 STNET = SPECS["stnet"]

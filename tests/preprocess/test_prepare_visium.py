@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.spec import get_spec
-from datasets.tables import load_slide
+from datasets.tables.slide_table import load_slide
 from preprocess.extract_features_uni import build_parser, resolve
 from preprocess.prepare_visium import main, training_panel
-from preprocess.visium_outs import read_outs
+from preprocess.raw.space_ranger import read_outs
 from tests.space_ranger import Outs, write_outs
 from utils.checkpoint import save_checkpoint
 from utils.config import load_config
@@ -272,7 +272,7 @@ def test_the_commands_said_for_a_run_make_the_features_it_was_trained_on(
 
 
 def test_scale_factors_stand_in_where_the_array_cannot_be_fitted(tmp_path, picture):
-    from preprocess.visium_outs import microns_per_pixel
+    from preprocess.raw.space_ranger import microns_per_pixel
 
     outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
     positions = outs.folder / "spatial" / "tissue_positions.csv"

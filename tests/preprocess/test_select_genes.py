@@ -81,7 +81,7 @@ def test_methods_choose_what_they_say(layout, tmp_path):
 
 
 def test_variability_does_not_depend_on_the_order_of_slides(layout):
-    from datasets.tables import load_slide
+    from datasets.tables.slide_table import load_slide
 
     slides = [load_slide(layout, slide, GENES) for slide in ("A1", "B1", "C1")]
     assert genes_by_variability(slides, 6) == genes_by_variability(slides[::-1], 6)

@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from datasets.expression import expression_targets
-from datasets.geometry import neighbor_validity
+from datasets.images.geometry import neighbor_validity
+from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.spec import get_spec
-from datasets.tables import load_slide
+from datasets.tables.expression import expression_targets
+from datasets.tables.slide_table import load_slide
 from preprocess.simulate_demo import MANIFEST, simulate
 from preprocess.simulation.genes import GENES, PROGRAM_OF, PROGRAMS, activities, gene_model
 from preprocess.simulation.slide import simulate_slide

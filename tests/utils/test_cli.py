@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils.cli import device_from, run
+from utils.cli import run
+from utils.devices import device_from
 
 
 def failing(error):

@@ -1,0 +1,1 @@
+"""What the patch encoder makes of patches: computed, cached, verified, read."""

@@ -1,0 +1,1 @@
+"""Regions of an image of any supported kind, patch windows, tissue."""

@@ -1,0 +1,1 @@
+"""Counts and spots of a slide: read, checked, joined; and what is computed from them."""

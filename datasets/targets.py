@@ -1,0 +1,66 @@
+"""TODO datasets/targets.py"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from anndata import AnnData
+from torch import Tensor
+
+from datasets.spots import SpotStore
+from datasets.tables.expression import expression_targets
+
+MOST_ABSENT = 0.1  # of a panel may be absent from the counts of a test slide
+
+
+def slide_targets(
+    table: AnnData, genes: Sequence[str], smoothing: bool = True, *, absent_is_zero: bool = False
+) -> np.ndarray:
+    """Targets of a slide for a gene panel: float32 (N, G), log10(1 + counts per 10 000 of the panel).
+
+    absent_is_zero: a panel gene that the table lacks was not found on the slide, as in the tables of ST counts, which
+        leave such genes out. At most a tenth of the panel: beyond that the names are of another kind.
+    Raises ValueError as `check_panel`.
+    """
+    absent = absent_genes(table, genes)
+    if not absent_is_zero or len(absent) > MOST_ABSENT * len(genes):
+        check_panel(table, genes)
+    found = [gene for gene in genes if gene in table.var_names]
+    counts = table[:, found].X
+    panel = np.zeros((table.n_obs, len(genes)))
+    panel[:, [gene in table.var_names for gene in genes]] = counts.toarray() if hasattr(counts, "toarray") else counts
+    return expression_targets(panel, table.obsm["grid"], smoothing=smoothing)
+
+
+def absent_genes(table: AnnData, genes: Sequence[str]) -> list[str]:
+    """Panel genes that the slide has no counts of."""
+    return [gene for gene in genes if gene not in table.var_names]
+
+
+def check_panel(table: AnnData, genes: Sequence[str]) -> None:
+    """Raise ValueError that names the slide and the panel genes it does not hold."""
+    absent = absent_genes(table, genes)
+    if absent:
+        raise ValueError(
+            f"slide {table.uns['slide']} has no counts for {len(absent)} of the {len(genes)} panel genes "
+            f"({', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}). Make a panel of the genes that all slides "
+            "have: python preprocess/select_genes.py --config NAME --overwrite"
+        )
+
+
+def store_targets(
+    store: SpotStore,
+    slides: Iterable[str],
+    genes: Sequence[str],
+    smoothing: bool = True,
+    *,
+    absent_is_zero: bool = False,
+) -> Tensor:
+    """(R, G) targets of the named slides at their rows; NaN at the rows of all others, so that none is used by mistake."""
+    targets = torch.full((store.slides[-1].stop, len(genes)), torch.nan)
+    for slide in store.named(slides):
+        found = slide_targets(slide.table, genes, smoothing, absent_is_zero=absent_is_zero)
+        targets[slide.start : slide.stop] = torch.from_numpy(found)
+    return targets

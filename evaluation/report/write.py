@@ -1,0 +1,225 @@
+"""What a run leaves for its readers: summary.json, summary.md, figures and report.html.
+
+Everything is made from the files of the run folder (`evaluation.fold_files` lists them), so it can be made again at
+any time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from evaluation import aggregation
+from evaluation.comparison.write import write_comparison
+from evaluation.fold_files import FoldRecord, plain, read_run
+from evaluation.report import figures, html
+from evaluation.report.drawing import draw_side_by_side
+from evaluation.report.fold_figures import Picture, figures_of, pcc_by_scale, write_figures
+from evaluation.report.style import save_figure
+from evaluation.report.tables import (
+    check_summary,
+    fold_rows,
+    interval_rows,
+    list_rows,
+    price_rows,
+    protocol_rows,
+    scale_rows,
+)
+from evaluation.summary import choice_of_epoch
+from utils.files import require_file, write_text
+
+__all__ = ["UNIT", "format_table", "write_comparison", "write_figures", "write_report", "write_summary"]
+
+# What `datasets.tables.expression` makes, for summaries that do not name their unit.
+UNIT = "log10(1 + counts per 10 000 of the panel)"
+LEGEND = (
+    "PCC(A): over all genes of the panel. PCC(H): over the highly predictive genes; PCC(HVG): over the "
+    "most variable ones. "
+    "MSE of mean, MAE of mean: errors of predicting the mean of the training spots."
+)
+SECTIONS = (
+    ("Mean over patients with bootstrap 95 % interval", interval_rows),
+    ("Every scale and every target", scale_rows),
+    ("The same predictions averaged as in either protocol", protocol_rows),
+    ("PCC(H) under the list of either protocol", list_rows),
+    ("What choosing the epoch on the test fold would gain", price_rows),
+)
+
+
+def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Write summary.json (sorted keys: equal runs give equal bytes) and summary.md; returns both paths.
+
+    summary: as `evaluation.protocol.summarise` makes it; optional: "unit". ValueError lists required keys it lacks.
+    """
+    check_summary(summary, "the summary")
+    run_dir = Path(run_dir)
+    content = json.dumps(plain(summary), indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return write_text(run_dir / "summary.json", content), write_text(run_dir / "summary.md", _markdown(summary))
+
+
+def format_table(summary: Mapping[str, Any]) -> str:
+    """The folds, their mean and standard deviation as text for the terminal; the first line names the protocol."""
+    check_summary(summary, "the summary")
+    return "\n".join(
+        [
+            str(summary["protocol_description"]),
+            "",
+            fold_rows(summary).to_text(),
+            "",
+            LEGEND,
+            f"Unit of every error: {summary.get('unit') or UNIT}.",
+            *(f"Note: {note}" for note in summary["notes"]),
+        ]
+    )
+
+
+def _markdown(summary: Mapping[str, Any]) -> str:
+    description = str(summary["protocol_description"])
+    parts = [
+        f"**{description[0].upper()}{description[1:]}.**",
+        f"# {summary['run']}",
+        f"{_counts(summary)} Unit of every target, prediction and error: {summary.get('unit') or UNIT}.",
+        "## Folds",
+        fold_rows(summary).to_markdown(),
+        LEGEND,
+    ]
+    if summary["notes"]:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in summary["notes"])]
+    for heading, rows in SECTIONS:
+        table = rows(summary)
+        if table is not None:
+            parts += [f"## {heading}", table.to_markdown()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _counts(summary: Mapping[str, Any]) -> str:
+    """ "4 folds, 4 patients, 8 slides, 960 spots, 60 genes." of what the summary knows."""
+    names = ("folds", "patients", "slides", "spots", "genes")
+    known = [(name, summary.get(f"num_{name}")) for name in names]
+    return ", ".join(f"{count} {name if count != 1 else name[:-1]}" for name, count in known if count is not None) + "."
+
+
+def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int = 2) -> Path:
+    """Write report.html from the files of a run (summary.json first of all); returns its path.
+
+    genes, count: as in `write_figures`; figures that are on disk and up to date are taken as they are.
+    """
+    run_dir = Path(run_dir)
+    path = require_file(
+        run_dir / "summary.json", "Make it first: python main.py --mode test --model_path RUN writes the summary."
+    )
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno}). Make the summary again.") from error
+    check_summary(summary, str(path))
+    records, _ = read_run(run_dir)
+    draw_side_by_side([record.path for record in records], genes=genes, count=count)
+    description = str(summary["protocol_description"])
+    sections = [
+        html.Section("protocol", "Protocol and caveats", _protocol_part(summary)),
+        html.Section("scores", "Scores", _scores_part(summary)),
+        *_run_parts(run_dir, records, summary),
+        *(html.Section(f"fold-{r.index}", f"Fold {r.name}", _fold_part(r, genes, count)) for r in records),
+        html.Section("settings", "Configuration and versions", _settings_part(run_dir)),
+    ]
+    page = html.page(
+        title=f"Gene-DML: {summary['run']}",
+        lead=f"{description[0].upper()}{description[1:]}.",
+        sections=sections,
+        footer="Made from the files of the run folder; the figures are there as PNG and SVG.",
+    )
+    return write_text(run_dir / "report.html", page)
+
+
+def _protocol_part(summary: Mapping[str, Any]) -> str:
+    unit = summary.get("unit") or UNIT
+    return html.note_list(summary["notes"]) + html.paragraph(
+        f"{_counts(summary)} Unit of every target, prediction and error: {unit}."
+    )
+
+
+def _scores_part(summary: Mapping[str, Any]) -> str:
+    parts = [html.scrollable(fold_rows(summary).to_html("Folds")), html.paragraph(LEGEND)]
+    for heading, rows in SECTIONS:
+        table = rows(summary)
+        if table is not None:
+            parts.append(html.scrollable(table.to_html(heading)))
+    return "\n".join(parts)
+
+
+def _run_parts(run_dir: Path, records: Sequence[FoldRecord], summary: Mapping[str, Any]) -> list[html.Section]:
+    """Patients and genes of the whole run, with figures of their own in `figures/` of the run."""
+    folder = run_dir / "figures"
+    scores = pd.concat([record.per_gene_slide for record in records], ignore_index=True)
+    slides = aggregation.select(scores).groupby(["patient", "slide"], sort=False)["pearson"].mean()
+    by_patient = {name: group.tolist() for name, group in slides.groupby(level="patient", sort=False)}
+    interval = (summary.get("intervals") or {}).get("pcc_all", {})
+    low, high, mean = (float("nan") if interval.get(key) is None else interval[key] for key in ("low", "high", "mean"))
+    figure = figures.patient_dots(by_patient, mean=mean, interval=(low, high) if low == low else None)
+    save_figure(figure, folder / "patients")
+    table = aggregation.gene_table(scores, records[0].protocol)
+    save_figure(figures.pcc_distribution(pcc_by_scale(table)), folder / "pcc_distribution")
+    fused = aggregation.select(table)
+    spread = aggregation.select(scores).groupby("gene")["pearson"].std().reindex(fused["gene"])
+    bars = figures.gene_bars(list(fused["gene"]), fused["pearson"].to_numpy(), spread=spread.to_numpy())
+    save_figure(bars, folder / "gene_bars")
+    patients = html.picture(
+        folder / "patients.png",
+        alt="PCC(A) of every slide and patient",
+        caption="PCC(A) of the fused prediction. Small dots: slides; large dots: means of a patient; "
+        "diamond: mean over patients with its bootstrap interval.",
+    )
+    genes = html.picture(
+        folder / "pcc_distribution.png",
+        alt="PCC of every gene by scale",
+        caption="PCC of every gene, by scale. Bar: the middle half of the genes; line and number: median.",
+    ) + html.picture(
+        folder / "gene_bars.png",
+        alt="The genes of highest and lowest PCC",
+        caption="Genes of highest and lowest PCC of the fused prediction; lines: standard deviation over slides.",
+    )
+    return [html.Section("patients", "Patients", patients), html.Section("genes", "Genes", genes)]
+
+
+def _fold_part(record: FoldRecord, genes: Sequence[str], count: int) -> str:
+    """Training, clusters and genes on the tissue of one fold."""
+    pictures = figures_of(record.path, genes=genes, count=count)
+    split = record.split
+    held_out = f" ({', '.join(split['validation_patients'])})" if split.get("validation_patients") else ""
+    parts = [
+        html.paragraph(
+            f"Tested on {', '.join(split['test_patients'])} ({record.result['num_slides']} slides, "
+            f"{record.result['num_spots']} spots); trained on {', '.join(split.get('train_patients', [])) or 'unknown'}; "
+            f"{choice_of_epoch([record])}{held_out}."
+        )
+    ]
+    for kind, heading in (("curves", "Training"), ("clusters", "Clusters of a batch")):
+        parts += [f"<h3>{heading}</h3>{_embedded(record, shown)}" for shown in pictures if shown.kind == kind]
+    for group, heading in (("chosen", "Chosen genes"), ("best", "Best genes"), ("worst", "Worst genes")):
+        maps, points = ([p for p in pictures if (p.group, p.kind) == (group, kind)] for kind in ("map", "scatter"))
+        if maps:
+            row = "".join(_embedded(record, shown) for shown in points)
+            parts.append(f"<h3>{heading}</h3>" + "".join(_embedded(record, shown) for shown in maps))
+            parts.append(f'<div class="row">{row}</div>')
+    if not any(shown.kind == "map" for shown in pictures):
+        parts.append(html.paragraph("No maps: this fold holds no prediction files, or no gene with a defined PCC."))
+    return "\n".join(parts)
+
+
+def _embedded(record: FoldRecord, shown: Picture) -> str:
+    path = record.path / "figures" / f"{shown.name}.png"
+    return html.picture(path, alt=shown.alt, caption=shown.caption, photograph=shown.kind == "map")
+
+
+def _settings_part(run_dir: Path) -> str:
+    parts = []
+    for name, heading in (("config.yaml", "Configuration"), ("versions.json", "Versions")):
+        path = run_dir / name
+        text = path.read_text(encoding="utf-8") if path.is_file() else f"{name} is not in the run folder."
+        parts.append(f"<h3>{heading}</h3>{html.preformatted(text)}")
+    return "\n".join(parts)

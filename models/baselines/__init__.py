@@ -1,0 +1,1 @@
+"""What Gene-DML is compared with, behind the same contract."""

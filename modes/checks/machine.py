@@ -1,0 +1,136 @@
+"""The doctor on the machine: encoder and weights, device, memory and disk against what the run will need."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from datasets.features.encoding import VIEW_COUNTS
+from datasets.features.reader import extraction_command
+from datasets.layout import Layout
+from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
+from modes.checks.findings import Findings
+from modes.training.compose import find_patch_encoder_weights, needs_of
+from modes.training.memory import BATCHES_ON_DEVICE, Demand
+from modes.training.run_data import runs_encoder
+from utils.config import Config
+from utils.devices import device_from
+
+
+def check_patch_encoder_files(
+    config: Config, layout: Layout, slides: Sequence[str], have_features: bool, findings: Findings
+) -> PatchEncoderSpec | None:
+    """The encoder's name, the size of its patches, and its weights where the run (or an extraction before it) needs them."""
+
+    def takes_patches() -> PatchEncoderSpec:
+        found = patch_encoder_spec(config.DATA.encoder)
+        found.check_size(layout.patch_size, layout.patch_size)
+        return found
+
+    spec = findings.attempt("encoder", takes_patches)
+    if spec is None:
+        return None
+    online = needs_of(config).tokens and runs_encoder(config, layout, slides)
+    if have_features and not online:
+        findings.ok("encoder", f"{spec.name}: not needed in training, everything it gives is cached.")
+        return spec
+    path = findings.attempt("encoder", lambda: find_patch_encoder_weights(config))
+    if path is not None:
+        why = "it runs in every step" if online and have_features else "for the extraction"
+        findings.ok("encoder", f"{spec.name}: {path} ({why}).")
+    return spec
+
+
+def check_device(gpu: int | None, device: str | None, findings: Findings) -> torch.device | None:
+    """The device asked for; None if it is not there."""
+    if gpu is None and device is None and not torch.cuda.is_available():
+        findings.warning("device", "no CUDA device: the CPU is used, which is for small models and trials.")
+        return torch.device("cpu")
+    found = findings.attempt("device", lambda: device_from(gpu, device))
+    if found is not None:
+        name = f" ({torch.cuda.get_device_name(found)})" if found.type == "cuda" else ""
+        findings.ok("device", f"{found}{name}.")
+    return found
+
+
+def check_token_cache(
+    config: Config,
+    config_name: str,
+    layout: Layout,
+    spots: int,
+    slides: Sequence[str],
+    spec: PatchEncoderSpec,
+    findings: Findings,
+) -> None:
+    """What a token cache would take, where there is none and the model reads tokens."""
+    if not needs_of(config).tokens or not runs_encoder(config, layout, slides) or config.DATA.tokens == "online":
+        return
+    views = VIEW_COUNTS[-1]
+    nbytes = spots * views * spec.num_tokens(layout.patch_size) * spec.dim * 2  # float16
+    free = shutil.disk_usage(layout.root).free
+    text = (
+        f"without token caches the encoder runs in every step. A cache of {views} views would take {gigabytes(nbytes)}, "
+        f"{gigabytes(free)} are free in {layout.root}"
+    )
+    command = extraction_command(layout, "token", None, spec.name, config_name)
+    if nbytes > free:
+        findings.warning(
+            "tokens",
+            f"{text}. One view takes {gigabytes(nbytes / views)} (--views 1: no augmentation), pooled tokens about a quarter "
+            f"(--token_pool 2): {command}",
+        )
+    else:
+        findings.warning("tokens", f"{text}: {command}")
+
+
+def check_memory(need: Demand, device: torch.device, findings: Findings) -> None:
+    """The demand against the memory of the host and of the device."""
+    on_cuda = device.type == "cuda"
+    parts = {
+        "features": need.features,
+        "patches": need.patches,
+        "encoder": need.encoder,
+        "model with Adam": need.model,
+        "a training step": need.batch,
+        "batches under way": BATCHES_ON_DEVICE * need.inputs if on_cuda else 0,
+    }
+    listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
+    # Features and patches stay on the host where they do not fit beside the rest (DATA.residence=auto).
+    host = need.features + need.patches + need.encoder + (0 if on_cuda else need.model + need.batch)
+    limits = [("host memory", host, available_memory())]
+    if on_cuda:
+        limits.append((f"memory of {device}", need.on_device, torch.cuda.mem_get_info(device)[0]))
+    for where, needed, free in limits:
+        if needed > free:
+            findings.problem(
+                "memory",
+                f"about {gigabytes(needed)} of {where} are needed, {gigabytes(free)} are free ({listed}). Choose a smaller "
+                "--batch_size, --slides_per_batch 5, a smaller model, or a larger machine.",
+            )
+        else:
+            findings.ok("memory", f"{where}: about {gigabytes(needed)} of {gigabytes(free)} free ({listed}).")
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may still take: of the machine, and of its control group where it has a limit."""
+    amounts = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        amounts.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        amounts.append(int(limit.read_text()) - int(used.read_text()))
+    return min(amounts, default=_physical_memory())
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.3g} GB"

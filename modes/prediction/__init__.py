@@ -1,0 +1,1 @@
+"""What test, external_test and predict share: trained folds, encoding, predicting a slide."""

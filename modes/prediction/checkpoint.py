@@ -1,0 +1,195 @@
+"""A trained fold on its test slides: predictions, tables, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets.features.reader import extraction_command
+from datasets.images.slides import open_slide
+from datasets.layout import Layout
+from datasets.spots import SlideRecord
+from datasets.tables.expression import UNIT
+from datasets.targets import slide_targets
+from engine import evaluate
+from evaluation.predictions import write_prediction
+from evaluation.protocol import SlideResult, score_fold, write_fold
+from modes.training.compose import make_model, make_predict
+from modes.training.run_data import Study
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.config import Config, config_from_dict, differences, with_overrides
+
+THUMBNAIL_PX = 2000
+
+
+def score_checkpoint(study: Study, checkpoint: Path, folder: Path) -> dict:
+    """Evaluate a checkpoint on the test slides of its fold and write everything into `folder`; returns the summary.
+
+    result.json is written last: its presence means that the fold is complete.
+    """
+    content = load_checkpoint(checkpoint)
+    check_same_patch_encoder(content, study, checkpoint)
+    records = study.store.named(content["fold"]["test_slides"])
+    predict = restored_predict(study, content, checkpoint)
+    predictions = evaluate([study.maker.slide(record) for record in records], predict, "test slides")
+    is_clean = content["fold"]["protocol"] == "clean"
+    results = [
+        slide_result(record, content["genes"], prediction, absent_is_zero=is_clean)
+        for record, prediction in zip(records, predictions)
+    ]
+    provenance = provenance_of(content, checkpoint)
+    for record, result in zip(records, results):
+        write_slide(study.layout, record, result, folder / "predictions" / f"{record.name}.h5ad", provenance)
+    smoothed, unsmoothed = content["training_mean"].numpy()
+    scores = score_fold(
+        results,
+        training_mean=smoothed,
+        training_mean_unsmoothed=unsmoothed,
+        gene_lists=content["gene_lists"],
+        protocol=content["fold"]["protocol"],
+    )
+    write_fold(scores, folder, extra={"epoch": content["epoch"] or None, "unit": UNIT})
+    return scores.summary
+
+
+def restored_predict(study: Study, content: dict, checkpoint: Path):
+    """`predict(slide)` with the weights of a checkpoint."""
+    model = restored_model(content, checkpoint, study.device)
+    return make_predict(model, study.config, study.encode, study.precision)
+
+
+def restored_model(content: dict, checkpoint: Path, device: torch.device) -> nn.Module:
+    """The model of a checkpoint with its weights."""
+    model = make_model(
+        config_from_dict(content["config"], str(checkpoint)),
+        feature_dim=content["encoder"]["dim"],
+        token_dim=content["encoder"]["token_dim"],
+        num_genes=len(content["genes"]),
+    ).to(device)
+    load_weights(model, content["model"], checkpoint)
+    return model
+
+
+def check_same_patch_encoder(content: dict, study: Study, checkpoint: Path) -> None:
+    """A checkpoint refuses features of another encoder, and tokens that are pooled otherwise than those of its training."""
+    made, found = content["encoder"], study.store.encoder
+    pool = made.get("token_pool", 1)
+    if pool != study.token_pool:
+        raise ValueError(
+            f"{checkpoint} was trained on tokens pooled by {pool}, those at hand are pooled by {study.token_pool} "
+            f"({study.token_source['source']}). Make token caches of the training's kind: extract again with --token_pool "
+            f"{pool} --overwrite, and leave DATA.tokens=online out."
+        )
+    if made["name"] != found.name or (
+        made["sha256"] != found.sha256 and "unknown" not in (made["sha256"], found.sha256)
+    ):
+        raise ValueError(
+            f"{checkpoint} was trained on features of {made['name']} (weights {made['sha256'][:12]}...), the features in "
+            f"{study.layout.root} are of {found.name} ({found.sha256[:12]}...). Extract those of the checkpoint's encoder, "
+            f"with its weights: {extraction_command(study.layout, 'all', None, made['name'], study.config_name, True)}"
+        )
+
+
+def slide_result(
+    record: SlideRecord, genes: list[str], prediction: dict[str, Tensor], *, absent_is_zero: bool
+) -> SlideResult:
+    """The predictions of a slide beside what was measured. absent_is_zero: as for `slide_targets`."""
+    return SlideResult(
+        slide=record.name,
+        patient=record.patient,
+        spot_ids=list(record.table.obs_names),
+        grid_xy=record.table.obsm["grid"],
+        genes=genes,
+        measured=slide_targets(record.table, genes, absent_is_zero=absent_is_zero),
+        measured_unsmoothed=slide_targets(record.table, genes, smoothing=False, absent_is_zero=absent_is_zero),
+        predictions={scale: values.numpy() for scale, values in prediction.items()},
+    )
+
+
+def write_slide(
+    layout: Layout, record: SlideRecord, result: SlideResult, path: Path, provenance: dict[str, object]
+) -> None:
+    """The prediction `.h5ad` of one measured slide, with a down-scaled image where the image is at hand."""
+    image, scale = thumbnail(layout, record)
+    write_prediction(
+        path,
+        slide=record.name,
+        spot_ids=result.spot_ids,
+        genes=result.genes,
+        predictions=result.predictions,
+        spatial_px=record.table.obsm["spatial"],
+        grid_xy=record.table.obsm["grid"],
+        measured=result.measured,
+        measured_unsmoothed=result.measured_unsmoothed,
+        image=image,
+        image_scale=scale,
+        spot_diameter_px=spot_diameter(record.table.obsm["spatial"], layout.patch_size),
+        unit=UNIT,
+        provenance=provenance,
+    )
+
+
+def provenance_of(content: dict, checkpoint: Path) -> dict[str, object]:
+    """Which checkpoint made a prediction, and in what unit."""
+    return {
+        "checkpoint": checkpoint.name,
+        "encoder": content["encoder"]["name"],
+        "encoder_sha256": content["encoder"]["sha256"],
+        "fold": content["fold"]["fold"],
+        "protocol": content["fold"]["protocol"],
+        "epoch": content["epoch"],
+        "smoothing": "mean over the 3x3 array neighborhood",
+        "log_base": 10,
+    }
+
+
+def thumbnail(layout: Layout, record: SlideRecord) -> tuple[np.ndarray | None, float]:
+    """(image, its pixels per full-resolution pixel); (None, 1) where only features are at hand."""
+    try:
+        path = layout.image_path(record.name)
+    except FileNotFoundError:
+        return None, 1.0
+    with open_slide(path) as slide:
+        return slide.thumbnail(THUMBNAIL_PX)
+
+
+def spot_diameter(spatial_px: np.ndarray, patch_size: int) -> float:
+    """Half the usual distance to the nearest spot, in full-resolution px: the ST arrays' 100 um spots on a 200 um pitch."""
+    if len(spatial_px) < 2:
+        return float(patch_size)
+    from scipy.spatial import KDTree
+
+    nearest = KDTree(spatial_px).query(spatial_px, k=2)[0][:, 1]
+    return float(np.median(nearest)) / 2
+
+
+# What a test may set differently from the training; everything else is part of the trained model.
+FREE_KEYS = (
+    "GENERAL.log_path",
+    "GENERAL.exp_id",
+    "DATA.data_dir",
+    "DATA.weights",
+    "DATA.tokens",
+    "DATA.residence",
+    "DATA.num_workers",
+    "TRAINING.precision",
+    "EVALUATION.chunk_size",
+)
+
+
+def restored_config(content: dict, checkpoint: Path, overrides: Sequence[str]) -> Config:
+    """The configuration of a checkpoint with what this machine does differently (paths, memory, precision)."""
+    trained = config_from_dict(content["config"], str(checkpoint))
+    config = with_overrides(trained, overrides)
+    changed = [line for line in differences(trained, config) if line.split(":")[0] not in FREE_KEYS]
+    if changed:
+        listed = "\n  ".join(changed)
+        raise ValueError(
+            f"{checkpoint} was trained with other settings, which cannot be changed afterwards:\n  {listed}\n"
+            f"Free are: {', '.join(FREE_KEYS)}."
+        )
+    return config

@@ -1,0 +1,156 @@
+"""What an external test needs before it predicts: folder, genes in common, verified features, warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from datasets.features.patch_encoder import BatchedPatchEncoder
+from datasets.features.reader import load_store
+from datasets.field_of_view import compare_fields_of_view, field_of_view
+from datasets.known_sets import get_spec, leaking_slides
+from datasets.layout import Layout
+from datasets.spots import SpotStore
+from datasets.tables.counts import gene_names
+from datasets.tokens import CachedTokens, open_tokens
+from modes.prediction.encode import open_patch_encoder
+from modes.prediction.ensemble import Member, field_of_view_of, shared_genes, token_pool_of
+from utils.cli import say
+from utils.config import Config
+from utils.files import safe_name
+from utils.text import some
+
+
+@dataclass
+class ExternalTest:
+    """Members and data of one external test. genes: those that are scored, in the order of the first fold's panel.
+
+    fold_notes: on folds that were left out, or taken although they are not finished.
+    """
+
+    members: list[Member]
+    layout: Layout
+    store: SpotStore
+    genes: list[str]
+    missing: list[str]
+    device: torch.device
+    tokens: CachedTokens | None
+    encoder: BatchedPatchEncoder | None  # where there is no token cache
+    fold_notes: list[str]
+
+    @property
+    def config(self) -> Config:
+        return self.members[0].config
+
+
+def external_layout(config: Config, test_name: str) -> Layout:
+    """<data_dir>/test/<test_name>, or, for the name of a training set that is prepared as such, its own folder."""
+    data = config.DATA
+    spec = get_spec(safe_name(test_name, "Test set"), data.data_dir)
+    sizes = {"patch_size": data.patch_size, "num_neighbors": data.num_neighbors}
+    external = Layout(data.data_dir, spec, test_name=test_name, **sizes)
+    internal = Layout(data.data_dir, spec, **sizes)
+    if spec.external or external.root.is_dir() or not internal.root.is_dir():
+        return external
+    if test_name == data.type:
+        raise ValueError(
+            f"--test_name {test_name}: the run was trained on these slides. Its folds are tested on the patients they have "
+            "not seen by: python main.py --mode test --model_path RUN"
+        )
+    return internal
+
+
+def open_test(members: list[Member], layout: Layout, device: torch.device, fold_notes: list[str]) -> ExternalTest:
+    """Find the genes that can be scored; read and verify counts, spots and features of the slides.
+
+    Raises ValueError / FileNotFoundError as `load_store`, and if no gene of the panel is measured.
+    """
+    slides = layout.slides_on_disk()
+    genes, missing = measured_genes(layout, slides, shared_genes(members))
+    member, made = members[0], members[0].content["encoder"]
+    store = load_store(
+        layout,
+        slides,
+        encoder=made["name"],
+        sha256=None if made["sha256"] == "unknown" else made["sha256"],
+        config_name=member.content["config_name"],
+        with_neighbors=member.needs.neighbors,
+        hold_neighbors=False,
+        genes=genes,
+    )
+    tokens, encoder = None, None
+    if member.needs.tokens:
+        tokens = cached_tokens(member, layout, store, device)
+        encoder = None if tokens else open_patch_encoder(member, device)
+    return ExternalTest(members, layout, store, genes, missing, device, tokens, encoder, fold_notes)
+
+
+def measured_genes(layout: Layout, slides: Sequence[str], panel: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Panel genes that every slide has measured, and the others."""
+    measured = set.intersection(*(set(gene_names(layout.counts_path(slide))) for slide in slides))
+    genes = [gene for gene in panel if gene in measured]
+    if not genes:
+        raise ValueError(
+            f"None of the {len(panel)} genes that the run predicts ({some(panel, 3)}) is in the counts of {layout.name} "
+            f"({some(sorted(measured), 3)}). If one lists Ensembl ids and the other symbols, prepare the set with a panel of "
+            f"symbols: python preprocess/prepare_visium.py --model_path RUN (it matches either)."
+        )
+    return genes, [gene for gene in panel if gene not in measured]
+
+
+def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torch.device) -> CachedTokens | None:
+    """The token caches if every slide has one (or DATA.tokens=cache); otherwise the encoder will run."""
+    config = member.config
+    has_all = all(layout.cache_path("token", slide.name).exists() for slide in store.slides)
+    if config.DATA.tokens == "online" or (config.DATA.tokens == "auto" and not has_all):
+        say("Target tokens: the frozen encoder runs on every patch once.")
+        return None
+    source = open_tokens(
+        layout,
+        store,
+        device,
+        choice="cache",
+        residence="host",  # each token is read once for each fold
+        num_workers=config.DATA.num_workers,
+        config_name=member.content["config_name"],
+    )
+    pool = source.store.identity.token_pool
+    if pool != token_pool_of(member):
+        raise ValueError(
+            f"The token caches of {layout.name} are pooled by {pool}, the run was trained on tokens pooled by "
+            f"{token_pool_of(member)}. Extract them again with --token_pool {token_pool_of(member)} --overwrite."
+        )
+    return source
+
+
+def warnings_of(test: ExternalTest) -> list[str]:
+    """What a reader of the scores must know before them: what was left out, leaks, fields of view, features of no origin."""
+    layout, config = test.layout, test.config
+    left_out = layout.left_out_note()
+    notes = [*test.fold_notes, *([left_out] if left_out else [])]
+    patients = {
+        p for m in test.members for part in ("train", "validation") for p in m.content["fold"][f"{part}_patients"]
+    }
+    slides = {record.name: record.patient for record in test.store.slides}
+    leaks = leaking_slides(config.DATA.type, patients, slides)
+    if leaks:
+        notes.append(
+            f"LEAKAGE: the run has been trained on the tissue of {len(leaks)} of {len(slides)} slides, so these scores are "
+            f"not those of unseen tissue: {'; '.join(leaks.values())}."
+        )
+    meant = layout.spec.training_type
+    if meant is not None and meant != config.DATA.type:
+        notes.append(f"{layout.name} is meant for models of {meant}; this run was trained on {config.DATA.type}.")
+    for record in test.store.slides:
+        here = field_of_view(layout, {record.name: record.table.obsm["spatial"]})
+        sentence, differs = compare_fields_of_view(field_of_view_of(test.members), here, record.name)
+        notes.append(f"WARNING: {sentence} --mode predict --match_mpp rescales the patches." if differs else sentence)
+        published = [k for k in ("target", "neighbor") if not layout.cache_path(k, record.name).exists()]
+        if published and layout.published_path("target", record.name) and layout.spec.exchanged_pixels:
+            notes.append(
+                f"WARNING: {record.name} is read from published features, which were extracted in another spot order than "
+                "they are read in; make them from the image with preprocess/extract_features_uni.py --mode external."
+            )
+    return notes

@@ -1,0 +1,1 @@
+"""What --mode train is made of: data of a run, splits, folds, resuming."""

@@ -1,0 +1,106 @@
+"""The memory that a training will take, from sizes alone: for the doctor, and for what stays free on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from datasets.features.cache import read_identity
+from datasets.features.patch_encoder import pooled_grid_side
+from datasets.layout import Layout
+from models.patch_encoders.build import PatchEncoderSpec
+from modes.training.compose import find_patch_encoder_weights, make_model, needs_of
+from utils.config import Config
+
+FLOAT = 4  # bytes
+# What a layer keeps for the backward pass, in widths of its token (inputs and outputs of its norms, q, k, v, attention,
+# dropout) and in widths of its hidden layer (before and after GELU, dropout). A test compares with what autograd keeps.
+KEPT_WIDTHS, KEPT_HIDDEN = 10, 3
+BACKWARD_SHARE = 1.3  # of what is kept: with the temporaries of the backward pass
+BATCHES_ON_DEVICE = 5  # one in the step, two made ahead, one being made, one not yet freed
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Bytes that a run will hold, roughly."""
+
+    features: int
+    patches: int  # where the encoder runs
+    encoder: int
+    model: int  # weights, gradients, Adam's two moments, and the best weights so far
+    batch: int  # activations of a training step
+    inputs: int = 0  # of one batch: tokens, neighbors, patches
+
+    @property
+    def on_device(self) -> int:
+        """What must find room on a GPU whatever else is held there: encoder, model, step, and batches under way."""
+        return round(self.encoder + self.model + BACKWARD_SHARE * self.batch + BATCHES_ON_DEVICE * self.inputs)
+
+    @property
+    def total(self) -> int:
+        return self.features + self.patches + self.encoder + self.model + self.batch
+
+
+def demand(
+    config: Config,
+    spec: PatchEncoderSpec,
+    spots: int,
+    slide_sizes: Sequence[int],
+    online: bool,
+    half: bool,
+    num_tokens: int | None = None,
+) -> Demand:
+    """What the run will hold, from sizes alone: the model is built without memory.
+
+    half: activations in 16 bits.  slide_sizes: number of spots of each slide.  num_tokens: of a target patch (default:
+    all that the encoder gives).
+    """
+    needs, data, tiles = needs_of(config), config.DATA, config.DATA.num_neighbors**2
+    with torch.device("meta"):
+        model = make_model(config, feature_dim=spec.pooled_dim, token_dim=spec.dim, num_genes=data.num_genes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    batch = inputs = 0
+    if needs.tokens:
+        tokens = num_tokens or spec.num_tokens(data.patch_size)
+        batch = activations(config, spec, tokens, slide_sizes) * (FLOAT // 2 if half else FLOAT)
+        of_spot = data.patch_size**2 * 3 if online else tokens * spec.dim * FLOAT // 2
+        of_spot += tiles * spec.pooled_dim * FLOAT * needs.neighbors
+        inputs = min(config.TRAINING.batch_size, spots) * of_spot
+    return Demand(
+        features=spots * spec.pooled_dim * (1 + tiles * needs.neighbors) * FLOAT,
+        patches=spots * data.patch_size**2 * 3 if online else 0,
+        encoder=_encoder_bytes(config) if online else 0,
+        model=parameters * FLOAT * 5,
+        batch=batch,
+        inputs=inputs,
+    )
+
+
+def tokens_of_spot(layout: Layout, slides: Sequence[str], spec: PatchEncoderSpec) -> int:
+    """Tokens of a target patch: of the token cache, which may be pooled, or of the encoder where there is none."""
+    num_tokens, prefix = spec.num_tokens(layout.patch_size), spec.prefix_tokens
+    paths = [layout.cache_path("token", slide) for slide in slides]
+    pool = next((read_identity(path).token_pool for path in paths if path.is_file()), 1)
+    return num_tokens if pool == 1 else prefix + pooled_grid_side(num_tokens, prefix, pool) ** 2
+
+
+def activations(config: Config, spec: PatchEncoderSpec, num_tokens: int, slide_sizes: Sequence[int]) -> int:
+    """Numbers kept for the backward pass of one batch: fusion, neighbor encoder, and the slides that the batch touches."""
+    model, size = config.MODEL, min(config.TRAINING.batch_size, sum(slide_sizes))
+    tiles, width = config.DATA.num_neighbors**2 * model.use_neighbor, model.projection_dim
+    fused_tokens = num_tokens + tiles + model.use_global
+    fusion = fused_tokens * (KEPT_WIDTHS * width + 2 * KEPT_HIDDEN * model.fusion_mlp_dim) + num_tokens * spec.dim
+    neighbor = tiles * model.neighbor_depth * (KEPT_WIDTHS + KEPT_HIDDEN * model.neighbor_mlp_ratio) * spec.pooled_dim
+    slides = sorted(slide_sizes, reverse=True)[: config.TRAINING.slides_per_batch or size]
+    context = sum(slides) * model.global_depth * (KEPT_WIDTHS + KEPT_HIDDEN * model.global_mlp_ratio) * spec.pooled_dim
+    return round(size * (fusion + neighbor) + context * model.use_global)
+
+
+def _encoder_bytes(config: Config) -> int:
+    """Size of the weight file; 0 where there is none, which is a finding of its own."""
+    try:
+        return find_patch_encoder_weights(config).stat().st_size
+    except FileNotFoundError:
+        return 0

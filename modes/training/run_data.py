@@ -1,0 +1,234 @@
+"""What all folds of a run share: the slides on disk, their features, the folds that can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
+from datasets.features.reader import load_store
+from datasets.folds import Fold, available_folds, make_folds, with_validation
+from datasets.layout import Layout
+from datasets.spots import SlideRecord, SpotStore, slide_of_row
+from datasets.targets import check_panel
+from datasets.tokens import CachedTokens, open_tokens
+from engine import Precision
+from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
+from modes.training.compose import Encode, find_patch_encoder_weights, make_encode, make_patch_encoder, needs_of
+from modes.training.memory import demand, tokens_of_spot
+from utils.cli import say
+from utils.config import Config
+from utils.files import load_names
+from utils.runs import generator_for
+
+
+@dataclass
+class Study:
+    """Data and devices of a run; everything that does not depend on the fold."""
+
+    config: Config
+    config_name: str
+    layout: Layout
+    device: torch.device
+    store: SpotStore
+    maker: BatchMaker
+    encode: Encode
+    token_dim: int
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(self.config.TRAINING.precision, self.device)
+
+    @property
+    def token_source(self) -> dict[str, object]:
+        """Where the target tokens come from and in which variant, for `split.json`: what a run was trained on."""
+        source = self.maker.source
+        if source is None:
+            return {"source": "none"}
+        if not isinstance(source, CachedTokens):
+            return {"source": "encoder", "views": source.num_views, "token_pool": 1}
+        identity = source.store.identity
+        return {
+            "source": "cache",
+            "views": identity.views,
+            "token_pool": identity.token_pool,
+            "dtype": identity.dtype,
+            "precision": identity.precision,
+        }
+
+    @property
+    def token_pool(self) -> int:
+        """By how much the grid of patch tokens is pooled in the token caches; 1 where the encoder runs."""
+        source = self.maker.source
+        return source.store.identity.token_pool if isinstance(source, CachedTokens) else 1
+
+
+def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> tuple[list[Fold], list[str]]:
+    """The folds that can be run with the slides on disk, inner validation patient included (clean protocol).
+
+    Returns them and one sentence for each thing that is left out, which is also said; ValueError when a wanted fold
+    cannot be run.
+    """
+    folds, notices = possible_folds(layout)
+    left_out = layout.left_out_note()
+    notices += [left_out] if left_out else []
+    for notice in notices:
+        say(notice)
+    if wanted is not None:
+        possible = {fold.index: fold for fold in folds}
+        missing = [index for index in wanted if index not in possible]
+        if missing:
+            raise ValueError(
+                f"fold {', '.join(map(str, missing))} cannot be run; with the slides in {layout.root} these can: "
+                f"{', '.join(f'{fold.index} ({fold.name})' for fold in folds)}."
+            )
+        folds = [possible[index] for index in sorted(set(wanted))]
+    if config.EVALUATION.protocol == "clean" and config.EVALUATION.fixed_epochs is None:
+        folds = [with_validation(fold, config.GENERAL.seed) for fold in folds]
+    return folds, notices
+
+
+def possible_folds(layout: Layout) -> tuple[list[Fold], list[str]]:
+    """The folds that the slides on disk allow, and one sentence for each thing that is left out."""
+    spec = layout.spec
+    on_disk = sorted({spec.patient_of(slide) for slide in layout.slides_on_disk()})
+    folds = make_folds(list(spec.patients) or on_disk, spec.fold_scheme, spec.num_folds, spec.fold_seed)
+    return available_folds(folds, on_disk)
+
+
+def slides_of(layout: Layout, patients: Sequence[str]) -> list[str]:
+    """Slides on disk of the patients, sorted."""
+    return [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in set(patients)]
+
+
+def open_study(
+    config: Config,
+    config_name: str,
+    layout: Layout,
+    slides: Sequence[str],
+    device: torch.device,
+    folds: Sequence[Fold] = (),
+) -> Study:
+    """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens.
+
+    folds: those that will be trained; k and the gene panel are checked against them. The cheap comes first: the encoder
+    and its weights, then tables and headers of caches, then k and panel, and only then the features are read.
+    """
+    needs = needs_of(config)
+    spec = patch_encoder_spec(config.DATA.encoder)
+    if needs.tokens and runs_encoder(config, layout, slides):
+        find_patch_encoder_weights(config)
+    panel = load_names(layout.panel_path) if folds and config.EVALUATION.protocol == "paper" else []
+
+    def inspect(records: list[SlideRecord]) -> None:
+        check_clusters(config, layout, records, folds)
+        for record in records:
+            check_panel(record.table, panel)
+
+    store = load_store(
+        layout,
+        slides,
+        encoder=config.DATA.encoder,
+        sha256=None,
+        config_name=config_name,
+        with_neighbors=needs.neighbors,
+        inspect=inspect,
+    )
+    _check_width(store, spec, layout)
+    source, encoder, token_dim = None, None, store.target_features.shape[1]
+    reserve = _reserve(config, layout, spec, store, device)
+    if needs.tokens:
+        source, encoder = _open_source(config, config_name, layout, store, device, reserve)
+        token_dim = source.dim if source.gives_tokens else encoder.dim
+    return Study(
+        config=config,
+        config_name=config_name,
+        layout=layout,
+        device=device,
+        store=store,
+        maker=BatchMaker(store, source, device, config.DATA.residence, reserve),
+        encode=make_encode(encoder),
+        token_dim=token_dim,
+    )
+
+
+def _reserve(config: Config, layout: Layout, spec: PatchEncoderSpec, store: SpotStore, device: torch.device) -> int:
+    """Bytes of the device that tokens and features must leave free; they are loaded before the model is."""
+    if device.type != "cuda":
+        return 0
+    slides = [slide.name for slide in store.slides]
+    return demand(
+        config,
+        spec,
+        spots=store.slides[-1].stop,
+        slide_sizes=[slide.stop - slide.start for slide in store.slides],
+        online=needs_of(config).tokens and runs_encoder(config, layout, slides),
+        half=Precision(config.TRAINING.precision, device).dtype != torch.float32,
+        num_tokens=tokens_of_spot(layout, slides, spec),
+    ).on_device
+
+
+def _open_source(
+    config: Config, config_name: str, layout: Layout, store: SpotStore, device: torch.device, reserve: int
+) -> tuple[object, nn.Module | None]:
+    """The source of target tokens and, when it gives patches, the frozen encoder that turns them into tokens."""
+    source = open_tokens(
+        layout,
+        store,
+        device,
+        choice=config.DATA.tokens,
+        residence=config.DATA.residence,
+        num_workers=config.DATA.num_workers,
+        config_name=config_name,
+        reserve=reserve,
+    )
+    if source.gives_tokens:
+        return source, None
+    encoder = make_patch_encoder(config, device)
+    if store.encoder.sha256 not in ("unknown", encoder.weights_sha256):
+        raise ValueError(
+            f"the features in {layout.root} were made with other weights of {encoder.name} (sha256 "
+            f"{store.encoder.sha256[:12]}...) than the ones found now ({encoder.weights_sha256[:12]}...). Give the same file "
+            "with --weights, or extract again with preprocess/extract_features_uni.py --overwrite."
+        )
+    return source, encoder
+
+
+def runs_encoder(config: Config, layout: Layout, slides: Sequence[str]) -> bool:
+    """Whether the frozen encoder will run in training: without a token cache of every slide, or when asked for."""
+    missing = [slide for slide in slides if not layout.cache_path("token", slide).exists()]
+    return config.DATA.tokens == "online" or (config.DATA.tokens == "auto" and bool(missing))
+
+
+def _check_width(store: SpotStore, spec: PatchEncoderSpec, layout: Layout) -> None:
+    """Published features do not say which encoder made them; only their width can contradict the configuration."""
+    width = store.target_features.shape[1]
+    if store.encoder.sha256 == "unknown" and width != spec.pooled_dim:
+        raise ValueError(
+            f"the features in {layout.root} have width {width}, those of {spec.name} have {spec.pooled_dim}: another encoder "
+            "made them (published features do not say which). Name it with --encoder, or extract those of "
+            f"{spec.name}: python preprocess/extract_features_uni.py --encoder {spec.name} --overwrite (with its other flags)"
+        )
+
+
+def check_clusters(config: Config, layout: Layout, records: Sequence[SlideRecord], folds: Sequence[Fold]) -> None:
+    """k against the smallest batch of every fold, before the first feature is read."""
+    if config.MODEL.name != "gene_dml" or config.LOSS.group_weight == 0:
+        return
+    for fold in folds:
+        rows = torch.cat([record.rows for record in records if record.patient in fold.train_patients])
+        sizes = [
+            len(batch)
+            for batch in epoch_rows(
+                slide_of_row(records),
+                rows,
+                batch_size=config.TRAINING.batch_size,
+                minimum=config.LOSS.k,
+                slides_per_batch=config.TRAINING.slides_per_batch,
+                generator=generator_for(config.GENERAL.seed, fold.index, 1, "batches"),
+            )
+        ]
+        check_batch_sizes(sizes, config.LOSS.k, fold.name)

@@ -1,0 +1,1 @@
+"""From images to caches: slides ahead, the patch encoder, writers."""

@@ -1,0 +1,351 @@
+"""Plan and carry out the extraction of a data set's features: what is there and valid is kept, the rest is made.
+
+Everything that can be known before the first patch is encoded is checked first: tables, images, existing caches, room
+on the disk. All problems come in one message.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets.features.cache import NO_ENCODER, CacheIdentity, payload_bytes, verify_cache
+from datasets.features.encoding import EncodingPlan, encode_slide
+from datasets.features.patch_encoder import BatchedPatchEncoder, pooled_grid_side
+from datasets.images.geometry import check_num_neighbors, check_patch_size
+from datasets.images.slides import Slide, open_slide
+from datasets.layout import Layout
+from datasets.tables.slide_table import check_inside, load_slide
+from models.patch_encoders.build import PatchEncoder
+from preprocess.extraction.patch_slide import PatchSlide
+from preprocess.extraction.prefetch import opened_in_turn
+from preprocess.extraction.writers import CacheWriters
+from utils.cli import progress, say
+
+_NAMED_AT_MOST = 8
+_CHECKED_FIELDS = ("kind", "encoder", "encoder_sha256", "image_fingerprint", "patch_size", "fill")
+_CHECKED_OF_KIND = {"neighbor": ("num_neighbors",), "token": ("views", "dtype", "token_pool")}
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """What to extract and how.
+
+    kinds: of target, neighbor, token, patch.  views, token_pool, token_dtype: the variant of the token cache.
+    command: the program with the flags that all slides and kinds share, for messages.
+    """
+
+    kinds: tuple[str, ...]
+    num_workers: int
+    command: str
+    overwrite: bool = False
+    views: int = 8
+    token_pool: int = 1
+    token_dtype: str = "float16"
+
+    def repair(self, kind: str, slide: str) -> str:
+        """The command that makes one cache of one slide again, as these settings would."""
+        variant = ""
+        if kind == "token":
+            variant = f" --views {self.views} --token_pool {self.token_pool} --dtype {self.token_dtype}"
+        return f"{self.command} --extract_mode {kind}{variant} --slides {slide} --overwrite"
+
+
+@dataclass(frozen=True)
+class SlideWork:
+    """One slide with the caches that have to be made."""
+
+    slide: str
+    spot_ids: list[str]
+    centers: np.ndarray
+    identities: dict[str, CacheIdentity]
+
+
+def extract(
+    layout: Layout,
+    slides: Sequence[str],
+    patch_encoder: PatchEncoder | None,
+    encoder: BatchedPatchEncoder | None,
+    settings: ExtractionSettings,
+) -> None:
+    """Make the caches of `slides` (see `choose_slides`) that are not there yet.
+
+    patch_encoder, encoder: the frozen encoder and the same on its device; None if only patches are cut.
+    Raises ValueError / FileNotFoundError listing every slide that cannot be used, or the room that is missing on the
+    disk, before anything is encoded. A slide that was interrupted leaves no file.
+    """
+    check_patch_size(layout.patch_size)
+    check_num_neighbors(layout.num_neighbors)
+    shapes = cache_shapes(layout, patch_encoder, settings)
+    work = plan(layout, slides, patch_encoder, encoder, settings)
+    if not work:
+        say(f"Nothing to do: all caches are there and valid ({', '.join(settings.kinds)}).")
+        return
+    _check_disk(layout.root, work, shapes, settings)
+    try:
+        extract_slides(layout, work, encoder, settings)
+    except KeyboardInterrupt:
+        say("Finished slides are kept, the one in work left no file; the same command goes on.")
+        raise
+
+
+def cache_shapes(
+    layout: Layout, patch_encoder: PatchEncoder | None, settings: ExtractionSettings
+) -> dict[str, tuple[int, ...]]:
+    """Shape of each kind for one spot. Raises ValueError if the encoder does not take such patches or such pooling."""
+    size, tiles = layout.patch_size, layout.num_neighbors**2
+    shapes: dict[str, tuple[int, ...]] = {"patch": (size, size, 3)}
+    if patch_encoder is not None:
+        num_tokens, prefix = patch_encoder.num_tokens(size), patch_encoder.spec.prefix_tokens
+        shapes |= {"target": (patch_encoder.pooled_dim,), "neighbor": (tiles, patch_encoder.pooled_dim)}
+        if settings.token_pool > 1:
+            num_tokens = prefix + pooled_grid_side(num_tokens, prefix, settings.token_pool) ** 2
+        shapes["token"] = (settings.views, num_tokens, patch_encoder.dim)
+    return {kind: shapes[kind] for kind in settings.kinds}
+
+
+def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequence[str]) -> list[str]:
+    """The slides asked for, or all with an image; those without are named. Reads no image, so it comes first.
+
+    A patch cache stands for the image where neither neighbors nor the patches themselves are wanted.
+
+    Raises ValueError for slides that are not there, FileNotFoundError if none has counts or an image.
+    """
+    known = layout.slides_with_counts()
+    if not known:
+        raise FileNotFoundError(f"{layout.counts_dir} holds no counts. {_how_to_prepare(layout)}")
+    if requested is not None:
+        unknown = [slide for slide in requested if slide not in known]
+        if unknown:
+            raise ValueError(
+                f"--slides {', '.join(unknown)}: no counts in {layout.counts_dir}. Slides there: {_some(known, 40)}."
+            )
+        return list(dict.fromkeys(requested))
+    chosen, without = [], []
+    for slide in known:
+        (chosen if _has_pixels(layout, slide, kinds) else without).append(slide)
+    if without:
+        say(f"{len(without)} of {len(known)} slides have no image and are skipped: {_some(without, 40)}.")
+    if not chosen:
+        raise FileNotFoundError(
+            f"None of the {len(known)} slides of {layout.name} has an image in {layout.images_dir}. Expected for "
+            f"{known[0]}: {layout.images_dir / layout.image_pattern(known[0])}."
+        )
+    return chosen
+
+
+def _how_to_prepare(layout: Layout) -> str:
+    if layout.spec.prepared_by is None:
+        return f"docs/{'external' if layout.spec.external else 'your_data'}.md says how to make them."
+    return f"Prepare them: python preprocess/{layout.spec.prepared_by} --data_dir {layout.data_dir}"
+
+
+def _has_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> bool:
+    return _has_image(layout, slide) or _patches_suffice(layout, slide, kinds)
+
+
+def _has_image(layout: Layout, slide: str) -> bool:
+    try:
+        layout.image_path(slide)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _patches_suffice(layout: Layout, slide: str, kinds: Sequence[str]) -> bool:
+    return not {"neighbor", "patch"} & set(kinds) and layout.cache_path("patch", slide).is_file()
+
+
+def _open_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> Slide | PatchSlide:
+    """The image of a slide; its patch cache where there is no image and patches are enough."""
+    try:
+        return open_slide(layout.image_path(slide))
+    except FileNotFoundError:
+        if not _patches_suffice(layout, slide, kinds):
+            raise
+    return PatchSlide(layout.cache_path("patch", slide))
+
+
+def plan(
+    layout: Layout,
+    slides: Sequence[str],
+    patch_encoder: PatchEncoder | None,
+    encoder: BatchedPatchEncoder | None,
+    settings: ExtractionSettings,
+) -> list[SlideWork]:
+    """What is left to do for each slide; valid caches are said and kept. One error lists every problem."""
+    work, problems, complete = [], [], []
+    for slide in progress(slides, description="checking", unit="slide", leave=False):
+        try:
+            item = _plan_slide(layout, slide, patch_encoder, encoder, settings)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        if item.identities:
+            work.append(item)
+        else:
+            complete.append(slide)
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise ValueError(f"{len(problems)} slides cannot be extracted:\n{listed}")
+    if complete:
+        say(f"{len(complete)} slides are complete and skipped: {_some(complete, 40)}.")
+    return work
+
+
+def _plan_slide(
+    layout: Layout,
+    slide: str,
+    patch_encoder: PatchEncoder | None,
+    encoder: BatchedPatchEncoder | None,
+    settings: ExtractionSettings,
+) -> SlideWork:
+    table = load_slide(layout, slide)
+    spot_ids, centers = list(table.obs_names), table.obsm["center"]
+    with _open_pixels(layout, slide, settings.kinds) as image:
+        check_inside(table, image.size, image.path)
+        common = {
+            "encoder": patch_encoder.name if patch_encoder else NO_ENCODER,
+            "encoder_sha256": patch_encoder.weights_sha256 if patch_encoder else NO_ENCODER,
+            "image_size": image.size,
+            "image_fingerprint": image.fingerprint(),
+            "patch_size": layout.patch_size,
+            "microns_per_pixel": image.microns_per_pixel or layout.spec.microns_of(slide),
+            "num_neighbors": layout.num_neighbors,
+            "precision": encoder.precision if encoder else NO_ENCODER,
+        }
+    pending = {}
+    for kind in settings.kinds:
+        identity = CacheIdentity(kind=kind, **_variant(kind, settings), **common)
+        path = layout.cache_path(kind, slide)
+        if path.exists() and not settings.overwrite:
+            checked = (*_CHECKED_FIELDS, *_CHECKED_OF_KIND.get(kind, ()))
+            expected = {name: getattr(identity, name) for name in checked}
+            verify_cache(path, expected, spot_ids, centers, repair=settings.repair(kind, slide))
+        else:
+            pending[kind] = identity
+    return SlideWork(slide, spot_ids, centers, pending)
+
+
+def _variant(kind: str, settings: ExtractionSettings) -> dict[str, object]:
+    if kind == "token":
+        return {"views": settings.views, "dtype": settings.token_dtype, "token_pool": settings.token_pool}
+    return {"views": 1, "dtype": "uint8" if kind == "patch" else "float32"}
+
+
+def _check_disk(
+    root: Path, work: Sequence[SlideWork], shapes: dict[str, tuple[int, ...]], settings: ExtractionSettings
+) -> None:
+    """Announce what will be written; ValueError with numbers and remedies if it does not fit on the disk."""
+    sizes: dict[str, int] = dict.fromkeys(shapes, 0)
+    for item in work:
+        for kind, identity in item.identities.items():
+            sizes[kind] += payload_bytes((len(item.spot_ids), *shapes[kind]), identity.dtype)
+    free = shutil.disk_usage(root).free
+    spots = sum(len(item.spot_ids) for item in work)
+    parts = ", ".join(f"{kind} {size / 1e9:.3g} GB {shapes[kind]}" for kind, size in sizes.items() if size)
+    say(f"{len(work)} slides, {spots} spots to do: {parts}; {free / 1e9:.3g} GB are free in {root}.")
+    if sum(sizes.values()) <= free:
+        return
+    remedies = ["fewer slides at a time (--slides)", "another disk (--data_dir)"]
+    if sizes.get("token"):
+        quarter = sizes["token"] / settings.views / 1e9
+        remedies = [
+            f"one view instead of {settings.views} (--views 1, {quarter:.3g} GB; training then has no augmentation)",
+            "pooled tokens (--token_pool 2, about a quarter)",
+            *(["--dtype float16 (half)"] if settings.token_dtype == "float32" else []),
+            "no token cache (--extract_mode target and neighbor; training then runs the encoder)",
+            *remedies,
+        ]
+    raise ValueError(
+        f"{sum(sizes.values()) / 1e9:.3g} GB are to be written to {root}, {free / 1e9:.3g} GB are free there. Possible: "
+        f"{'; '.join(remedies)}."
+    )
+
+
+def extract_slides(
+    layout: Layout, work: Sequence[SlideWork], encoder: BatchedPatchEncoder | None, settings: ExtractionSettings
+) -> None:
+    """Make the missing caches of all slides, one slide after the other, each in one pass over its image.
+
+    While a slide is encoded, the image of the next one is decoded and the files of the one before reach the disk. All
+    files of a slide appear at its end; what was encoded whole is written also when a later slide fails.
+    """
+    encoder = encoder or BatchedPatchEncoder(_no_encoder, torch.device("cpu"))
+    images = opened_in_turn(
+        [item.slide for item in work],
+        lambda slide: _open_pixels(layout, slide, settings.kinds),
+        lambda slide: _has_image(layout, slide),
+    )
+    unfinished: list[_EncodedSlide] = []  # one at most
+    with closing(images), progress(total=len(work), description="slides", unit="slide") as bar:
+        try:
+            for image, item in zip(images, work):
+                unfinished.append(_encode_one(layout, item, image, encoder, settings, unfinished))
+                bar.update()
+        finally:
+            _finish(unfinished)
+
+
+@dataclass(frozen=True)
+class _EncodedSlide:
+    """A slide whose blocks are all computed, and perhaps not yet on the disk.  summary: what to say when they are."""
+
+    summary: str
+    writers: CacheWriters
+
+
+def _finish(unfinished: list[_EncodedSlide]) -> None:
+    """Wait for the files of these slides, and take them from the list."""
+    while unfinished:
+        slide = unfinished.pop()
+        slide.writers.wait()
+        say(slide.summary)
+
+
+def _encode_one(
+    layout: Layout,
+    item: SlideWork,
+    image: Slide | PatchSlide,
+    encoder: BatchedPatchEncoder,
+    settings: ExtractionSettings,
+    before: list[_EncodedSlide],
+) -> _EncodedSlide:
+    """Hand all spots of one slide to its writers.  before: slides whose files have to be there first."""
+    started = time.perf_counter()
+    encoding = EncodingPlan(
+        kinds=tuple(item.identities),
+        patch_size=layout.patch_size,
+        num_neighbors=layout.num_neighbors,
+        views=settings.views,
+        token_pool=settings.token_pool,
+        token_dtype=getattr(torch, settings.token_dtype),
+    )
+    paths = {kind: layout.cache_path(kind, item.slide) for kind in item.identities}
+    with (
+        progress(total=len(item.spot_ids), description=item.slide, unit="spot", leave=False) as bar,
+        CacheWriters(paths, item.identities, item.spot_ids, item.centers) as writers,
+    ):
+        for spots in encode_slide(image, item.centers, encoder, encoding, num_workers=settings.num_workers):
+            writers.put(spots)
+            bar.update(spots.rows.stop - spots.rows.start)
+        _finish(before)
+    rate = len(item.spot_ids) / (time.perf_counter() - started)
+    return _EncodedSlide(f"{item.slide}: {', '.join(paths)} of {len(item.spot_ids)} spots, {rate:.1f} spots/s", writers)
+
+
+def _no_encoder(images: torch.Tensor) -> None:
+    raise AssertionError("patches are cut without an encoder")
+
+
+def _some(names: Sequence[str], most: int = _NAMED_AT_MOST) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

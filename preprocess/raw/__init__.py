@@ -1,0 +1,1 @@
+"""Downloads as they come: Space Ranger, HEST-1k, GEO; found, read, placed."""

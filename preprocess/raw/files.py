@@ -1,0 +1,151 @@
+"""Files of a source brought to their place: copied, linked or unpacked, never replacing what differs without leave.
+
+Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+from anndata import AnnData
+from PIL import Image
+
+from datasets.images.slides import open_slide
+from datasets.tables.counts import read_counts
+from utils.files import sha256, write_atomically, write_text
+from utils.text import some
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image, also of a plain one that is compressed as a whole; the pixels are not decoded."""
+    if path.suffix != ".gz":
+        with open_slide(path) as image:
+            return image.size
+    try:
+        with gzip.open(path) as file, Image.open(file) as image:
+            return image.size
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} is no readable image (truncated?): {error}") from error
+
+
+def place_file(source: Path, target: Path, *, overwrite: bool, link: bool = False) -> str:
+    """Copy a file, or link it unless it is compressed. Returns "copied", "linked" or "kept" (it is there already).
+
+    Raises ValueError if the target is there, differs, and --overwrite is not given.
+    """
+    source = source.resolve(strict=True)
+    if target.exists() or target.is_symlink():
+        if target.exists() and same_content(source, target):
+            return "kept"
+        if not overwrite:
+            raise ValueError(f"{target} is there already and differs from {source}. Use --overwrite to replace it.")
+    if link and not is_packed(source, target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.link")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(source)
+        os.replace(temporary, target)
+        return "linked"
+
+    def copy(temporary: Path) -> None:
+        with unpacked(source, target) as file, open(temporary, "wb") as out:
+            shutil.copyfileobj(file, out, 1 << 20)
+
+    try:
+        write_atomically(target, copy)
+    except EOFError as error:
+        raise ValueError(f"{source} is not complete: {error}. Download it again.") from error
+    return "copied"
+
+
+def is_packed(source: Path, target: Path) -> bool:
+    """Whether the target is the source without its compression."""
+    return source.suffix == ".gz" and target.suffix != ".gz"
+
+
+def unpacked(source: Path, target: Path) -> BinaryIO:
+    """The bytes that belong into the target."""
+    return gzip.open(source, "rb") if is_packed(source, target) else open(source, "rb")
+
+
+def same_content(source: Path, target: Path) -> bool:
+    """Whether the target holds what a copy would; lengths first, since images are large."""
+    if is_packed(source, target):
+        with unpacked(source, target) as first, open(target, "rb") as second:
+            return hashlib.file_digest(first, "sha256").digest() == hashlib.file_digest(second, "sha256").digest()
+    if source.samefile(target):
+        return True
+    return source.stat().st_size == target.stat().st_size and sha256(source) == sha256(target)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files of a source, however it was unpacked, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def find_file(files: Sequence[Path], pattern: str, what: str, *, required: bool = True) -> Path | None:
+    """The one file whose name matches the regular expression; of a file and its compressed twin, the file.
+
+    Raises FileNotFoundError if there is none (None if not `required`), ValueError if there are several.
+    """
+    found = {path.name: path for path in files if re.fullmatch(pattern, path.name)}
+    found = {name: path for name, path in found.items() if name.removesuffix(".gz") == name or name[:-3] not in found}
+    if len(found) > 1:
+        raise ValueError(f"{what}: {len(found)} files where one was expected: {some(sorted(found))}. Keep one of them.")
+    if not found and required:
+        raise FileNotFoundError(f"{what}: not found in the source.")
+    return next(iter(found.values()), None)
+
+
+def write_counts(path: Path, slide: AnnData, *, overwrite: bool) -> None:
+    """Counts as parquet, index = spot ids, one int32 column a gene. Every gene of the source is kept, so that a panel
+    can be computed from any patients; an existing file must hold the same counts."""
+    if path.exists() and not overwrite:
+        if not same_counts(read_counts(path), slide):
+            raise ValueError(f"{path} is there already and holds other counts. Use --overwrite to replace it.")
+        return
+    table = counts_table(slide)
+    # Neither dictionaries nor statistics: with thousands of short columns they only cost time, here and at every reading.
+    settings = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    write_atomically(path, lambda temporary: pa.parquet.write_table(table, temporary, **settings))
+
+
+def same_counts(first: AnnData, second: AnnData) -> bool:
+    """Whether two slides hold the same counts, in whatever order of spots and genes."""
+    if set(first.obs_names) != set(second.obs_names) or set(first.var_names) != set(second.var_names):
+        return False
+    return (first[second.obs_names, second.var_names].X != second.X).nnz == 0
+
+
+def counts_table(slide: AnnData) -> pa.Table:
+    """Counts as columns, with the ids as what pandas takes for the index.
+
+    Made column by column from the matrix: by way of a pandas table it takes ten times as long, and the description of
+    each of thousands of columns is read again at every opening.
+    """
+    dense = slide.X.astype(np.int32).toarray(order="F")
+    columns = [pa.array(dense[:, gene]) for gene in range(slide.n_vars)]
+    index = {"name": "spot", "field_name": "spot", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    description = {"index_columns": ["spot"], "column_indexes": [], "columns": [index]}
+    table = pa.table([pa.array(slide.obs_names.tolist()), *columns], names=["spot", *slide.var_names])
+    return table.replace_schema_metadata({"pandas": json.dumps(description)})
+
+
+def write_spots(path: Path, spots: pd.DataFrame, *, overwrite: bool) -> None:
+    """The spot table, tab separated; an existing file must say the same."""
+    text = spots.to_csv(sep="\t", index=False)
+    if path.exists() and not overwrite and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} is there already and differs. Use --overwrite to replace it.")
+    write_text(path, text)

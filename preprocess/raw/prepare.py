@@ -1,0 +1,256 @@
+"""What the preparing scripts share: raw slides in, the documented layout out, checked, with a report.
+
+Nothing on disk is replaced without --overwrite: a file that is there already must hold what would be written, or the
+script stops and says so. Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from anndata import AnnData
+
+from datasets.layout import Layout
+from datasets.tables.expression import empty_spots, highest_mean_panel
+from datasets.tables.slide_table import check_inside, join, load_slide
+from preprocess.raw.files import image_size, place_file, write_counts, write_spots
+from preprocess.raw.panels import write_panel
+from utils.cli import progress, say
+from utils.files import load_names
+from utils.text import some
+
+
+@dataclass
+class RawSlide:
+    """One slide as its source has it.
+
+    counts: raw counts, spots x genes.  spots: checked table indexed by id.  source: where both are from, for messages.
+    spots_file: the original of the table when it can be copied as it is.  image: None = the source has none; image_name:
+    its name here when not its own.  write_patches: given the checked slide, writes the patches that the source has in
+    place of an image.  extra: further files, target -> source.  Files of the source may be compressed (.gz).
+    """
+
+    name: str
+    counts: AnnData
+    spots: pd.DataFrame
+    source: str
+    spots_file: Path | None = None
+    image: Path | None = None
+    image_name: str | None = None
+    write_patches: Callable[[AnnData], None] | None = None
+    extra: dict[Path, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How files are placed: link instead of copying images, replace what differs, size of the panel (0: none)."""
+
+    overwrite: bool = False
+    link: bool = False
+    num_genes: int = 250
+
+
+@dataclass
+class Prepared:
+    """What became of one slide, for the report."""
+
+    name: str
+    patient: str
+    spots: int
+    genes: int
+    spots_without_counts: int
+    counts_without_spot: int
+    image: str
+    notes: list[str] = field(default_factory=list)
+
+
+def parser(description: str, *, source: str) -> argparse.ArgumentParser:
+    """The flags of every preparing script; `source` describes what --source must be."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--source", type=Path, required=True, help=source)
+    result.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of all data sets (default: data)")
+    result.add_argument("--overwrite", action="store_true", help="replace files that are there and differ")
+    result.add_argument("--link", action="store_true", help="link images instead of copying them")
+    result.add_argument("--num_genes", type=int, default=250, help="genes of the panel (default: 250; 0: no panel)")
+    return result
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    return Options(overwrite=arguments.overwrite, link=arguments.link, num_genes=arguments.num_genes)
+
+
+def source_folder(source: Path, contents: str) -> Path:
+    """`source` if it is a folder; FileNotFoundError telling what it should hold otherwise."""
+    if not source.is_dir():
+        raise FileNotFoundError(f"--source {source} is not a folder. Expected {contents}.")
+    return source
+
+
+def chosen_slides(
+    found: Sequence[str], wanted: str | None, where: Path, *, of: str, contents: str, flag: str = "--slides"
+) -> list[str]:
+    """The slides of `--slides A,B` (all without it), sorted; ValueError for one that the source does not have.
+
+    of, contents: the data set, and what its source should hold; FileNotFoundError with both if nothing was found.
+    """
+    if not found:
+        raise FileNotFoundError(f"No slide of {of} was found in {where}. Expected {contents}.")
+    if wanted is None:
+        return sorted(found)
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    absent = [name for name in names if name not in found]
+    if absent or not names:
+        raise ValueError(
+            f"{flag} {wanted}: {some(absent) or 'nothing'} is not in {where}; found {some(sorted(found), 12)}."
+        )
+    return sorted(set(names))
+
+
+def prepare(layout: Layout, names: Sequence[str], read: Callable[[str], RawSlide], options: Options) -> list[Prepared]:
+    """Bring raw slides into the documented layout, choose the panel, verify what was written, and report.
+
+    read: gives one raw slide; called once a slide, so that only one is held in memory.
+    Raises ValueError collecting what is wrong with every slide; the good ones are on disk by then.
+    """
+    assert names, "chosen_slides gives at least one"
+    prepared: list[Prepared] = []
+    problems: list[str] = []
+
+    def placed() -> Iterator[AnnData]:
+        for name in progress(names, description=f"preparing {layout.name}", unit="slide"):
+            try:
+                slide, report = place_slide(layout, read(name), options)
+            except (ValueError, FileNotFoundError) as error:
+                problems.append(str(error))
+                continue
+            prepared.append(report)
+            yield slide
+
+    if options.num_genes:
+        panel = panel_of(placed(), options.num_genes, problems)
+        if not problems:
+            names = [slide.name for slide in prepared]
+            say(write_panel(layout.panel_path, panel, overwrite=options.overwrite, method="mean", slides=names))
+    else:
+        for _ in placed():
+            pass
+    if problems:
+        raise ValueError("\n".join(problems))
+    verify(layout, prepared)
+    tell(layout, prepared)
+    return prepared
+
+
+def panel_of(slides: Iterator[AnnData], num_genes: int, problems: list[str]) -> list[str]:
+    """The panel by highest mean; where slides were bad, they are what has to be told, not the panel."""
+    try:
+        return highest_mean_panel(slides, num_genes)
+    except ValueError as error:
+        if not problems:
+            problems.append(str(error))
+        return []
+
+
+def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnData, Prepared]:
+    """Join and check one raw slide, write its counts, spot table and image."""
+    patient = layout.spec.patient_of(raw.name)
+    joined = join(raw.counts, raw.spots, layout.spec, f"Slide {raw.name}: {raw.source}")
+    joined.uns["slide"], joined.uns["patient"] = raw.name, patient
+    if raw.image is not None:
+        check_inside(joined, image_size(raw.image), raw.image)
+    write_counts(layout.new_counts_path(raw.name), joined, overwrite=options.overwrite)
+    if raw.spots_file is not None:
+        place_file(raw.spots_file, layout.spots_path(raw.name), overwrite=options.overwrite)
+    else:
+        write_spots(layout.spots_path(raw.name), raw.spots, overwrite=options.overwrite)
+    for target, origin in raw.extra.items():
+        place_file(origin, target, overwrite=options.overwrite)
+    image = "missing" if raw.image is None else place_image(layout, raw, options)
+    if raw.write_patches is not None:
+        raw.write_patches(joined)
+        image = "patches" if raw.image is None else f"{image}, patches"
+    dropped = joined.uns["dropped"]
+    return joined, Prepared(
+        name=raw.name,
+        patient=patient,
+        spots=joined.n_obs,
+        genes=joined.n_vars,
+        spots_without_counts=len(dropped["spots_without_counts"]),
+        counts_without_spot=len(dropped["counts_without_spot"]),
+        image=image,
+        notes=[f"without counts: {some(dropped['spots_without_counts'])}"] if dropped["spots_without_counts"] else [],
+    )
+
+
+def place_image(layout: Layout, raw: RawSlide, options: Options) -> str:
+    """Copy or link the image to the place that the spec's pattern finds; another image there is an error."""
+    name = raw.image_name or raw.image.name.removesuffix(".gz")
+    target = layout.images_dir / Path(layout.image_pattern(raw.name)).parent / name
+    done = place_file(raw.image, target, overwrite=options.overwrite, link=options.link)
+    found = layout.image_path(raw.name)  # ValueError if another image is there as well
+    assert found == target, f"{target} is not what {layout.image_pattern(raw.name)} finds: {found}"
+    return done
+
+
+def verify(layout: Layout, prepared: Sequence[Prepared]) -> None:
+    """Read every slide back as training will, with the panel on disk, and note spots without any of its counts."""
+    panel = load_names(layout.panel_path) if layout.panel_path.exists() else None
+    for slide in progress(prepared, description="verifying", unit="slide"):
+        adata = load_slide(layout, slide.name, panel)
+        assert adata.n_obs == slide.spots, f"{slide.name}: wrote {slide.spots} spots, read {adata.n_obs}"
+        if panel is not None and (empty := empty_spots(adata.X)).any():
+            ids = adata.obs_names[empty].tolist()
+            slide.notes.append(f"no count of any panel gene, targets stay zero: {some(ids)}")
+
+
+def tell(layout: Layout, prepared: Sequence[Prepared]) -> None:
+    """The report: a table of slides, then what is missing, dropped or other than expected."""
+    spec = layout.spec
+    say(f"{'slide':<14}{'patient':<10}{'spots':>7}{'genes':>8}{'dropped':>9}  image")
+    for slide in prepared:
+        dropped = slide.spots_without_counts + slide.counts_without_spot
+        say(f"{slide.name:<14}{slide.patient:<10}{slide.spots:>7}{slide.genes:>8}{dropped:>9}  {slide.image}")
+    for slide in prepared:
+        for note in slide.notes:
+            say(f"{slide.name}: {note}")
+    for sentence in findings(layout, prepared):
+        say(sentence)
+    patients = sorted({slide.patient for slide in prepared})
+    say(
+        f"{layout.root}: {len(prepared)} slides of {len(patients)} patients, {sum(slide.spots for slide in prepared)} "
+        f"spots; {sum(slide.image != 'missing' for slide in prepared)} slides have an image."
+    )
+    if spec.slides and len(prepared) < len(spec.slides):
+        say(f"Folds whose test patient has no slide will be skipped ({spec.fold_scheme}).")
+
+
+def findings(layout: Layout, prepared: Sequence[Prepared]) -> list[str]:
+    """What differs from what the data set is known to be, one sentence each."""
+    spec, names, sentences = layout.spec, {slide.name for slide in prepared}, []
+    absent = [slide for slide in spec.slides if slide not in names]
+    if absent:
+        sentences.append(
+            f"{len(absent)} of {len(spec.slides)} expected slides are not in the source: {some(absent, 12)}."
+        )
+    without_image = [slide.name for slide in prepared if slide.image == "missing"]
+    if without_image:
+        sentences.append(
+            f"No image in the source for {len(without_image)} of {len(prepared)} slides: {some(without_image, 12)}. They count "
+            "for the panel; training goes on with the others until images or features are there."
+        )
+    if spec.expected_spots:
+        least, greatest = spec.expected_spots
+        odd = [f"{slide.name} ({slide.spots})" for slide in prepared if not least <= slide.spots <= greatest]
+        if odd:
+            sentences.append(f"Spots outside the expected {least} to {greatest}: {some(odd, 12)}.")
+    dropped = (
+        sum(slide.spots_without_counts for slide in prepared),
+        sum(slide.counts_without_spot for slide in prepared),
+    )
+    if any(dropped):
+        sentences.append(f"Dropped: {dropped[0]} spots without counts, {dropped[1]} counts without a listed spot.")
+    return sentences

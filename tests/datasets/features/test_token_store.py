@@ -1,0 +1,119 @@
+"""The store gives exactly the rows asked for, in the order asked for, and reads nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.features.cache import CacheIdentity, write_cache
+from datasets.features.token_store import TokenStore
+
+IDENTITY = CacheIdentity(
+    kind="token",
+    encoder="uni",
+    encoder_sha256="ab12",
+    image_size=(900, 800),
+    image_fingerprint="f",
+    patch_size=224,
+    microns_per_pixel=None,
+    num_neighbors=5,
+    views=8,
+    dtype="float16",
+)
+TOKENS, DIM = 5, 12
+
+
+def _write(path, rows: int, seed: int, **changed) -> np.ndarray:
+    identity = dataclasses.replace(IDENTITY, **changed)
+    values = np.random.default_rng(seed).normal(size=(rows, identity.views, TOKENS, DIM)).astype(identity.dtype)
+    ids = [f"{row}x1" for row in range(rows)]
+    write_cache(path, identity, ids, np.zeros((rows, 2), dtype=int), np.array_split(values, 3))
+    return values
+
+
+@pytest.fixture(params=["float16", "float32"])
+def store_and_values(request, tmp_path):
+    """Three slides; the true tokens one after the other."""
+    paths = [tmp_path / f"{name}.h5" for name in "ABC"]
+    values = [_write(path, rows, seed, dtype=request.param) for seed, (path, rows) in enumerate(zip(paths, (7, 1, 11)))]
+    with TokenStore(paths, num_threads=3) as store:
+        yield store, np.concatenate(values)
+
+
+def test_random_rows_and_views(store_and_values):
+    store, values = store_and_values
+    random = np.random.default_rng(5)
+    for size in (1, 2, 40):
+        rows, views = random.integers(0, 19, size), random.integers(0, 8, size)
+        got = store.read(torch.from_numpy(rows), torch.from_numpy(views))
+        slow = np.stack([values[row, view] for row, view in zip(rows, views)])
+        assert np.array_equal(got.numpy(), slow)
+    assert store.read([], []).shape == (0, TOKENS, DIM)
+
+
+def test_it_describes_itself(store_and_values):
+    store, values = store_and_values
+    assert (store.num_rows, store.num_views, store.num_tokens, store.dim) == values.shape
+    assert store.nbytes == values.nbytes and store.identity.encoder == "uni"
+    assert store.dtype == (torch.float16 if values.dtype == np.float16 else torch.float32)
+
+
+def test_it_fills_a_given_buffer(store_and_values):
+    store, values = store_and_values
+    out = torch.zeros(3, TOKENS, DIM, dtype=store.dtype)
+    assert store.read(np.array([18, 0, 7]), np.array([1, 7, 0]), out=out) is out
+    assert np.array_equal(out.numpy(), np.stack([values[18, 1], values[0, 7], values[7, 0]]))
+
+
+def test_reads_in_the_order_of_the_disk_and_only_what_is_asked(store_and_values, monkeypatch):
+    store, _ = store_and_values
+    seen, true_preadv = [], os.preadv
+
+    def noting(descriptor, buffers, offset):
+        count = true_preadv(descriptor, buffers, offset)
+        seen.append((descriptor, offset, count))
+        return count
+
+    monkeypatch.setattr(os, "preadv", noting)
+    store._num_threads = 1
+    rows = np.random.default_rng(2).permutation(19)
+    store.read(rows, np.arange(19) % 8)
+    assert seen == sorted(seen, key=lambda read: (store._descriptors.index(read[0]), read[1]))
+    assert sum(count for *_, count in seen) == 19 * TOKENS * DIM * store.dtype.itemsize
+
+
+def test_requests_that_cannot_be_met(tmp_path):
+    _write(tmp_path / "A.h5", 4, 0, views=2)
+    with TokenStore([tmp_path / "A.h5"]) as store:
+        with pytest.raises(ValueError, match=r"View 5 was asked for, the token caches hold 2 of the 8.*--views 8"):
+            store.read([0], [5])
+        with pytest.raises(ValueError, match="Rows 1 to 4 were asked for, the caches hold 4"):
+            store.read([1, 4], [0, 0])
+
+
+def test_caches_that_differ_are_refused_together(tmp_path):
+    paths = [tmp_path / f"{name}.h5" for name in "ABC"]
+    _write(paths[0], 3, 0)
+    _write(paths[1], 3, 0, encoder_sha256="ff", views=2)
+    _write(paths[2], 3, 0, dtype="float32")
+    with pytest.raises(
+        ValueError, match=r"(?s)B\.h5: encoder sha256 ff instead of ab12, views 2 instead of 8.*C\.h5: dtype"
+    ):
+        TokenStore(paths)
+    _write(paths[1], 3, 0, kind="patch", dtype="uint8")
+    with pytest.raises(ValueError, match=r"B\.h5 is a cache of kind 'patch'; expected 'token'"):
+        TokenStore(paths[:2])
+
+
+def test_a_file_cut_while_in_use(tmp_path):
+    _write(tmp_path / "A.h5", 4, 0)
+    with TokenStore([tmp_path / "A.h5"]) as store:
+        os.truncate(tmp_path / "A.h5", int(store._offsets[3, 7]) + 10)
+        with pytest.raises(ValueError, match=r"A\.h5 ends in the middle of its tokens"):
+            store.read([0, 3], [0, 7])
+    with pytest.raises(ValueError, match=r"A\.h5 is truncated"):
+        TokenStore([tmp_path / "A.h5"])
