@@ -2,14 +2,21 @@
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 PYTHON := .venv/bin/python
 DEMO := demo
+SOURCES := main.py engine.py modes models datasets evaluation preprocess utils
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup setup-dev demo test lint format bench clean
 
 setup: .venv/installed
+
+setup-dev: .venv/installed-dev
 
 .venv/installed: requirements.txt
 	$(BASE_PYTHON) -m venv .venv
 	$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off --quiet -r requirements-dev.txt
 	touch $@
 
 demo: setup
@@ -22,14 +29,15 @@ demo: setup
 	@echo "Report: $(DEMO)/logs/demo/dml/demo/report.html"
 
 # One process a core, one thread each: threads of small tensors only wait for each other.
-test: setup
+test: setup-dev
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
 
-lint: setup
+lint: setup-dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy $(SOURCES)
 
-format: setup
+format: setup-dev
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
