@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from utils.files import reason_of
+
 WRONG_USE, INTERRUPTED = 2, 130
 INTERRUPTED_TEXT = "interrupted: finished work is kept; run the same command again (a training with --resume added)."
 
@@ -16,13 +18,17 @@ INTERRUPTED_TEXT = "interrupted: finished work is kept; run the same command aga
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a program and leave with its exit status.
 
-    0 done; 2 wrong use or bad input (ValueError, FileNotFoundError: one message, no traceback); 130 interrupted
-    (everything finished so far is on the disk); 1 anything else, with the traceback, since that is our fault.
+    0 done; 2 wrong use, bad input, or a machine that lacks the disk or the memory for it (ValueError, OSError, MemoryError,
+    RecursionError: one message, no traceback); 130 interrupted (everything finished so far is on the disk); 1 anything
+    else, with the traceback, since that is our fault.
     """
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG_USE)
+    except (OSError, MemoryError, RecursionError) as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(WRONG_USE)
     except KeyboardInterrupt:
         print(f"\n{INTERRUPTED_TEXT}", file=sys.stderr)
@@ -31,6 +37,15 @@ def run(main: Callable[[], None]) -> NoReturn:
         traceback.print_exc()
         sys.exit(1)
     sys.exit(0)
+
+
+def _sentence(error: OSError | MemoryError | RecursionError) -> str:
+    """One message for what the machine refused; an OSError without a number is ours and already is one."""
+    if isinstance(error, OSError) and error.errno is None:
+        return str(error)
+    reason, advice = reason_of(error)
+    named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    return f"{named}{reason}. {advice or ''}".rstrip()
 
 
 def say(message: str) -> None:

@@ -2,39 +2,168 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import pickle
+import re
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from utils.text import shortened
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
+_IF_DAMAGED = "It may be damaged, or a file of another kind: compare it with where it came from."
+_LOCKED = (
+    "it is locked (in use by another process, or the file system has no locks)",
+    "Wait until the other process has ended, or set HDF5_USE_FILE_LOCKING=FALSE.",
+)
+_NO_ACCESS = ("the permission is missing", "Change the permissions of the file or its folder, or choose another place.")
+_NO_ROOM = ("there is no space left", "Make room, or choose another place.")
+_NO_FOLDER = ("a part of its path is a file and no folder", "Check the path.")
+_STORAGE = ("the disk, or the network behind it, gave an error", "Try again, then have the storage looked at.")
+_TOO_MANY = ("too many files are open", "Raise the limit of open files (ulimit -n), or try again.")
+# Errors of the system, which say nothing against the file itself: in words, and what to do.
+_SYSTEM_ERRORS = {
+    errno.EAGAIN: _LOCKED,
+    errno.ENOLCK: _LOCKED,
+    errno.EACCES: _NO_ACCESS,
+    errno.EPERM: _NO_ACCESS,
+    errno.EROFS: ("its file system is read-only", "Choose another place."),
+    errno.ENOSPC: _NO_ROOM,
+    errno.EFBIG: _NO_ROOM,
+    errno.EDQUOT: ("the quota of the disk is used up", "Make room, or choose another place."),
+    errno.ENAMETOOLONG: ("its name is too long for the file system", "Choose a shorter name."),
+    errno.EISDIR: ("it is a folder", "Give a file."),
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EEXIST: _NO_FOLDER,
+    errno.EIO: _STORAGE,
+    errno.ESTALE: _STORAGE,
+    errno.EMFILE: _TOO_MANY,
+    errno.ENFILE: _TOO_MANY,
+}
+_FAILED_WRITE_OF_TORCH = re.compile("inline_container|PytorchStreamWriter|file write failed")
+_NEARLY_FULL = 1 << 16  # bytes
+
+
+class UnreadableFile(ValueError):
+    """A file of the user that cannot be read; the message is complete."""
+
+
+class UnwritableFile(OSError):
+    """A file that cannot be written; the message is complete."""
+
+
+@contextmanager
+def reading(path: str | Path, what: str, remedy: str = _IF_DAMAGED) -> Iterator[None]:
+    """Turn whatever a library raises about a user's file into one error: the file, what it is read as, why, and a remedy.
+
+    what: the noun, for "... cannot be read as a table of counts".
+    remedy: what to do about a file that is damaged or of another kind. Which of the two, and whether it is so at all, is
+        not known here: a remedy never says to overwrite or to delete the file.
+    Errors of ours, which name the file, pass unchanged.
+    Raises FileNotFoundError where there is no file, ValueError for everything else, also for what takes more memory than
+    there is or is nested too deeply, and for locks, permissions and other errors of the system, each with its own remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_complete(error, path):
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{error.filename or path} does not exist; expected {what}.") from error
+        reason, advice = reason_of(error)
+        raise UnreadableFile(f"{path} cannot be read as {what}: {reason}. {advice or remedy}") from error
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn a failed write (full or read-only disk, permission, name too long) into one OSError with the path and the room.
+
+    PyTorch's RuntimeError for a failed write is one, and so is any error of a library while the disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        free = free_bytes(path)
+        is_full = free is not None and free < _NEARLY_FULL
+        if _is_complete(error, path) or not (is_full or _is_failed_write(error, Path(path))):
+            raise
+        reason, advice = _NO_ROOM if is_full else reason_of(error)
+        room = "" if free is None else f" ({free:,} bytes are free there)"
+        raise UnwritableFile(f"{path} cannot be written: {reason}{room}. {advice or ''}".rstrip()) from error
+
+
+def _is_complete(error: Exception, path: str | Path) -> bool:
+    """Whether an error is one of ours that names the file; libraries raise ValueErrors, too, and subclasses of it."""
+    if isinstance(error, UnreadableFile | UnwritableFile):
+        return True
+    is_ours = type(error) is ValueError or (isinstance(error, FileNotFoundError) and error.errno is None)
+    return is_ours and re.search(rf"(?<!\w){re.escape(str(path))}(?!\w)", str(error)) is not None
+
+
+def _is_failed_write(error: OSError | RuntimeError, path: Path) -> bool:
+    """Whether it was our file that could not be written, and not another that could not be read meanwhile."""
+    if isinstance(error, OSError):
+        return error.filename is None or Path(os.fsdecode(error.filename)).parent in (path.parent, *path.parent.parents)
+    return _FAILED_WRITE_OF_TORCH.search(str(error)) is not None
+
+
+def reason_of(error: BaseException) -> tuple[str, str | None]:
+    """Return why something failed, in words on one line, and what to do about it where the cause tells it."""
+    text = shortened(str(error).strip().partition("\n")[0]).rstrip(".") or type(error).__name__
+    if isinstance(error, MemoryError):
+        return f"it takes more memory than there is ({text})", None
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply", None
+    if "unable to lock file" in text:  # with whatever number the file system gives
+        return _LOCKED
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+        return _SYSTEM_ERRORS[error.errno]
+    is_sentence = isinstance(error, ValueError | OSError | RuntimeError)
+    return text if is_sentence else f"{type(error).__name__}: {text}", None
+
+
+def free_bytes(path: str | Path) -> int | None:
+    """Return the free bytes of the file system on which `path` lies or would lie; None where it does not tell."""
+    for folder in (Path(path), *Path(path).absolute().parents):
+        try:
+            return shutil.disk_usage(folder).free
+        except OSError:
+            continue
+    return None
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Publish a file only when it is complete.
 
     write: gets a temporary path in the same folder (same suffix) and writes the whole file there.
     The file is flushed to the disk and renamed over `path`, so that a reader, also after a crash at any moment,
     sees the old file or the new one and never a part of it.
+    Raises OSError with the path, the reason and the free bytes if it cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            with writing(path):  # before the temporary file goes, with which the room comes back
+                write(temporary)
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -1,0 +1,143 @@
+"""Reading: whatever is wrong with a user's file becomes one message that names it, and no message asks to destroy it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from utils.cli import run
+from utils.files import UnreadableFile, reading
+from utils.text import shortened
+
+DESTROYS = ("overwrite", "delete", "remove")
+
+
+def read_with(error: BaseException, path: Path) -> str:
+    """The message that becomes of an error of a library."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught, reading(path, "a table of counts"):
+        raise error
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (zlib.error("Error -3 while decompressing data"), "Error -3 while decompressing data"),
+        (KeyError("spot_id"), "KeyError: 'spot_id'"),
+        (IndexError("list index out of range"), "IndexError: list index out of range"),
+        (AttributeError("'Group' object has no attribute 'shape'"), "AttributeError: 'Group' object"),
+        (OverflowError("int too large"), "OverflowError: int too large"),
+        (ValueError("operands could not be broadcast together"), "operands could not be broadcast"),
+        (json.JSONDecodeError("Unterminated string", "{", 0), "Unterminated string"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "can't decode byte 0xff"),
+        (RuntimeError("first line\nsecond line"), "first line. It may"),
+        (AssertionError(), "AssertionError"),
+        (MemoryError("Unable to allocate 224. GiB"), "takes more memory than there is (Unable to allocate 224. GiB)"),
+        (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+        (OSError("Unable to open file (file signature not found)"), "file signature not found"),
+    ],
+)
+def test_what_a_library_raises_becomes_one_error_with_the_file_and_the_cause(error, text, tmp_path):
+    message = read_with(error, tmp_path / "A1.tsv")
+    assert message.startswith(f"{tmp_path / 'A1.tsv'} cannot be read as a table of counts: ")
+    assert text in message and "compare it with where it came from" in message
+    assert "\n" not in message and not any(word in message for word in DESTROYS)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (errno.EAGAIN, "HDF5_USE_FILE_LOCKING=FALSE"),
+        (errno.ENOLCK, "HDF5_USE_FILE_LOCKING=FALSE"),
+        (errno.EACCES, "the permission is missing"),
+        (errno.EIO, "the disk, or the network behind it, gave an error"),
+        (errno.ENAMETOOLONG, "its name is too long"),
+        (errno.EISDIR, "it is a folder"),
+        (errno.EMFILE, "ulimit -n"),
+    ],
+)
+def test_errors_of_the_system_are_told_apart_and_say_nothing_against_the_file(number, text, tmp_path):
+    message = read_with(OSError(number, os.strerror(number)), tmp_path / "A1.h5")
+    assert text in message
+    assert "damaged" not in message and not any(word in message for word in DESTROYS)
+
+
+def test_a_long_cause_is_cut(tmp_path):
+    assert len(read_with(ValueError("x" * 10**6), tmp_path / "a")) < 500
+
+
+def test_a_missing_file_stays_a_missing_file(tmp_path):
+    path = tmp_path / "none.tsv"
+    with (
+        pytest.raises(FileNotFoundError, match=r"none\.tsv does not exist; expected a table of counts"),
+        reading(path, "a table of counts"),
+    ):
+        path.read_text()
+
+
+def test_our_own_errors_pass_unchanged(tmp_path):
+    path = tmp_path / "A1.h5"
+    for error in (
+        ValueError(f"{path} holds 3 spots"),
+        FileNotFoundError(f"{path} does not exist. Run X"),
+        UnreadableFile("another file cannot be read"),
+        KeyboardInterrupt(),
+    ):
+        with pytest.raises(type(error)) as caught, reading(path, "a cache"):
+            raise error
+        assert caught.value is error
+
+
+def test_a_library_that_happens_to_have_the_name_in_its_words_is_still_explained():
+    assert "cannot be read as a table" in read_with(ValueError("index pointer"), Path("i"))
+
+
+def test_a_locked_file_is_called_locked(tmp_path):
+    path = tmp_path / "A1.h5"
+    with h5py.File(path, "w") as file:
+        file["x"] = np.arange(3)
+    with open(path, "rb+") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"A1\.h5 .*it is locked \(in use by another process"), reading(path, "a"):
+            h5py.File(path, "r")
+
+
+def test_a_value_is_shortened_before_it_is_written_out():
+    bomb: object = "lol"
+    for _ in range(60):  # 10 ** 60 words when written out
+        bomb = [bomb] * 10
+    assert len(shortened(bomb)) <= 200
+    assert shortened({"k": 1}) == "{'k': 1}" and shortened("a\n b") == "a b"
+    assert len(shortened("y" * 10**6, 50)) == 50
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            OSError(errno.EROFS, "Read-only file system", "small/demo"),
+            "error: small/demo: its file system is read-only",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "its name is too long for the file system"),
+        (MemoryError("Unable to allocate 6.98 GiB"), "error: it takes more memory than there is (Unable to"),
+        (RecursionError(), "error: it is nested too deeply"),
+        (OSError("x.h5 cannot be written: no room"), "error: x.h5 cannot be written: no room\n"),
+    ],
+)
+def test_what_the_machine_refuses_is_a_message_and_status_2(error, text, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 2
+    written = capsys.readouterr().err
+    assert text in written and "Traceback" not in written
