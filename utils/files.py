@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import os
 import pickle
 import re
@@ -15,9 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from utils.npy import strings_of_npy
 from utils.text import shortened
 
 _IF_DAMAGED = "It may be damaged, or a file of another kind: compare it with where it came from."
@@ -212,53 +211,19 @@ def load_tensors(path: str | Path, *, memory_map: bool = False) -> object:
         raise ValueError(f"{path} is not a readable PyTorch file (truncated?): {str(error).splitlines()[0]}") from error
 
 
-class _StringArrayUnpickler(pickle.Unpickler):
-    """Admits what a pickled NumPy array of strings is made of, and nothing else."""
-
-    _ALLOWED = frozenset(
-        (module, name)
-        for module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-        for name in ("ndarray", "dtype", "_reconstruct", "scalar", "str_")
-    )
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-        return super().find_class(module, name)
-
-
 def load_names(path: str | Path) -> list[str]:
     """Read a `.npy` array of strings, one name an entry, in order.
 
-    Plain fixed-width arrays are read without pickle. A published *object* array goes through an unpickler that admits
-    only NumPy arrays of strings, so that a prepared file cannot run code.
+    Published *object* arrays are pickles; they are read by following the pickle, which builds nothing but strings, so that a
+    prepared file cannot run code or reach memory.
+    Raises FileNotFoundError, or ValueError for anything else than a list of names.
     """
     path = require_file(path, "It holds one gene name an entry; make it with preprocess/select_genes.py.")
-    content = path.read_bytes()
-    try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    except ValueError:
-        array = _load_object_array(path, content)
-    except (EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable .npy file: {error}") from error
-    names = np.asarray(array).ravel().tolist()
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{path} should hold names (non-empty strings), found an array of {array.dtype}.")
-    return names
-
-
-def _load_object_array(path: Path, content: bytes) -> np.ndarray:
-    file = io.BytesIO(content)
-    try:
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        reader(file)
-        array = _StringArrayUnpickler(file).load()
-    except (ValueError, pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} is not an array of names that is safe to read: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} should hold an array of names, found {type(array).__name__}.")
-    return array
+    with reading(path, "an array of names (.npy)"):
+        names = strings_of_npy(path.read_bytes())
+        if not names or not all(names):
+            raise ValueError(f"{path} should hold names, found {'an empty one' if names else 'none'}.")
+        return names
 
 
 def safe_name(name: str, what: str) -> str:
