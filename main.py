@@ -13,8 +13,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from models.table import MODELS, find_model
 from utils.cli import run, say
-from utils.config import LARGE, MODELS, Config, config_label, load_config
+from utils.config import LARGE, Config, config_label, load_config
 from utils.devices import device_from
 
 MODES = ("train", "test", "external_test", "predict", "doctor", "compare", "import_reference")
@@ -128,7 +129,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_method_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", help=f"{MODELS[0]} (default), or a baseline: {', '.join(MODELS[1:])}")
+    group.add_argument("--model", help=f"one of: {', '.join(MODELS)} (default: gene_dml)")
     group.add_argument("--model_size", choices=("base", "large"), help="large: UNI2-h features, D = 1536")
     group.add_argument("--encoder", help="frozen patch encoder (default: uni)")
     group.add_argument("--weights", help="file of the encoder's weights")
@@ -212,7 +213,9 @@ def config_of(arguments: argparse.Namespace) -> Config:
     """The configuration a mode asks for; --config_name is required."""
     if arguments.config_name is None:
         raise ValueError(f"--mode {arguments.mode} needs --config_name, for example --config_name her2st/dml.")
-    return load_config(arguments.config_name, overrides_of(arguments))
+    config = load_config(arguments.config_name, overrides_of(arguments))
+    find_model(config.MODEL.name)  # a wrong name is told before anything is read
+    return config
 
 
 def required(arguments: argparse.Namespace, name: str) -> str:
@@ -225,9 +228,10 @@ def required(arguments: argparse.Namespace, name: str) -> str:
 
 def run_train(arguments: argparse.Namespace) -> None:
     from modes.train import TrainOptions, train, train_seeds
+    from modes.training.compose import groups_spots
 
     config = config_of(arguments)
-    if config.MODEL.name == "gene_dml" and not config.LOSS.use_kmeans and config.LOSS.group_weight > 0:
+    if groups_spots(config) and not config.LOSS.use_kmeans:
         say("Instance groups come from spectral clustering; --use_kmeans selects the paper's k-means.")
     options = TrainOptions(
         config_name=config_label(arguments.config_name),

@@ -25,8 +25,8 @@ from benchmarks.common import RESULTS, machine, software
 from evaluation.comparison.runs import compare_methods
 from evaluation.comparison.write import write_comparison
 from evaluation.report.tables import NOT_DEFINED, Table, label, number
-from models.baselines.build import CLOSED_FORMS
 from modes.train import TrainOptions, train_seeds
+from modes.training.compose import is_closed_form
 from utils.cli import run, say
 from utils.config import Config, config_label, load_config
 from utils.devices import device_from
@@ -56,7 +56,7 @@ METRICS = ("pcc_all", "pcc_h", "pcc_highly_variable", "mse", "rvd")
 
 def train_method(config: Config, name: str, config_name: str, seeds: Sequence[int], device: str | None) -> list[Path]:
     """Train a method once per seed, or go on with it; returns the run folders. A closed form is the same for all seeds."""
-    own_seeds = seeds[:1] if name in CLOSED_FORMS else seeds
+    own_seeds = seeds[:1] if is_closed_form(config) else seeds
     options = TrainOptions(
         config_name=config_label(config_name),
         run_name=name,

@@ -30,8 +30,8 @@ from benchmarks.common import GIGA, MEGA, ChildResult, Goal, Report, begin, fini
 from benchmarks.fabricated import random_validity, round_section
 from datasets.batches import SlideBatch, SpotBatch
 from engine import Precision
-from models import GeneDML
-from models.encoders import mean_tokens
+from models.gene_dml import GeneDML
+from models.layers.precision import mean_tokens
 from modes.training.compose import make_model, make_predict
 from utils.cli import run
 from utils.config import Config, with_overrides

@@ -42,7 +42,7 @@ from datasets.batches import SpotBatch
 from datasets.images.geometry import dihedral_views
 from engine import Precision
 from models.layers.attention import attend_plainly
-from models.losses import build_loss
+from models.losses import GeneDMLLoss
 from models.patch_encoders.build import PatchEncoder, build_patch_encoder
 from modes.training.compose import Optimization, make_encode, make_model, make_step
 from utils.cli import run
@@ -161,16 +161,18 @@ def time_parts(scene: Scene, batch: SpotBatch, repeats: int) -> dict[str, tuple[
 
 def losses_of(scene: Scene, size: int):
     """The alignment losses, k-means included, on vectors of the batch's size."""
-    from models.gene_dml import Embeddings, Prediction, unit
+    from models.contract import SCALES, Embeddings, Prediction
+    from models.layers.precision import unit
 
     width, genes = scene.config.MODEL.projection_dim, scene.config.DATA.num_genes
     vectors = [torch.randn(size, width, device=scene.device, requires_grad=True) for _ in range(7)]
     predicted = torch.randn(size, genes, device=scene.device, requires_grad=True)
-    loss, expression = build_loss(scene.config.LOSS), torch.randn(size, genes, device=scene.device)
+    loss, expression = GeneDMLLoss(scene.config.LOSS), torch.randn(size, genes, device=scene.device)
 
     def compute() -> Tensor:
-        embeddings = Embeddings(*[unit(v) for v in vectors])
-        prediction = Prediction(predicted, predicted, predicted, predicted, embeddings)
+        *scales, fused, gene, fused_cluster, gene_cluster = [unit(v) for v in vectors]
+        embeddings = Embeddings(dict(zip(SCALES, scales, strict=True)), fused, gene, fused_cluster, gene_cluster)
+        prediction = Prediction(predicted, dict.fromkeys(SCALES, predicted), embeddings)
         return loss(prediction, expression)["total"]
 
     return compute

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.contract import Sizes
 from models.layers.dropout import Dropout
 from models.layers.packing import SlidePacking, send
 from models.layers.position import GridConvolution, grid_neighbors
 from models.layers.transformer import FeedForward, TransformerLayer
+from utils.config import Model
 
 
 class NeighborEncoder(nn.Module):
@@ -40,6 +39,7 @@ class GlobalEncoder(nn.Module):
     """Transformer over all spots of a slide with a positional convolution after its first layer."""
 
     def __init__(self, *, layers: list[TransformerLayer], position: GridConvolution, dim: int) -> None:
+        """layers: at least one, or ValueError. position: applied after the first."""
         super().__init__()
         if not layers:
             raise ValueError(
@@ -119,28 +119,25 @@ class FusionEncoder(nn.Module):
         return self.feed_forward(self.layer(tokens))
 
 
-def mean_tokens(tokens: Tensor) -> Tensor:
-    """Mean over the tokens (B, T, P) of a scale, in float32 at least: half precision would lose the small differences."""
-    return tokens.mean(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
-
-
-def build_neighbor_encoder(config: Any, dim: int, num_neighbors: int) -> NeighborEncoder:
-    """config: Config.MODEL. dim: width of the neighbor features. num_neighbors: side of the square of tiles."""
+def build_neighbor_encoder(config: Model, sizes: Sizes) -> NeighborEncoder:
+    """Build the encoder of the neighbor features, whose width it keeps. Raises ValueError where heads do not divide it."""
+    dim = sizes.feature_dim
     layers = [
         TransformerLayer(
             dim=dim,
             heads=config.neighbor_heads,
             hidden_dim=round(config.neighbor_mlp_ratio * dim),
             dropout=config.neighbor_dropout,
-            grid_side=num_neighbors,
+            grid_side=sizes.num_neighbors,
         )
         for _ in range(config.neighbor_depth)
     ]
     return NeighborEncoder(layers=layers, dim=dim)
 
 
-def build_global_encoder(config: Any, dim: int) -> GlobalEncoder:
-    """config: Config.MODEL. dim: width of the features of the slide's spots."""
+def build_global_encoder(config: Model, sizes: Sizes) -> GlobalEncoder:
+    """Build the encoder of a slide's features, whose width it keeps. Raises ValueError where heads do not divide it."""
+    dim = sizes.feature_dim
     layers = [
         TransformerLayer(
             dim=dim,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from models.clustering import Clusters, EmptyPolicy, kmeans, spectral
-from models.gene_dml import Embeddings, Prediction, full_precision, unit
+from models.contract import Embeddings, Prediction
+from models.layers.precision import full_precision, unit
+from utils.config import Loss
 
 
 def instance_loss(image: Tensor, gene: Tensor, temperature: float) -> Tensor:
@@ -69,34 +71,23 @@ def prediction_loss(predicted: Tensor, expression: Tensor) -> Tensor:
         return functional.mse_loss(full_precision(predicted), full_precision(expression))
 
 
+def fused_loss(prediction: Prediction, expression: Tensor) -> dict[str, Tensor]:
+    """Mean squared error of the fused prediction, which is the whole loss of a model with one head."""
+    error = prediction_loss(prediction.fused, expression)
+    return {"prediction": error, "total": error}
+
+
+@dataclass(frozen=True)
 class GeneDMLLoss:
     """Total = prediction + instance_weight * instance + group_weight * group + auxiliary.
 
     The auxiliary heads see detached vectors, so their term trains them and changes no other gradient.
+    settings: Config.LOSS. With its normalize_fused the fused vector that meets the gene centroids is brought to length 1
+    (what is clustered has length 1 in either case). empty: what becomes of a cluster without members.
     """
 
-    def __init__(
-        self,
-        *,
-        instance_weight: float,
-        group_weight: float,
-        instance_temperature: float,
-        group_temperature: float,
-        k: int,
-        use_kmeans: bool = True,
-        normalize_fused: bool = False,
-        empty: EmptyPolicy = "drop",
-    ) -> None:
-        """normalize_fused: the fused vector that meets the gene centroids is brought to length 1 (what is clustered has
-        length 1 in either case)."""
-        self.instance_weight = instance_weight
-        self.group_weight = group_weight
-        self.instance_temperature = instance_temperature
-        self.group_temperature = group_temperature
-        self.k = k
-        self.use_kmeans = use_kmeans
-        self.normalize_fused = normalize_fused
-        self.empty = empty
+    settings: Loss
+    empty: EmptyPolicy = "drop"
 
     def __call__(self, prediction: Prediction, expression: Tensor) -> dict[str, Tensor]:
         """Named, unweighted terms and "total", all scalars.
@@ -106,46 +97,38 @@ class GeneDMLLoss:
         Raises ValueError if B is smaller than k.
         """
         terms = {"prediction": prediction_loss(prediction.fused, expression)}
-        weights = {"prediction": 1.0, "auxiliary": 1.0, "instance": self.instance_weight, "group": self.group_weight}
+        weights = {
+            "prediction": 1.0,
+            "auxiliary": 1.0,
+            "instance": self.settings.instance_weight,
+            "group": self.settings.group_weight,
+        }
         if prediction.embeddings is not None:
             terms.update(self._alignment(prediction.embeddings))
-        scales = prediction.scales()
-        if scales:
-            terms["auxiliary"] = torch.stack([prediction_loss(values, expression) for values in scales.values()]).sum()
+        if prediction.scales:
+            errors = [prediction_loss(values, expression) for values in prediction.scales.values()]
+            terms["auxiliary"] = torch.stack(errors).sum()
         terms["total"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return terms
 
     def _alignment(self, embeddings: Embeddings) -> dict[str, Tensor]:
         terms = {}
-        if self.instance_weight != 0:
+        if self.settings.instance_weight != 0:
             terms["instance"] = multi_scale_instance_loss(
-                embeddings.scales(), embeddings.gene, self.instance_temperature
+                embeddings.scales, embeddings.gene, self.settings.instance_temperature
             )
-        if self.group_weight != 0:
+        if self.settings.group_weight != 0:
             terms["group"] = group_loss(
-                unit(embeddings.fused) if self.normalize_fused else embeddings.fused,
+                unit(embeddings.fused) if self.settings.normalize_fused else embeddings.fused,
                 embeddings.gene,
                 image_clusters=self.cluster(embeddings.fused_cluster),
                 gene_clusters=self.cluster(embeddings.gene_cluster),
-                temperature=self.group_temperature,
+                temperature=self.settings.group_temperature,
             )
         return terms
 
     def cluster(self, vectors: Tensor) -> Clusters:
         """Group the rows (B, P) of one modality as configured."""
-        if not self.use_kmeans:
-            return spectral(vectors, self.k, empty=self.empty)
-        return kmeans(vectors, self.k, empty=self.empty)
-
-
-def build_loss(config: Any) -> GeneDMLLoss:
-    """The loss of a run. config: Config.LOSS."""
-    return GeneDMLLoss(
-        instance_weight=config.instance_weight,
-        group_weight=config.group_weight,
-        instance_temperature=config.instance_temperature,
-        group_temperature=config.group_temperature,
-        k=config.k,
-        use_kmeans=config.use_kmeans,
-        normalize_fused=config.normalize_fused,
-    )
+        if not self.settings.use_kmeans:
+            return spectral(vectors, self.settings.k, empty=self.empty)
+        return kmeans(vectors, self.settings.k, empty=self.empty)

@@ -13,7 +13,7 @@ from datasets.folds import Fold
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
 from modes.prediction.checkpoint import score_checkpoint
-from modes.training.compose import open_layout
+from modes.training.compose import is_closed_form, open_layout
 from modes.training.fold import FoldRun, fit_closed_form, new_model, start_folder
 from modes.training.resume import check_continues, check_started_folds
 from modes.training.run_data import Study, find_folds, open_study
@@ -87,7 +87,7 @@ def train_fold(study: Study, fold: Fold, folder: Path, checkpoint_seconds: float
     check_continues(folder, split)
     start_folder(folder, study, split, notices)
     run = FoldRun(study, split, folder, new_model(study, split), checkpoint_seconds)
-    if run.model.is_closed_form:
+    if is_closed_form(study.config):
         fit_closed_form(run)
     else:
         run.train()

@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("utils", "models", "datasets", "evaluation", "engine", "preprocess", "modes", "main")
 MAY_IMPORT = {
     "utils": {"utils"},
-    "models": {"models"},
+    "models": {"models", "utils.config"},
     "datasets": {"datasets", "utils"},
     "evaluation": {"evaluation", "utils"},
     "engine": {"utils"},
     "preprocess": {"preprocess", "datasets", "utils", "models.patch_encoders"},
     "modes": {"modes", "models", "datasets", "evaluation", "engine", "utils"},
-    "main": {"modes", "utils"},
+    "main": {"modes", "models.table", "utils"},
 }
 
 

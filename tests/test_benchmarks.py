@@ -125,10 +125,11 @@ def test_the_arithmetic_of_the_model_is_that_of_the_reference():
 def test_flops_of_the_encoders_are_those_that_pytorch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from models import build_model
+    from models.contract import Sizes
+    from models.gene_dml import build_gene_dml
 
     config = Config().MODEL
-    model = build_model(config, feature_dim=64, num_genes=10).eval()
+    model = build_gene_dml(config, Sizes(64, 64, num_genes=10, num_neighbors=5)).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.neighbor_encoder.layers[0].attention.to_qkv(torch.zeros(3, 25, 64))
         model.fusion(torch.zeros(3, 40, 512))

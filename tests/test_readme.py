@@ -19,9 +19,10 @@ import torch
 import yaml
 
 import main
+from models.table import MODELS
 from preprocess import extract_features_uni
 from tests.command_line import call, call_main
-from utils.config import MODELS, SECTIONS, load_config
+from utils.config import SECTIONS, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "weights" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

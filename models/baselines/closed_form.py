@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.layers.precision import unit
+
 # Directions whose variance is below this fraction of the largest one are rounding noise of the float32 (or float16)
 # features and of the eigenvalue solver; a ridge with a small penalty would amplify them.
 RELATIVE_VARIANCE_FLOOR = 1e-10
@@ -202,11 +204,6 @@ def retrieve(
             part.append(sums / norms)
             previous = count
     return [torch.cat(part) for part in parts]
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """Rows of length one; a zero row stays zero."""
-    return torch.nn.functional.normalize(vectors, dim=-1, eps=1e-12)
 
 
 def retrieval_inner_errors(

@@ -6,41 +6,26 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from models.gene_dml import Prediction
+from models.contract import ExpressionModel, ModelInputs, Needs, Prediction, Sizes
 from models.layers.dropout import Dropout
+from models.layers.precision import full_precision
+from utils.config import Model
 
 # Elements of the largest intermediate tensor: 64 MB in float32.
 MEMORY_BUDGET = 2**24
 
 
-class SpotModel(nn.Module):
-    """A model that sees the pooled feature of a spot, perhaps its neighbors, and never the rest of the slide."""
-
-    needs_tokens = False
-    needs_neighbors = False
-    needs_slides = False
-    is_closed_form = False
-
-    def encode_slides(
-        self, slide_features: Tensor, grid_xy: Tensor, lengths: list[int], rows: Tensor | None = None
-    ) -> Tensor:
-        """There is no slide context: the spots' own features (B, D), for callers that do not read `needs_slides`."""
-        return slide_features if rows is None else slide_features[rows.to(slide_features.device)]
-
-
-class ClosedForm(SpotModel):
+class ClosedForm(ExpressionModel):
     """A model without parameters. `fit` fills buffers, whose sizes may depend on the training data.
 
     Its checkpoint loads with strict keys into a fresh, unfitted model: the free sizes come from the checkpoint. A child
     registers its buffers and implements `_fit` (learn, report) and `_predict`; both see features (N, feature_dim).
     """
 
-    is_closed_form = True
-
     def __init__(self, *, feature_dim: int, num_genes: int) -> None:
         super().__init__()
+        self.needs = Needs()
         self.feature_dim = feature_dim
         self.num_genes = num_genes
         self._fitted_shapes: dict[str, tuple[int | None, ...]] = {}
@@ -48,30 +33,26 @@ class ClosedForm(SpotModel):
 
     @property
     def sized_at_load(self) -> set[str]:
-        """Buffers whose size the training data decide: a checkpoint may hold them in another size than a fresh model."""
+        """Buffers with a free size; see the contract."""
         return {name for name, shape in self._fitted_shapes.items() if None in shape}
 
     @torch.no_grad()
     def fit(
         self,
-        *,
-        target_features: Tensor,
+        inputs: ModelInputs,
         expression: Tensor,
+        *,
         patients: Sequence[Hashable],
-        neighbor_features: Tensor | None = None,
-        neighbor_is_valid: Tensor | None = None,
         slides: Sequence[Hashable] | None = None,
     ) -> dict[str, object]:
         """Learn from training spots; what is tuned is tuned on inner folds that hold one patient out. No random numbers.
 
-        target_features (N, D) and expression (N, G), tensors or arrays; patients one label per spot; neighbor_features
-        (N, 25, D) with neighbor_is_valid (N, 25) for a model that needs neighbors; slides one label per spot, used for
-        tuning when there is only one patient.
+        inputs: of the N training spots, tensors or arrays; expression (N, G); patients one label per spot; slides one
+        label per spot, used for tuning when there is only one patient.
         returns: what was chosen, in numbers, strings, lists and dicts only; "notes" are sentences for the reader.
         errors:  ValueError that names every mismatch of shapes, values that are not finite, or too few spots to tune.
         """
-        features = self._features(target_features, neighbor_features, neighbor_is_valid)
-        features = _float64(features)
+        features = _float64(self._features(inputs))
         expression = _float64(expression).to(features.device)
         patients, slides = _labels(patients), None if slides is None else _labels(slides)
         self._check_training_data(features, expression, patients, slides)
@@ -79,34 +60,22 @@ class ClosedForm(SpotModel):
         self._store(num_training_spots=len(features))
         return {"num_training_spots": len(features), **report}
 
-    def forward(
-        self,
-        *,
-        target_features: Tensor,
-        target_tokens: Tensor | None = None,
-        neighbor_features: Tensor | None = None,
-        neighbor_is_valid: Tensor | None = None,
-        global_tokens: Tensor | None = None,
-        expression: Tensor | None = None,
-    ) -> Prediction:
-        """target_features (B, D), neighbors (B, 25, D) with (B, 25) if needed -> fused (B, G), in the order of the spots.
+    def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:
+        """Predict the expression (B, G) from the features of B spots, in their order.
 
-        Always float32: under autocast a retrieval would confuse near neighbors. ValueError before `fit`.
+        Always float32: under autocast a retrieval would confuse near neighbors. Raises ValueError before `fit`.
         """
         if int(self.num_training_spots) == 0:
             raise ValueError(
                 f"This {type(self).__name__} baseline has not been fitted. Call fit() with the training spots, or "
                 "load a checkpoint of a finished run (--model_path)."
             )
-        with torch.autocast(device_type=target_features.device.type, enabled=False):
-            features = self._features(target_features, neighbor_features, neighbor_is_valid)
-            fused = self._predict(features)
-        return Prediction(fused=fused, target=None, neighbor=None, global_=None, embeddings=None)
+        features = self._features(inputs)
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            return Prediction(fused=self._predict(features))
 
-    def _features(
-        self, target_features: Tensor, neighbor_features: Tensor | None, neighbor_is_valid: Tensor | None
-    ) -> Tensor:
-        return torch.as_tensor(target_features).float()
+    def _features(self, inputs: ModelInputs) -> Tensor:
+        return torch.as_tensor(inputs.target_features).float()
 
     def _fit(self, features: Tensor, expression: Tensor, patients: list, slides: list | None) -> dict[str, object]:
         raise NotImplementedError
@@ -187,45 +156,32 @@ def neighbor_mean(neighbor_features: Tensor, neighbor_is_valid: Tensor) -> Tenso
     return means
 
 
-class FeatureRegressor(SpotModel):
+class FeatureRegressor(ExpressionModel):
     """Apply `head` to the pooled feature."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
+        self.needs = Needs()
         self.head = head
 
     def output_heads(self) -> list[nn.Module]:
         """The head that predicts expression."""
         return [self.head]
 
-    def forward(
-        self,
-        *,
-        target_features: Tensor,
-        target_tokens: Tensor | None = None,
-        neighbor_features: Tensor | None = None,
-        neighbor_is_valid: Tensor | None = None,
-        global_tokens: Tensor | None = None,
-        expression: Tensor | None = None,
-    ) -> Prediction:
-        """target_features (B, D) -> fused (B, G), in the order of the spots; everything else is ignored."""
-        fused = self.head(target_features.to(next(self.parameters()).dtype))
-        return Prediction(fused=fused, target=None, neighbor=None, global_=None, embeddings=None)
+    def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:
+        """Predict the expression (B, G) from the target features (B, F); everything else is ignored."""
+        assert inputs.target_features is not None, "the model reads the pooled features"
+        features = inputs.target_features.to(next(self.parameters()).dtype)
+        return Prediction(fused=full_precision(self.head(features)))
 
 
-def linear_probe(*, feature_dim: int, num_genes: int) -> FeatureRegressor:
-    """Linear D -> genes."""
-    return FeatureRegressor(nn.Linear(feature_dim, num_genes))
+def build_linear_probe(config: Model, sizes: Sizes) -> FeatureRegressor:
+    """Build Linear F -> genes."""
+    return FeatureRegressor(nn.Linear(sizes.feature_dim, sizes.num_genes))
 
 
-def perceptron(*, feature_dim: int, hidden_dim: int, num_genes: int, dropout: float) -> FeatureRegressor:
-    """Linear D -> hidden, GELU, dropout, Linear hidden -> genes."""
-    return FeatureRegressor(
-        nn.Sequential(nn.Linear(feature_dim, hidden_dim), nn.GELU(), Dropout(dropout), nn.Linear(hidden_dim, num_genes))
-    )
-
-
-def prediction_loss(prediction: Prediction, expression: Tensor) -> dict[str, Tensor]:
-    """Mean squared error of the fused prediction, which is the whole loss of a model with one head."""
-    error = functional.mse_loss(prediction.fused.float(), expression.float())
-    return {"prediction": error, "total": error}
+def build_mlp(config: Model, sizes: Sizes) -> FeatureRegressor:
+    """Build Linear F -> hidden, GELU, dropout, Linear hidden -> genes; hidden is MODEL.predictor_dim."""
+    hidden = nn.Linear(sizes.feature_dim, config.predictor_dim)
+    output = nn.Linear(config.predictor_dim, sizes.num_genes)
+    return FeatureRegressor(nn.Sequential(hidden, nn.GELU(), Dropout(config.predictor_dropout), output))

@@ -7,15 +7,26 @@ remains different is the method: no alignment with the expression, a fusion by c
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.encoders import GlobalEncoder, NeighborEncoder, build_global_encoder, build_neighbor_encoder, mean_tokens
-from models.gene_dml import Prediction, full_precision
+from models.contract import (
+    FUSED,
+    GLOBAL,
+    NEIGHBOR,
+    TARGET,
+    ExpressionModel,
+    ModelInputs,
+    Needs,
+    Prediction,
+    Sizes,
+)
+from models.encoders import GlobalEncoder, NeighborEncoder, build_global_encoder, build_neighbor_encoder
 from models.layers.attention import attend
 from models.layers.dropout import Dropout
+from models.layers.precision import full_precision, mean_tokens, project
 from models.layers.transformer import FeedForward
+from utils.config import Model
 
 TRUTH_WEIGHT = 0.7
 DISTILLATION_WEIGHT = 0.3
@@ -64,11 +75,8 @@ class ScaleFusion(nn.Module):
         return fused + self.feed_forward(self.norm(fused))
 
 
-class Triplex(nn.Module):
-    """Each scale and their fusion predict the expression (`Prediction.target`, `.neighbor`, `.global_`, `.fused`)."""
-
-    needs_tokens = True
-    is_closed_form = False
+class Triplex(ExpressionModel):
+    """Each scale and their fusion predict the expression."""
 
     def __init__(
         self,
@@ -87,8 +95,7 @@ class Triplex(nn.Module):
         self.projections = nn.ModuleDict(projections)
         self.fusion = fusion
         self.heads = nn.ModuleDict(heads)
-        self.needs_neighbors = neighbor_encoder is not None
-        self.needs_slides = global_encoder is not None
+        self.needs = Needs(tokens=True, neighbors=neighbor_encoder is not None, slides=global_encoder is not None)
 
     def output_heads(self) -> list[nn.Module]:
         """The heads that predict expression."""
@@ -97,54 +104,30 @@ class Triplex(nn.Module):
     def encode_slides(
         self, slide_features: Tensor, grid_xy: Tensor, lengths: list[int], rows: Tensor | None = None
     ) -> Tensor:
-        """Global token (B, D) of the spots `rows` of several whole slides, as GeneDML.encode_slides."""
-        if self.global_encoder is None:
-            return slide_features if rows is None else slide_features[rows.to(slide_features.device)]
+        """Run the global encoder; see the contract."""
+        assert self.global_encoder is not None, "the model was built without use_global"
         return self.global_encoder(slide_features, grid_xy, lengths, rows)
 
-    def forward(
-        self,
-        *,
-        target_tokens: Tensor,
-        neighbor_features: Tensor | None = None,
-        neighbor_is_valid: Tensor | None = None,
-        global_tokens: Tensor | None = None,
-        target_features: Tensor | None = None,
-        expression: Tensor | None = None,
-    ) -> Prediction:
-        """Predict the expression of B spots, in their order.
-
-        target_tokens (B, T, D), neighbor_features (B, 25, D) with neighbor_is_valid (B, 25), global_tokens (B, D) from
-        `encode_slides`; target_features and expression are not used.
-        """
-        tokens: dict[str, Tensor] = {"target": self._project("target", target_tokens)}
-        is_valid: dict[str, Tensor | None] = {"target": None}
-        vectors = {"target": mean_tokens(tokens["target"])}
+    def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:
+        """Predict the expression of B spots, in their order; the measured one is not used."""
+        assert inputs.target_tokens is not None, "the model reads the tokens of the target patches"
+        tokens = {TARGET: project(self.projections[TARGET], inputs.target_tokens)}
+        is_valid: dict[str, Tensor | None] = {TARGET: None}
+        vectors = {TARGET: mean_tokens(tokens[TARGET])}
         if self.neighbor_encoder is not None:
-            assert neighbor_features is not None, "the model was built with use_neighbor"
-            tokens["neighbor"] = self._project("neighbor", self.neighbor_encoder(neighbor_features, neighbor_is_valid))
-            is_valid["neighbor"] = neighbor_is_valid
-            vectors["neighbor"] = _mean_of_valid(tokens["neighbor"], neighbor_is_valid)
+            assert inputs.neighbor_features is not None, "the model was built with use_neighbor"
+            is_valid[NEIGHBOR] = inputs.neighbor_is_valid
+            neighbors = self.neighbor_encoder(inputs.neighbor_features, inputs.neighbor_is_valid)
+            tokens[NEIGHBOR] = project(self.projections[NEIGHBOR], neighbors)
+            vectors[NEIGHBOR] = _mean_of_valid(tokens[NEIGHBOR], inputs.neighbor_is_valid)
         if self.global_encoder is not None:
-            assert global_tokens is not None, "the model was built with use_global"
-            vectors["global"] = self._project("global", global_tokens)
+            assert inputs.global_tokens is not None, "the model was built with use_global"
+            vectors[GLOBAL] = project(self.projections[GLOBAL], inputs.global_tokens)
         # Without the global scale the patch itself asks.
-        query = vectors.get("global", vectors["target"])
-        vectors["fused"] = self.fusion(query, tokens, is_valid)
+        query = vectors.get(GLOBAL, vectors[TARGET])
+        fused = self.fusion(query, tokens, is_valid)
         predicted = {name: full_precision(self.heads[name](vector)) for name, vector in vectors.items()}
-        return Prediction(
-            fused=predicted["fused"],
-            target=predicted["target"],
-            neighbor=predicted.get("neighbor"),
-            global_=predicted.get("global"),
-        )
-
-    def _project(self, scale: str, tokens: Tensor) -> Tensor:
-        """Linear D -> P of a scale; cached half-precision tokens are widened unless autocast takes them."""
-        projection = self.projections[scale]
-        if not torch.is_autocast_enabled(tokens.device.type):
-            tokens = tokens.to(projection.weight.dtype)
-        return projection(tokens)
+        return Prediction(fused=full_precision(self.heads[FUSED](fused)), scales=predicted)
 
 
 def _mean_of_valid(tokens: Tensor, is_valid: Tensor | None) -> Tensor:
@@ -164,32 +147,31 @@ def triplex_loss(prediction: Prediction, expression: Tensor) -> dict[str, Tensor
     truth, teacher = expression.to(prediction.fused.dtype), prediction.fused.detach()
     terms = {"prediction": functional.mse_loss(prediction.fused, truth)}
     total = terms["prediction"]
-    for name, predicted in prediction.scales().items():
+    for name, predicted in prediction.scales.items():
         terms[name] = functional.mse_loss(predicted, truth)
         terms[f"{name}_distillation"] = functional.mse_loss(predicted, teacher)
         total = total + TRUTH_WEIGHT * terms[name] + DISTILLATION_WEIGHT * terms[f"{name}_distillation"]
     return {**terms, "total": total}
 
 
-def build_triplex(config: object, *, token_dim: int, pooled_dim: int, num_genes: int, num_neighbors: int) -> Triplex:
-    """Build from the MODEL section: the encoders' numbers are those of Gene-DML, so is the width of the fusion.
-
-    token_dim: width of the target tokens; pooled_dim: of neighbor and slide features; num_neighbors: tiles a side.
-    """
+def build_triplex(config: Model, sizes: Sizes) -> Triplex:
+    """Build TRIPLEX: the encoders' numbers are those of Gene-DML, so is the width of the fusion."""
     dim = config.projection_dim
-    widths = {"target": token_dim}
-    widths |= {"neighbor": pooled_dim} if config.use_neighbor else {}
-    widths |= {"global": pooled_dim} if config.use_global else {}
+    widths = {TARGET: sizes.token_dim}
+    widths |= {NEIGHBOR: sizes.feature_dim} if config.use_neighbor else {}
+    widths |= {GLOBAL: sizes.feature_dim} if config.use_global else {}
     attentions = {
         name: CrossAttention(dim=dim, heads=config.fusion_heads, dropout=config.fusion_dropout)
         for name in widths
-        if name != "global"
+        if name != GLOBAL
     }
     feed_forward = FeedForward(dim=dim, hidden_dim=config.fusion_mlp_dim, dropout=config.fusion_dropout)
-    heads = {name: nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_genes)) for name in (*widths, "fused")}
+    heads: dict[str, nn.Module] = {
+        name: nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, sizes.num_genes)) for name in (*widths, FUSED)
+    }
     return Triplex(
-        neighbor_encoder=build_neighbor_encoder(config, pooled_dim, num_neighbors) if config.use_neighbor else None,
-        global_encoder=build_global_encoder(config, pooled_dim) if config.use_global else None,
+        neighbor_encoder=build_neighbor_encoder(config, sizes) if config.use_neighbor else None,
+        global_encoder=build_global_encoder(config, sizes) if config.use_global else None,
         projections={name: nn.Linear(width, dim) for name, width in widths.items()},
         fusion=ScaleFusion(attentions=attentions, feed_forward=feed_forward, dim=dim),
         heads=heads,

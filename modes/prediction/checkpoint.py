@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.features.reader import extraction_command
 from datasets.images.slides import open_slide
@@ -18,6 +18,7 @@ from datasets.targets import slide_targets
 from engine import evaluate
 from evaluation.predictions import write_prediction
 from evaluation.protocol import SlideResult, score_fold, write_fold
+from models.contract import ExpressionModel
 from modes.training.compose import make_model, make_predict
 from modes.training.run_data import Study
 from utils.checkpoint import load_checkpoint, load_weights
@@ -62,7 +63,7 @@ def restored_predict(study: Study, content: dict, checkpoint: Path):
     return make_predict(model, study.config, study.encode, study.precision)
 
 
-def restored_model(content: dict, checkpoint: Path, device: torch.device) -> nn.Module:
+def restored_model(content: dict, checkpoint: Path, device: torch.device) -> ExpressionModel:
     """The model of a checkpoint with its weights."""
     model = make_model(
         config_from_dict(content["config"], str(checkpoint)),

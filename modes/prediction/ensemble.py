@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.batches import SpotBatch
 from engine import Precision
 from evaluation.external import (
     MEAN,
 )
+from models.contract import ExpressionModel, Needs
 from modes.prediction.checkpoint import restored_config, restored_model
-from modes.training.compose import Needs, model_inputs, needs_of, scale_predictions
+from modes.training.compose import model_inputs, needs_of, scale_predictions
 from utils.checkpoint import fold_checkpoints, load_checkpoint, result_folder
 from utils.config import Config
 
@@ -34,7 +35,7 @@ class Member:
     config: Config
     device: torch.device
     precision: Precision
-    _model: nn.Module | None = None
+    _model: ExpressionModel | None = None
 
     @property
     def name(self) -> str:
@@ -54,7 +55,7 @@ class Member:
     def needs(self) -> Needs:
         return needs_of(self.config)
 
-    def load(self) -> nn.Module:
+    def load(self) -> ExpressionModel:
         """The model with its weights on the device, read from the checkpoint unless it is held."""
         if self._model is None:
             content = load_checkpoint(self.path, memory_map=True)
@@ -150,9 +151,9 @@ def stream_predictions(
         assert rows.stop - rows.start == len(batch), "spots of a batch are consecutive"
         found = []
         for member, model, tokens in zip(members, models, global_tokens):
-            inputs = model_inputs(batch, lambda batch: batch.target_tokens)
+            inputs = model_inputs(batch, lambda batch: batch.target_tokens, None if tokens is None else tokens[rows])
             with member.precision.autocast():
-                prediction = model(**inputs, global_tokens=None if tokens is None else tokens[rows])
+                prediction = model(inputs)
             found.append({scale: values.numpy() for scale, values in scale_predictions(prediction).items()})
         yield rows, found
 

@@ -13,12 +13,12 @@ from datasets.batches import SlideBatch, SpotBatch
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from engine import Precision, Step
-from models import build_loss, build_model
-from models.baselines.build import CLOSED_FORMS, build_baseline_loss
+from models.contract import ExpressionModel, ModelInputs, Needs, Prediction, Sizes
+from models.losses import GeneDMLLoss
 from models.patch_encoders.build import build_patch_encoder, find_weights
+from models.table import build_model, find_model
 from utils.config import Config
 
-SCALES = {"fused": "fused", "target": "target", "neighbor": "neighbor", "global": "global_"}
 WEIGHT_FOLDERS = (Path(__file__).resolve().parents[2] / "weights", Path("weights"))
 Encode = Callable[[SpotBatch], Tensor | None]
 
@@ -35,28 +35,19 @@ def open_layout(config: Config, test_name: str | None = None) -> Layout:
     )
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Which inputs a model reads, so that nothing else is loaded."""
-
-    tokens: bool
-    neighbors: bool
-    slides: bool
-
-
 def needs_of(config: Config) -> Needs:
-    """The inputs of the configured model."""
-    reads_scales = config.MODEL.name in ("gene_dml", "triplex")
-    return Needs(
-        tokens=reads_scales,
-        neighbors=config.MODEL.use_neighbor and (reads_scales or config.MODEL.name == "ridge_neighbor"),
-        slides=config.MODEL.use_global and reads_scales,
-    )
+    """The inputs of the configured model. Raises ValueError for an unknown name."""
+    return find_model(config.MODEL.name).needs(config.MODEL)
 
 
 def is_closed_form(config: Config) -> bool:
-    """Whether the configured model is fitted once, without epochs."""
-    return config.MODEL.name in CLOSED_FORMS
+    """Whether the configured model is fitted once, without epochs. Raises ValueError for an unknown name."""
+    return find_model(config.MODEL.name).loss is None
+
+
+def groups_spots(config: Config) -> bool:
+    """Whether the training groups the spots of each batch into LOSS.k clusters."""
+    return find_model(config.MODEL.name).groups_spots and config.LOSS.group_weight != 0
 
 
 def find_patch_encoder_weights(config: Config) -> Path:
@@ -82,83 +73,75 @@ def make_encode(encoder: nn.Module | None) -> Encode:
     return encode
 
 
-def make_model(config: Config, *, feature_dim: int, token_dim: int, num_genes: int) -> nn.Module:
+def make_model(config: Config, *, feature_dim: int, token_dim: int, num_genes: int) -> ExpressionModel:
     """The model of the configuration for features of `feature_dim` and target tokens of `token_dim`."""
-    return build_model(
-        config.MODEL,
-        feature_dim=token_dim,
-        pooled_dim=feature_dim,
-        num_genes=num_genes,
-        num_neighbors=config.DATA.num_neighbors,
-    )
+    return build_model(config.MODEL, Sizes(feature_dim, token_dim, num_genes, config.DATA.num_neighbors))
 
 
-def make_step(model: nn.Module, config: Config, encode: Encode) -> Step:
+def make_step(model: ExpressionModel, config: Config, encode: Encode) -> Step:
     """The training step: batch -> named loss terms."""
-    needs = needs_of(config)
-    if config.MODEL.name == "gene_dml":
-        loss = build_loss(config.LOSS)
-    else:
-        loss = build_baseline_loss(config.MODEL.name)
+    make_loss = find_model(config.MODEL.name).loss
+    assert make_loss is not None, "a closed form is fitted, not trained"
+    loss = make_loss(config.LOSS)
 
     def step(batch: SpotBatch) -> dict[str, Tensor]:
-        return loss(_forward(model, needs, encode, batch), batch.expression)
+        assert batch.expression is not None, "training needs measured expression"
+        return loss(_forward(model, encode, batch), batch.expression)
 
     return step
 
 
 def make_predict(
-    model: nn.Module, config: Config, encode: Encode, precision: Precision
+    model: ExpressionModel, config: Config, encode: Encode, precision: Precision
 ) -> Callable[[SlideBatch], dict[str, Tensor]]:
     """slide -> {scale: (N, G) float32 on the CPU}: the global encoder over the whole slide, the rest in chunks."""
-    needs = needs_of(config)
 
     def predict(slide: SlideBatch) -> dict[str, Tensor]:
         model.eval()
         with torch.inference_mode(), precision.autocast():
             global_tokens = None
-            if needs.slides:
+            if model.needs.slides:
                 global_tokens = model.encode_slides(slide.slide_features, slide.grid_xy, [len(slide)], None)
             parts, start = [], 0
             for batch in slide.chunks(config.EVALUATION.chunk_size):
                 chunk = None if global_tokens is None else global_tokens[start : start + len(batch)]
-                parts.append(scale_predictions(model(**model_inputs(batch, encode), global_tokens=chunk)))
+                parts.append(scale_predictions(model(model_inputs(batch, encode, chunk))))
                 start += len(batch)
         return {scale: torch.cat([part[scale] for part in parts]) for scale in parts[0]}
 
     return predict
 
 
-def batch_clusters(model: nn.Module, config: Config, encode: Encode, batch: SpotBatch) -> tuple[Tensor, Tensor]:
+def batch_clusters(model: ExpressionModel, config: Config, encode: Encode, batch: SpotBatch) -> tuple[Tensor, Tensor]:
     """(B,) clusters of a batch by its fused and by its gene vectors, as the instance-group loss forms them."""
-    prediction = _forward(model, needs_of(config), encode, batch)
-    loss = build_loss(config.LOSS)
-    embeddings = prediction.embeddings
+    loss, embeddings = GeneDMLLoss(config.LOSS), _forward(model, encode, batch).embeddings
+    assert embeddings is not None, "the model groups spots (`groups_spots`)"
     return loss.cluster(embeddings.fused_cluster).labels.cpu(), loss.cluster(embeddings.gene_cluster).labels.cpu()
 
 
-def _forward(model: nn.Module, needs: Needs, encode: Encode, batch: SpotBatch):
+def _forward(model: ExpressionModel, encode: Encode, batch: SpotBatch) -> Prediction:
     """The model on a training batch: its slides through the global encoder, then its spots."""
     global_tokens = None
-    if needs.slides:
-        global_tokens = model.encode_slides(batch.slide_features, batch.grid_xy, batch.lengths, batch.slide_rows)
-    return model(**model_inputs(batch, encode), global_tokens=global_tokens, expression=batch.expression)
+    if model.needs.slides:
+        assert batch.slide_features is not None and batch.grid_xy is not None, "training batches hold their slides"
+        global_tokens = model.encode_slides(batch.slide_features, batch.grid_xy, list(batch.lengths), batch.slide_rows)
+    return model(model_inputs(batch, encode, global_tokens), batch.expression)
 
 
-def model_inputs(batch: SpotBatch, encode: Encode) -> dict[str, Tensor | None]:
-    """What every model is called with, beside the global tokens."""
-    return {
-        "target_tokens": encode(batch),
-        "target_features": batch.target_features,
-        "neighbor_features": batch.neighbor_features,
-        "neighbor_is_valid": batch.neighbor_is_valid,
-    }
+def model_inputs(batch: SpotBatch, encode: Encode, global_tokens: Tensor | None) -> ModelInputs:
+    """What a model is called with: the batch, its target tokens from `encode`, and global tokens (B, F) if it needs them."""
+    return ModelInputs(
+        target_features=batch.target_features,
+        target_tokens=encode(batch),
+        neighbor_features=batch.neighbor_features,
+        neighbor_is_valid=batch.neighbor_is_valid,
+        global_tokens=global_tokens,
+    )
 
 
-def scale_predictions(prediction: object) -> dict[str, Tensor]:
-    """{scale: (B, G) float32 on the CPU} of the scales that the model has."""
-    found = {scale: getattr(prediction, name) for scale, name in SCALES.items()}
-    return {scale: value.float().cpu() for scale, value in found.items() if value is not None}
+def scale_predictions(prediction: Prediction) -> dict[str, Tensor]:
+    """{scale: (B, G) float32 on the CPU} of the scales that the model has, the fused prediction first."""
+    return {scale: values.float().cpu() for scale, values in prediction.by_scale().items()}
 
 
 @dataclass

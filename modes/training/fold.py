@@ -9,14 +9,23 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.batches import TrainingBatches, epoch_rows
 from datasets.field_of_view import field_of_view
 from engine import Progress, evaluate, fit, train_one_epoch
 from evaluation.protocol import SlideResult, epoch_scores
-from models import start_at_mean
-from modes.training.compose import Optimization, batch_clusters, make_model, make_predict, make_step
+from models.baselines.spot_model import ClosedForm
+from models.contract import ExpressionModel, ModelInputs
+from modes.training.compose import (
+    Optimization,
+    batch_clusters,
+    groups_spots,
+    is_closed_form,
+    make_model,
+    make_predict,
+    make_step,
+)
 from modes.training.run_data import Study
 from modes.training.split import Split
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
@@ -34,7 +43,7 @@ class FoldRun:
     study: Study
     split: Split
     folder: Path
-    model: nn.Module
+    model: ExpressionModel
     checkpoint_seconds: float = CHECKPOINT_SECONDS
 
     def train(self) -> None:
@@ -175,7 +184,7 @@ class FoldRun:
     def _write_clusters(self) -> None:
         """clusters.csv: how the first batch of an epoch is grouped by its image and by its gene vectors (the figure)."""
         config, store = self.study.config, self.study.store
-        if config.MODEL.name != "gene_dml" or config.LOSS.group_weight == 0:
+        if not groups_spots(config):
             return
         generator = generator_for(config.GENERAL.seed, self.split.fold.index, "clusters")
         rows = store.rows_of(self.split.train_slides)
@@ -228,7 +237,7 @@ def checkpoint_content(
     }
 
 
-def new_model(study: Study, split: Split) -> nn.Module:
+def new_model(study: Study, split: Split) -> ExpressionModel:
     """The model with its initial weights drawn from (seed, fold)."""
     seed_everything(study.config.GENERAL.seed, split.fold.index, "weights")
     model = make_model(
@@ -237,9 +246,9 @@ def new_model(study: Study, split: Split) -> nn.Module:
         token_dim=study.token_dim,
         num_genes=len(split.genes),
     )
-    if study.config.TRAINING.start_at_mean and not model.is_closed_form:
+    if study.config.TRAINING.start_at_mean and not is_closed_form(study.config):
         rows = study.store.rows_of(split.train_slides)
-        start_at_mean(model, split.targets[rows].mean(dim=0))
+        model.start_at_mean(split.targets[rows].mean(dim=0))
     return model.to(study.device)
 
 
@@ -270,11 +279,14 @@ def fit_closed_form(run: FoldRun) -> None:
         getattr(slide, name) for slide in slides for _ in range(slide.start, slide.stop)
     ]
     neighbors = study.store.neighbor_features
+    assert isinstance(run.model, ClosedForm)
     report = run.model.fit(
-        target_features=study.store.target_features[rows],
-        neighbor_features=None if neighbors is None else neighbors[rows],
-        neighbor_is_valid=study.store.neighbor_is_valid[rows],
-        expression=split.targets[rows],
+        ModelInputs(
+            target_features=study.store.target_features[rows],
+            neighbor_features=None if neighbors is None else neighbors[rows],
+            neighbor_is_valid=study.store.neighbor_is_valid[rows],
+        ),
+        split.targets[rows],
         patients=per_row("patient"),
         slides=per_row("name"),
     )

@@ -17,7 +17,14 @@ from datasets.targets import check_panel
 from datasets.tokens import CachedTokens, open_tokens
 from engine import Precision
 from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
-from modes.training.compose import Encode, find_patch_encoder_weights, make_encode, make_patch_encoder, needs_of
+from modes.training.compose import (
+    Encode,
+    find_patch_encoder_weights,
+    groups_spots,
+    make_encode,
+    make_patch_encoder,
+    needs_of,
+)
 from modes.training.memory import demand, tokens_of_spot
 from utils.cli import say
 from utils.config import Config
@@ -216,7 +223,7 @@ def _check_width(store: SpotStore, spec: PatchEncoderSpec, layout: Layout) -> No
 
 def check_clusters(config: Config, layout: Layout, records: Sequence[SlideRecord], folds: Sequence[Fold]) -> None:
     """k against the smallest batch of every fold, before the first feature is read."""
-    if config.MODEL.name != "gene_dml" or config.LOSS.group_weight == 0:
+    if not groups_spots(config):
         return
     for fold in folds:
         rows = torch.cat([record.rows for record in records if record.patient in fold.train_patients])

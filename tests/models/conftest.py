@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import GeneDML, build_model
+from models.contract import Sizes
+from models.gene_dml import GeneDML, build_gene_dml
 from models.import_reference import import_reference, translate_name
 
 VALUE_TOLERANCE = 2e-5
@@ -37,7 +38,7 @@ def close(found: Tensor, expected: Tensor, *, tolerance: float = VALUE_TOLERANCE
 
 
 def model_config(**changes: object) -> SimpleNamespace:
-    """A small configuration with every key that `build_model` reads; dropout off unless asked for."""
+    """A small configuration with every key that a builder reads; dropout off unless asked for."""
     values = {
         "name": "gene_dml",
         "projection_dim": 16,
@@ -64,7 +65,7 @@ def model_config(**changes: object) -> SimpleNamespace:
     return SimpleNamespace(**(values | changes))
 
 
-def recorded_config(parameters: dict[str, Tensor]) -> tuple[SimpleNamespace, dict[str, int]]:
+def recorded_config(parameters: dict[str, Tensor]) -> tuple[SimpleNamespace, Sizes]:
     """Configuration and sizes of a recorded model, read from the shapes of its parameters."""
 
     def rows(name: str) -> int:
@@ -91,14 +92,14 @@ def recorded_config(parameters: dict[str, Tensor]) -> tuple[SimpleNamespace, dic
         predictor_dim=rows("fusion_predictor.0.weight"),
     )
     num_genes = rows("fusion_predictor.6.weight")
-    return config, {"feature_dim": feature_dim, "num_genes": num_genes, "num_neighbors": round(offsets**0.5)}
+    return config, Sizes(feature_dim, feature_dim, num_genes, round(offsets**0.5))
 
 
 def recorded_model(recording: dict[str, Tensor]) -> GeneDML:
     """The recorded model, its parameters loaded through the import of published checkpoints."""
     parameters = below(recording, "param/")
     config, sizes = recorded_config(parameters)
-    model = build_model(config, **sizes)
+    model = build_gene_dml(config, sizes)
     model.load_state_dict(import_reference(parameters), strict=True)
     return model
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.encoders import FusionEncoder, GeneEncoder, GlobalEncoder, NeighborEncoder, mean_tokens
+from models.encoders import FusionEncoder, GeneEncoder, GlobalEncoder, NeighborEncoder
 from models.layers import attention as attention_module
 from models.layers.position import GridConvolution, grid_neighbors
+from models.layers.precision import mean_tokens
 from models.layers.transformer import FeedForward, TransformerLayer
 
 NEIGHBOR = "image_encoder.neighbor_encoder."

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from models import build_loss, build_model
+from models.contract import SCALES, ModelInputs, Needs, Sizes
 from models.import_reference import translate_name
+from models.losses import GeneDMLLoss
+from models.table import build_model
 
-SIZES = {"feature_dim": 8, "num_genes": 6}
+SIZES = Sizes(feature_dim=8, token_dim=8, num_genes=6, num_neighbors=5)
 LENGTHS = [14, 9]
 
 
@@ -39,9 +42,7 @@ def recorded_loss(recording, *, k: int):
         group_weight=float(recording["lambda_cld"]),
         k=k,
     )
-    loss = build_loss(config)
-    loss.empty = "zero"
-    return loss
+    return GeneDMLLoss(config, empty="zero")
 
 
 def recorded_forward(model, recording):
@@ -50,14 +51,13 @@ def recorded_forward(model, recording):
     lengths = [len(slide) for slide in slides]
     rows = (recording["pid"] * lengths[0] + recording["sid"]).long()
     global_tokens = model.encode_slides(torch.cat(slides), positions, lengths, rows)
-    prediction = model(
+    inputs = ModelInputs(
         target_tokens=recording["tokens"],
         neighbor_features=recording["neighbor"],
         neighbor_is_valid=recording["mask"] > 0,
         global_tokens=global_tokens,
-        expression=recording["exp"],
     )
-    return global_tokens, prediction
+    return global_tokens, model(inputs, recording["exp"])
 
 
 def test_the_forward_pass_equals_the_recording(recording, tools):
@@ -68,15 +68,15 @@ def test_the_forward_pass_equals_the_recording(recording, tools):
     stages["global_token"], prediction = recorded_forward(model, recording)
     embeddings = prediction.embeddings
     stages |= {
-        "z_target": embeddings.target,
-        "z_neighbor": embeddings.neighbor,
-        "z_global": embeddings.global_,
+        "z_target": embeddings.scales["target"],
+        "z_neighbor": embeddings.scales["neighbor"],
+        "z_global": embeddings.scales["global"],
         "z_gene": embeddings.gene,
         "cluster_image": embeddings.fused_cluster,
         "cluster_gene": embeddings.gene_cluster,
-        "pred_target": prediction.target,
-        "pred_neighbor": prediction.neighbor,
-        "pred_global": prediction.global_,
+        "pred_target": prediction.scales["target"],
+        "pred_neighbor": prediction.scales["neighbor"],
+        "pred_global": prediction.scales["global"],
         "pred_fusion": prediction.fused,
     }
     for name, found in stages.items():
@@ -122,15 +122,15 @@ def test_evaluation_of_a_slide_equals_the_recording(golden, recording, tools):
     slide = tools.as_tensors(golden("genedml_eval"))
     with torch.no_grad():
         features, positions = recording["slide0_features"], recording["slide0_position_yx"].flip(1)
-        prediction = model(
+        inputs = ModelInputs(
             target_tokens=slide["tokens"],
             neighbor_features=slide["neighbor"],
             neighbor_is_valid=slide["mask"] > 0,
             global_tokens=model.encode_slides(features, positions, [len(features)]),
-            expression=slide["exp"],
         )
+        prediction = model(inputs, slide["exp"])
         terms = recorded_loss(recording, k=int(slide["val_k"]))(prediction, slide["exp"])
-    for name, found in prediction.scales().items():
+    for name, found in prediction.scales.items():
         tools.close(found, slide[f"pred_{name}"])
     tools.close(prediction.fused, slide["pred_fusion"])
     tools.close(terms["prediction"], slide["val_prediction_loss"])
@@ -161,20 +161,20 @@ def random_batch(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
 
 def run(model, batch, *, lengths: list[int] = LENGTHS, with_expression: bool = True):
     global_tokens = None
-    if model.needs_slides:
+    if model.needs.slides:
         global_tokens = model.encode_slides(batch["slide_features"], batch["grid_xy"], lengths, batch["rows"])
-    return model(
+    inputs = ModelInputs(
         target_tokens=batch["target_tokens"],
-        neighbor_features=batch["neighbor_features"] if model.needs_neighbors else None,
-        neighbor_is_valid=batch["neighbor_is_valid"] if model.needs_neighbors else None,
+        neighbor_features=batch["neighbor_features"] if model.needs.neighbors else None,
+        neighbor_is_valid=batch["neighbor_is_valid"] if model.needs.neighbors else None,
         global_tokens=global_tokens,
-        expression=batch["expression"] if with_expression else None,
     )
+    return model(inputs, batch["expression"] if with_expression else None)
 
 
 def build(tools, seed: int = 0, **changes):
     torch.manual_seed(seed)
-    return build_model(tools.model_config(**changes), **SIZES)
+    return build_model(tools.model_config(**changes), SIZES)
 
 
 DROPOUTS = {f"{part}_dropout": 0.4 for part in ("neighbor", "global", "fusion", "gene", "gene_mlp", "predictor")}
@@ -186,8 +186,9 @@ def test_two_evaluations_are_bit_equal_and_two_training_passes_are_not(tools):
     assert not torch.equal(run(model, batch).fused, run(model, batch).fused)
     model.eval()
     first, second = run(model, batch), run(model, batch)
-    for name in ("fused", "target", "neighbor", "global_"):
-        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert set(first.by_scale()) == {"fused", *SCALES}
+    for name, values in first.by_scale().items():
+        assert torch.equal(values, second.by_scale()[name])
     assert torch.equal(first.embeddings.gene, second.embeddings.gene)
 
 
@@ -214,8 +215,9 @@ def test_permuting_the_spots_of_a_slide_permutes_the_prediction(tools):
     permuted = {name: values[order] for name, values in whole.items()}
     expected = run(model, whole | {"rows": None}, lengths=[count])
     found = run(model, permuted | {"rows": None}, lengths=[count])
-    for name in ("fused", "target", "neighbor", "global_"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name)[order], atol=1e-5, rtol=0)
+    assert set(found.by_scale()) == {"fused", *SCALES}
+    for name, values in found.by_scale().items():
+        torch.testing.assert_close(values, expected.by_scale()[name][order], atol=1e-5, rtol=0)
     torch.testing.assert_close(found.embeddings.fused, expected.embeddings.fused[order], atol=1e-5, rtol=0)
 
 
@@ -235,15 +237,15 @@ def test_every_parameter_gets_a_finite_gradient_in_every_ablation(tools, scales,
     use_neighbor, use_global = scales
     config = tools.model_config(use_neighbor=use_neighbor, use_global=use_global)
     torch.manual_seed(0)
-    model = build_model(config, pooled_dim=pooled_dim, **SIZES)
+    model = build_model(config, dataclasses.replace(SIZES, feature_dim=pooled_dim or SIZES.feature_dim))
     batch = random_batch()
     if pooled_dim is not None:
         for name in ("slide_features", "neighbor_features"):
             batch[name] = torch.nn.functional.pad(batch[name], (0, pooled_dim - 8), value=0.3)
     prediction = run(model, batch)
-    assert (prediction.neighbor is not None, prediction.global_ is not None) == scales
-    assert set(prediction.scales()) == set(prediction.embeddings.scales()) == set(model.scale_predictors)
-    build_loss(loss_config())(prediction, batch["expression"])["total"].backward()
+    assert ("neighbor" in prediction.scales, "global" in prediction.scales) == scales
+    assert set(prediction.scales) == set(prediction.embeddings.scales) == set(model.scale_predictors)
+    GeneDMLLoss(loss_config())(prediction, batch["expression"])["total"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name
@@ -251,18 +253,17 @@ def test_every_parameter_gets_a_finite_gradient_in_every_ablation(tools, scales,
 
 def test_a_scale_that_is_switched_off_has_no_influence(tools):
     model = build(tools, use_neighbor=False, use_global=False)
-    assert not model.needs_neighbors and not model.needs_slides and model.needs_tokens
+    assert model.needs == Needs(tokens=True, neighbors=False, slides=False)
     batch = random_batch()
-    tokens = model.encode_slides(batch["slide_features"], batch["grid_xy"], LENGTHS, batch["rows"])
-    assert torch.equal(tokens, batch["slide_features"][batch["rows"]])
-    found = model(target_tokens=batch["target_tokens"], global_tokens=tokens)
+    inputs = {name: batch[name] for name in ("target_tokens", "neighbor_features", "neighbor_is_valid")}
+    found = model(ModelInputs(**inputs, global_tokens=torch.randn(10, 8)))
     assert torch.equal(found.fused, run(model, batch).fused)
 
 
 def test_a_tiny_model_overfits_one_batch(tools):
     model = build(tools, seed=3, neighbor_depth=1, global_depth=2)
     batch = random_batch()
-    loss = build_loss(loss_config())
+    loss = GeneDMLLoss(loss_config())
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     history = []
     for _ in range(120):
@@ -284,7 +285,7 @@ def test_bf16_autocast_is_finite_and_near_float32(tools, train):
     expected = run(model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(model, batch)
-        terms = build_loss(loss_config())(found, batch["expression"])
+        terms = GeneDMLLoss(loss_config())(found, batch["expression"])
     assert found.fused.dtype == found.embeddings.fused.dtype == torch.float32
     assert (found.fused - expected.fused).abs().max() < 0.05
     terms["total"].backward()
@@ -302,8 +303,9 @@ def test_float16_caches_are_taken_as_they_are(tools, autocast):
 
 
 def test_the_sizes_come_from_the_configuration(tools):
-    model = build_model(tools.model_config(projection_dim=20, global_depth=4), feature_dim=16, num_genes=9)
+    sizes = Sizes(feature_dim=16, token_dim=16, num_genes=9, num_neighbors=5)
+    model = build_model(tools.model_config(projection_dim=20, global_depth=4), sizes)
     assert model.projection.weight.shape == (20, 16) and len(model.global_encoder.layers) == 4
     assert model.fused_predictor[6].weight.shape == (9, 20)
     with pytest.raises(ValueError, match=r"Unknown model 'gene-dml'.*gene_dml, mean, ridge"):
-        build_model(tools.model_config(name="gene-dml"), **SIZES)
+        build_model(tools.model_config(name="gene-dml"), SIZES)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import Embeddings, Prediction, build_loss
 from models.clustering import Clusters, kmeans
-from models.gene_dml import unit
+from models.contract import SCALES, Embeddings, Prediction
+from models.layers.precision import unit
 from models.losses import (
+    GeneDMLLoss,
     centroid_cross_entropy,
     group_loss,
     instance_loss,
@@ -159,28 +160,28 @@ def loss_config(**changes: object) -> SimpleNamespace:
 
 def random_prediction(count: int = 12) -> tuple[Prediction, Tensor]:
     torch.manual_seed(5)
-    target, neighbor, global_, gene, fused_cluster, gene_cluster = unit(torch.randn(6, count, 8)).unbind()
+    *scales, gene, fused_cluster, gene_cluster = unit(torch.randn(6, count, 8)).unbind()
     fused = 3 * torch.randn(count, 8)
-    embeddings = Embeddings(target, neighbor, global_, fused, gene, fused_cluster, gene_cluster)
-    predicted = torch.randn(4, count, 5).unbind()
-    return Prediction(*predicted, embeddings), torch.randn(count, 5)
+    embeddings = Embeddings(dict(zip(SCALES, scales, strict=True)), fused, gene, fused_cluster, gene_cluster)
+    predicted, *of_scales = torch.randn(4, count, 5).unbind()
+    return Prediction(predicted, dict(zip(SCALES, of_scales, strict=True)), embeddings), torch.randn(count, 5)
 
 
 def test_the_total_is_the_weighted_sum_of_the_terms():
     prediction, expression = random_prediction()
-    terms = build_loss(loss_config(instance_weight=0.5, group_weight=2.0))(prediction, expression)
+    terms = GeneDMLLoss(loss_config(instance_weight=0.5, group_weight=2.0))(prediction, expression)
     assert set(terms) == {"prediction", "instance", "group", "auxiliary", "total"}
     total = terms["prediction"] + 0.5 * terms["instance"] + 2 * terms["group"] + terms["auxiliary"]
     torch.testing.assert_close(terms["total"], total)
-    auxiliary = sum((values - expression).square().mean() for values in prediction.scales().values())
+    auxiliary = sum((values - expression).square().mean() for values in prediction.scales.values())
     torch.testing.assert_close(terms["auxiliary"], auxiliary)
 
 
 def test_terms_without_weight_or_without_embeddings_are_left_out():
     prediction, expression = random_prediction()
-    terms = build_loss(loss_config(instance_weight=0.0, group_weight=0.0, k=500))(prediction, expression)
+    terms = GeneDMLLoss(loss_config(instance_weight=0.0, group_weight=0.0, k=500))(prediction, expression)
     assert set(terms) == {"prediction", "auxiliary", "total"}
-    terms = build_loss(loss_config())(Prediction(fused=prediction.fused), expression)
+    terms = GeneDMLLoss(loss_config())(Prediction(fused=prediction.fused), expression)
     assert set(terms) == {"prediction", "total"}
     assert torch.equal(terms["total"], terms["prediction"])
 
@@ -188,7 +189,7 @@ def test_terms_without_weight_or_without_embeddings_are_left_out():
 def test_normalize_fused_changes_the_vectors_that_meet_the_centroids():
     prediction, expression = random_prediction()
     embeddings = prediction.embeddings
-    found = build_loss(loss_config(normalize_fused=True))(prediction, expression)["group"]
+    found = GeneDMLLoss(loss_config(normalize_fused=True))(prediction, expression)["group"]
     clusters = {
         "image_clusters": kmeans(embeddings.fused_cluster, 3),
         "gene_clusters": kmeans(embeddings.gene_cluster, 3),
@@ -196,22 +197,22 @@ def test_normalize_fused_changes_the_vectors_that_meet_the_centroids():
     lengths = embeddings.fused.norm(dim=1, keepdim=True)
     expected = group_loss(embeddings.fused / lengths, embeddings.gene, temperature=0.1, **clusters)
     torch.testing.assert_close(found, expected)
-    published = build_loss(loss_config())(prediction, expression)["group"]
+    published = GeneDMLLoss(loss_config())(prediction, expression)["group"]
     torch.testing.assert_close(published, group_loss(embeddings.fused, embeddings.gene, temperature=0.1, **clusters))
     assert not math.isclose(float(found), float(published), rel_tol=1e-3)
 
 
 def test_the_other_grouping_gives_finite_losses():
     prediction, expression = random_prediction()
-    terms = build_loss(loss_config(use_kmeans=False))(prediction, expression)
+    terms = GeneDMLLoss(loss_config(use_kmeans=False))(prediction, expression)
     assert all(torch.isfinite(term) for term in terms.values())
-    default = build_loss(loss_config())(prediction, expression)
+    default = GeneDMLLoss(loss_config())(prediction, expression)
     assert not torch.equal(terms["group"], default["group"])
 
 
 def test_losses_are_float32_under_autocast():
     prediction, expression = random_prediction()
-    loss = build_loss(loss_config())
+    loss = GeneDMLLoss(loss_config())
     expected = loss(prediction, expression)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = loss(prediction, expression)
@@ -223,4 +224,4 @@ def test_losses_are_float32_under_autocast():
 def test_fewer_spots_than_clusters_are_refused():
     prediction, expression = random_prediction()
     with pytest.raises(ValueError, match=r"12 spots cannot form 13 clusters.*Lower --k"):
-        build_loss(loss_config(k=13))(prediction, expression)
+        GeneDMLLoss(loss_config(k=13))(prediction, expression)

@@ -17,7 +17,8 @@ import yaml
 
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from models import build_loss
+from models.contract import ModelInputs
+from models.losses import GeneDMLLoss
 from models.patch_encoders.build import patch_encoder_spec
 from modes.checks.findings import Findings
 from modes.checks.machine import available_memory, check_memory
@@ -268,15 +269,15 @@ def test_the_estimate_of_a_step_is_what_autograd_keeps(batch, slide_sizes):
     grid = torch.cat([torch.stack([cells % 20, cells // 20], dim=1)[:size] for size in slide_sizes])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         context = model.encode_slides(torch.randn(rows, spec.dim), grid, slide_sizes, torch.arange(batch))
-        prediction = model(
+        inputs = ModelInputs(
             target_tokens=torch.randn(batch, tokens, spec.dim),
             target_features=torch.randn(batch, spec.dim),
             neighbor_features=torch.randn(batch, 25, spec.dim),
             neighbor_is_valid=torch.ones(batch, 25, dtype=torch.bool),
             global_tokens=context,
-            expression=torch.rand(batch, 50),
         )
-        loss = build_loss(config.LOSS)(prediction, torch.rand(batch, 50))["total"]
+        prediction = model(inputs, torch.rand(batch, 50))
+        loss = GeneDMLLoss(config.LOSS)(prediction, torch.rand(batch, 50))["total"]
     assert loss.isfinite()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found = sum(nbytes for pointer, (nbytes, _) in kept.items() if pointer not in parameters)

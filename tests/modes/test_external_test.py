@@ -261,6 +261,7 @@ def test_every_feature_stays_with_its_spot(tiny_run, tmp_path, exchanged):
 def _predicted_from_the_picture(run, image: np.ndarray, spots: pd.DataFrame, exchanged: bool) -> dict[str, np.ndarray]:
     """Spot id -> prediction of fold 0, from crops made here, in the shuffled order of the table."""
     from datasets.images.geometry import neighbor_validity
+    from models.contract import ModelInputs
     from models.patch_encoders.build import build_patch_encoder
     from modes.prediction.checkpoint import restored_model
 
@@ -276,12 +277,13 @@ def _predicted_from_the_picture(run, image: np.ndarray, spots: pd.DataFrame, exc
     path = run.path / "fold_0" / "best.pt"
     model = restored_model(load_checkpoint(path), path, CPU).eval()
     with torch.inference_mode():
-        values = model(
+        inputs = ModelInputs(
             target_tokens=encoded.tokens.unflatten(0, (-1, 9))[:, 4],
             neighbor_features=neighbors,
             neighbor_is_valid=is_valid,
             global_tokens=model.encode_slides(neighbors[:, 4], torch.from_numpy(grid), [len(spots)], None),
-        ).fused.numpy()
+        )
+        values = model(inputs).fused.numpy()
     return {f"{x}x{y}": row for x, y, row in zip(spots["x"], spots["y"], values)}
 
 

@@ -7,11 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from models import build_model
-from models.baselines.build import build_baseline, build_baseline_loss
 from models.baselines.triplex import CrossAttention, triplex_loss
-from models.gene_dml import Prediction
-from utils.config import Model
+from models.contract import ModelInputs, Prediction, Sizes
+from models.table import MODELS, build_model
+from utils.config import Loss, Model
 
 TOKEN_DIM, POOLED_DIM, GENES = 12, 8, 5
 CONFIG = Model(
@@ -43,7 +42,7 @@ def _one_thread():
 def _model(**changes):
     torch.manual_seed(1)
     config = dataclasses.replace(CONFIG, **changes)
-    return build_baseline(config, feature_dim=TOKEN_DIM, num_genes=GENES, pooled_dim=POOLED_DIM)
+    return build_model(config, Sizes(feature_dim=POOLED_DIM, token_dim=TOKEN_DIM, num_genes=GENES, num_neighbors=5))
 
 
 def _batch(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -65,14 +64,18 @@ def _grid() -> torch.Tensor:
 
 
 def _predict(model, batch) -> Prediction:
-    tokens = model.encode_slides(batch["target_features"], _grid(), LENGTHS)
-    return model(global_tokens=tokens, **batch)
+    return model(_inputs(batch, model.encode_slides(batch["target_features"], _grid(), LENGTHS)), batch["expression"])
+
+
+def _inputs(batch, global_tokens) -> ModelInputs:
+    given = {name: values for name, values in batch.items() if name != "expression"}
+    return ModelInputs(**given, global_tokens=global_tokens)
 
 
 def test_every_scale_and_the_fusion_predict():
     prediction = _predict(_model(), _batch())
-    assert set(prediction.scales()) == {"target", "neighbor", "global"}
-    for values in (prediction.fused, *prediction.scales().values()):
+    assert set(prediction.scales) == {"target", "neighbor", "global"}
+    for values in (prediction.fused, *prediction.scales.values()):
         assert values.shape == (sum(LENGTHS), GENES) and values.dtype == torch.float32
     assert prediction.embeddings is None
 
@@ -93,14 +96,13 @@ def test_the_expression_does_not_reach_the_prediction():
 )
 def test_a_scale_that_is_off_is_neither_read_nor_predicted(changes, scales):
     model, batch = _model(**changes), _batch()
-    prediction = _predict(model, batch)
-    assert set(prediction.scales()) == scales
+    tokens = model.encode_slides(batch["target_features"], _grid(), LENGTHS) if "global" in scales else None
+    prediction = model(_inputs(batch, tokens), batch["expression"])
+    assert set(prediction.scales) == scales
     inputs = {"target_tokens": batch["target_tokens"]}
     if "neighbor" in scales:
         inputs |= {name: batch[name] for name in ("neighbor_features", "neighbor_is_valid")}
-    if "global" in scales:
-        inputs["global_tokens"] = model.encode_slides(batch["target_features"], _grid(), LENGTHS)
-    assert torch.equal(model(**inputs).fused, prediction.fused)
+    assert torch.equal(model(ModelInputs(**inputs, global_tokens=tokens)).fused, prediction.fused)
     terms = triplex_loss(prediction, batch["expression"])
     terms["total"].backward()
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -110,7 +112,7 @@ def test_a_scale_that_is_off_is_neither_read_nor_predicted(changes, scales):
 def test_the_loss_is_that_of_the_hand():
     generator = torch.Generator().manual_seed(2)
     fused, target, neighbor, global_, truth = (torch.randn(3, 2, generator=generator) for _ in range(5))
-    terms = triplex_loss(Prediction(fused=fused, target=target, neighbor=neighbor, global_=global_), truth)
+    terms = triplex_loss(Prediction(fused, {"target": target, "neighbor": neighbor, "global": global_}), truth)
 
     def mse(a, b):
         return sum((x - y) ** 2 for x, y in zip(a.flatten().tolist(), b.flatten().tolist())) / 6
@@ -122,13 +124,13 @@ def test_the_loss_is_that_of_the_hand():
         expected += 0.7 * mse(values, truth) + 0.3 * mse(values, fused)
     assert terms["prediction"].item() == pytest.approx(mse(fused, truth))
     assert terms["total"].item() == pytest.approx(expected)
-    assert build_baseline_loss("triplex") is triplex_loss
+    assert MODELS["triplex"].loss(Loss()) is triplex_loss
 
 
 def test_the_teacher_gets_no_gradient_from_its_pupils():
     fused, target = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2, requires_grad=True)
     truth = torch.randn(3, 2)
-    triplex_loss(Prediction(fused=fused, target=target), truth)["total"].backward()
+    triplex_loss(Prediction(fused, {"target": target}), truth)["total"].backward()
     torch.testing.assert_close(fused.grad, 2 * (fused.detach() - truth) / 6)
     pupil = 0.7 * 2 * (target.detach() - truth) / 6 + 0.3 * 2 * (target.detach() - fused.detach()) / 6
     torch.testing.assert_close(target.grad, pupil)
@@ -140,7 +142,7 @@ def test_invalid_neighbors_change_no_prediction():
     disturbed[~batch["neighbor_is_valid"]] += 50
     found, expected = _predict(model, batch | {"neighbor_features": disturbed}), _predict(model, batch)
     torch.testing.assert_close(found.fused, expected.fused)
-    torch.testing.assert_close(found.neighbor, expected.neighbor)
+    torch.testing.assert_close(found.scales["neighbor"], expected.scales["neighbor"])
 
 
 def test_spots_may_come_in_any_order():
@@ -148,7 +150,7 @@ def test_spots_may_come_in_any_order():
     order = torch.cat([torch.randperm(7, generator=torch.Generator().manual_seed(4)), 7 + torch.randperm(5)])
     shuffled = {name: values[order] for name, values in batch.items()}
     tokens = model.encode_slides(shuffled["target_features"], _grid()[order], LENGTHS)
-    found, expected = model(global_tokens=tokens, **shuffled), _predict(model, batch)
+    found, expected = model(_inputs(shuffled, tokens)), _predict(model, batch)
     torch.testing.assert_close(found.fused, expected.fused[order], rtol=1e-4, atol=1e-5)
 
 
@@ -172,9 +174,9 @@ def test_cross_attention_is_the_written_formula(heads):
 
 
 def test_the_encoders_are_those_of_gene_dml():
-    sizes = {"feature_dim": 8, "num_genes": GENES, "num_neighbors": 3}
-    reference = build_model(dataclasses.replace(CONFIG, name="gene_dml", neighbor_mlp_ratio=1.4), **sizes)
-    model = build_baseline(dataclasses.replace(CONFIG, neighbor_mlp_ratio=1.4), **sizes)
+    sizes = Sizes(feature_dim=8, token_dim=8, num_genes=GENES, num_neighbors=3)
+    reference = build_model(dataclasses.replace(CONFIG, name="gene_dml", neighbor_mlp_ratio=1.4), sizes)
+    model = build_model(dataclasses.replace(CONFIG, neighbor_mlp_ratio=1.4), sizes)
     for name in ("neighbor_encoder", "global_encoder"):
         getattr(model, name).load_state_dict(getattr(reference, name).state_dict(), strict=True)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from models import build_model
+from models.contract import Sizes
 from models.layers.dropout import LEVELS, Dropout, kept
+from models.table import build_model
 from utils.config import Config, with_overrides
 
 MANY = 400_003  # not a multiple of four
@@ -102,6 +103,6 @@ def test_on_cuda_the_share_is_right():
 @pytest.mark.parametrize("name", ["gene_dml", "triplex", "mlp"])
 def test_every_dropout_of_the_models_is_ours(name):
     config = with_overrides(Config(), [f"MODEL.name={name}", "MODEL.projection_dim=32"])
-    model = build_model(config.MODEL, feature_dim=32, num_genes=5)
+    model = build_model(config.MODEL, Sizes(32, 32, num_genes=5, num_neighbors=5))
     found = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     assert found and all(isinstance(module, Dropout) for module in found)

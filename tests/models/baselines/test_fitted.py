@@ -11,14 +11,17 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.neighbors import NearestNeighbors
 
-import models
-from models.baselines.build import BASELINES, NUM_COMPONENTS, build_baseline, build_baseline_loss
+from models.baselines.fitted import NUM_COMPONENTS
 from models.baselines.spot_model import neighbor_mean
-from utils.config import Model
+from models.contract import ModelInputs, Needs, Sizes
+from models.losses import fused_loss
+from models.table import MODELS, build_model, find_model
+from utils.config import Loss, Model
 
 DIM, GENES, SPOTS = 20, 6, 120
 PATIENTS = ["A"] * 30 + ["B"] * 50 + ["C"] * 40
 CLOSED_FORM = ("mean", "ridge", "ridge_neighbor", "knn")
+SIZES = Sizes(feature_dim=DIM, token_dim=DIM, num_genes=GENES, num_neighbors=5)
 SMALL = Model(
     projection_dim=16,
     neighbor_depth=1,
@@ -43,7 +46,7 @@ def _one_thread():
 
 def _build(name: str, **changes):
     torch.manual_seed(0)
-    return build_baseline(dataclasses.replace(SMALL, name=name, **changes), feature_dim=DIM, num_genes=GENES)
+    return build_model(dataclasses.replace(SMALL, name=name, **changes), SIZES)
 
 
 def _planted(seed: int = 0, noise: float = 0.3) -> dict[str, torch.Tensor]:
@@ -66,24 +69,28 @@ def _planted(seed: int = 0, noise: float = 0.3) -> dict[str, torch.Tensor]:
     }
 
 
-def _inputs(data: dict[str, torch.Tensor], rows=slice(None)) -> dict[str, torch.Tensor]:
-    return {name: values[rows] for name, values in data.items() if name != "expression"}
+def _inputs(data: dict[str, torch.Tensor], rows=slice(None)) -> ModelInputs:
+    return ModelInputs(**{name: values[rows] for name, values in data.items() if name != "expression"})
+
+
+def _fit(model, data, patients=PATIENTS, slides=None):
+    return model.fit(_inputs(data), data["expression"], patients=patients, slides=slides)
 
 
 def _error(model, data) -> float:
-    return (model(**_inputs(data)).fused - data["expression"]).square().mean().item()
+    return (model(_inputs(data)).fused - data["expression"]).square().mean().item()
 
 
 def _fitted(name: str, data=None, patients=PATIENTS):
     model = _build(name)
-    report = model.fit(**(data or _planted()), patients=patients)
+    report = _fit(model, data or _planted(), patients)
     return model, report
 
 
 def test_mean_predicts_the_training_mean_for_every_spot():
     data = _planted()
     model, report = _fitted("mean", data)
-    found = model(**_inputs(_planted(1), slice(0, 7))).fused
+    found = model(_inputs(_planted(1), slice(0, 7))).fused
     torch.testing.assert_close(found, data["expression"].mean(dim=0).expand(7, -1))
     assert report["num_training_spots"] == SPOTS
 
@@ -94,7 +101,7 @@ def test_ridge_is_scikit_learns_at_the_alpha_it_reports():
     train, test = data["target_features"].double().numpy(), new["target_features"].double().numpy()
     pca = PCA(report["num_components"], svd_solver="full").fit(train)
     expected = SklearnRidge(alpha=report["alpha"]).fit(pca.transform(train), data["expression"].double().numpy())
-    np.testing.assert_allclose(model(**_inputs(new)).fused, expected.predict(pca.transform(test)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model(_inputs(new)).fused, expected.predict(pca.transform(test)), rtol=1e-4, atol=1e-5)
     assert model.alpha.item() == report["alpha"]
     assert report["num_components"] == min(NUM_COMPONENTS, DIM)
 
@@ -128,7 +135,7 @@ def test_knn_is_scikit_learns_at_the_k_it_reports():
     weights = np.exp((1 - distance) / model.temperature)
     weights /= weights.sum(axis=1, keepdims=True)
     expected = np.einsum("bk,bkg->bg", weights, data["expression"].numpy()[nearest])
-    np.testing.assert_allclose(model(**_inputs(new)).fused, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(model(_inputs(new)).fused, expected, rtol=1e-3, atol=1e-4)
     assert report["num_nearest"] == report["grid"][int(np.argmin(report["inner_mse"]))]
 
 
@@ -179,8 +186,8 @@ def test_the_order_of_the_spots_does_not_matter(name):
     shuffled = {key: values[order] for key, values in data.items()}
     model, report = _fitted(name, data)
     other, other_report = _fitted(name, shuffled, [PATIENTS[row] for row in order])
-    torch.testing.assert_close(other(**_inputs(new)).fused, model(**_inputs(new)).fused, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model(**_inputs(new, order)).fused, model(**_inputs(new)).fused[order])
+    torch.testing.assert_close(other(_inputs(new)).fused, model(_inputs(new)).fused, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(_inputs(new, order)).fused, model(_inputs(new)).fused[order])
     for key in ("alpha", "num_nearest"):
         assert other_report.get(key) == pytest.approx(report.get(key))
 
@@ -193,16 +200,16 @@ def test_a_checkpoint_loads_strictly_into_an_unfitted_model(name, tmp_path):
     fresh = _build(name)
     fresh.load_state_dict(loaded["model"], strict=True)
     new = _inputs(_planted(1))
-    assert torch.equal(fresh(**new).fused, model(**new).fused)
+    assert torch.equal(fresh(new).fused, model(new).fused)
     assert loaded["report"] == report
     refit = _fitted(name, {key: values[10:90] for key, values in _planted(2).items()}, PATIENTS[10:90])[0]
     refit.load_state_dict(loaded["model"])
-    assert torch.equal(refit(**new).fused, model(**new).fused)
+    assert torch.equal(refit(new).fused, model(new).fused)
 
 
 def test_a_checkpoint_of_other_sizes_or_keys_is_refused():
     state = _fitted("knn")[0].state_dict()
-    other = build_baseline(dataclasses.replace(SMALL, name="knn"), feature_dim=DIM + 1, num_genes=GENES)
+    other = build_model(dataclasses.replace(SMALL, name="knn"), dataclasses.replace(SIZES, feature_dim=DIM + 1))
     with pytest.raises(RuntimeError, match="size mismatch for feature_mean"):
         other.load_state_dict(state)
     del state["bank"]
@@ -216,19 +223,19 @@ def test_a_checkpoint_of_other_sizes_or_keys_is_refused():
 def test_prediction_in_pieces_is_that_of_the_whole(name):
     model, _ = _fitted(name)
     new = _planted(1)
-    pieces = [model(**_inputs(new, slice(start, start + 17))).fused for start in range(0, SPOTS, 17)]
-    torch.testing.assert_close(torch.cat(pieces), model(**_inputs(new)).fused)
+    pieces = [model(_inputs(new, slice(start, start + 17))).fused for start in range(0, SPOTS, 17)]
+    torch.testing.assert_close(torch.cat(pieces), model(_inputs(new)).fused)
 
 
 @pytest.mark.parametrize("name", ["ridge_neighbor", "knn"])
 def test_half_precision_features_and_autocast_change_next_to_nothing(name):
     data, new = _planted(), _planted(1)
     model, _ = _fitted(name, data)
-    expected = model(**_inputs(new)).fused
+    expected = model(_inputs(new)).fused
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(model(**_inputs(new)).fused, expected)
-    half = {key: values.half() if values.is_floating_point() else values for key, values in _inputs(new).items()}
-    found = model(**half).fused
+        assert torch.equal(model(_inputs(new)).fused, expected)
+    half = {key: values.half() if values.is_floating_point() else values for key, values in new.items()}
+    found = model(_inputs(half)).fused
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 0.05 * expected.std()
 
@@ -261,7 +268,7 @@ def test_one_training_patient_is_said_aloud():
     _, report = _fitted("ridge", patients=["A"] * SPOTS)
     assert any("Only one training patient (A)" in note for note in report["notes"])
     model = _build("ridge")
-    report = model.fit(**_planted(), patients=["A"] * SPOTS, slides=["A1"] * 70 + ["A2"] * 50)
+    report = _fit(model, _planted(), ["A"] * SPOTS, ["A1"] * 70 + ["A2"] * 50)
     assert report["held_out"] == "slide" and report["num_inner_folds"] == 2
 
 
@@ -270,8 +277,8 @@ def test_equal_features_give_the_training_mean():
     for name in ("ridge", "knn"):
         model, report = _fitted(name, data)
         assert report["num_components"] == 0
-        assert model(**_inputs(_planted(1))).fused.isfinite().all()
-    found = _fitted("ridge", data)[0](**_inputs(_planted(1))).fused
+        assert model(_inputs(_planted(1))).fused.isfinite().all()
+    found = _fitted("ridge", data)[0](_inputs(_planted(1))).fused
     torch.testing.assert_close(found, data["expression"].mean(dim=0).expand_as(found))
 
 
@@ -281,21 +288,19 @@ def test_bad_training_data_are_named_all_at_once():
     with pytest.raises(
         ValueError, match=r"1 rows of expression.*not finite.*120 features, 120 expression, 119 patients"
     ):
-        _build("ridge").fit(**data, patients=PATIENTS[1:])
+        _fit(_build("ridge"), data, PATIENTS[1:])
     with pytest.raises(ValueError, match=r"shape \(120, 20\), expected \(spots, 21\)"):
-        build_baseline(dataclasses.replace(SMALL, name="ridge"), feature_dim=DIM + 1, num_genes=GENES).fit(
-            **_planted(), patients=PATIENTS
-        )
+        wider = dataclasses.replace(SIZES, feature_dim=DIM + 1)
+        _fit(build_model(dataclasses.replace(SMALL, name="ridge"), wider), _planted())
     with pytest.raises(ValueError, match=r"needs neighbor_features.*use ridge"):
-        _build("ridge_neighbor").fit(
-            target_features=data["target_features"], expression=data["expression"], patients=PATIENTS
-        )
+        alone = ModelInputs(target_features=data["target_features"])
+        _build("ridge_neighbor").fit(alone, data["expression"], patients=PATIENTS)
 
 
 @pytest.mark.parametrize("name", CLOSED_FORM)
 def test_an_unfitted_model_refuses_to_predict(name):
     with pytest.raises(ValueError, match=r"has not been fitted. Call fit\(\)"):
-        _build(name)(**_inputs(_planted()))
+        _build(name)(_inputs(_planted()))
 
 
 def test_flags_tell_the_loop_what_a_model_reads():
@@ -307,33 +312,26 @@ def test_flags_tell_the_loop_what_a_model_reads():
         "linear_probe": (False, False, False, False),
         "mlp": (False, False, False, False),
         "triplex": (True, True, True, False),
+        "gene_dml": (True, True, True, False),
     }
-    for name in BASELINES:
+    for name, row in MODELS.items():
         model = _build(name)
-        flags = (model.needs_tokens, model.needs_neighbors, model.needs_slides, model.is_closed_form)
+        flags = (model.needs.tokens, model.needs.neighbors, model.needs.slides, row.loss is None)
         assert flags == expected[name], name
-        assert model.is_closed_form == (not list(model.parameters()))
-        assert callable(build_baseline_loss(name))
+        assert (row.loss is None) == (not list(model.parameters()))
+        assert row.loss is None or callable(row.loss(Loss()))
+        assert row.needs(dataclasses.replace(SMALL, name=name)) == model.needs
     alone = _build("triplex", use_neighbor=False, use_global=False)
-    assert (alone.needs_neighbors, alone.needs_slides) == (False, False)
-
-
-def test_models_without_slide_context_pass_the_rows_on():
-    features = torch.randn(9, DIM)
-    for name in ("ridge", "mlp"):
-        model = _build(name)
-        assert torch.equal(model.encode_slides(features, torch.zeros(9, 2), [4, 5]), features)
-        rows = torch.tensor([8, 1, 1])
-        assert torch.equal(model.encode_slides(features, torch.zeros(9, 2), [4, 5], rows), features[rows])
+    assert alone.needs == Needs(tokens=True)
 
 
 @pytest.mark.parametrize("name", ["linear_probe", "mlp"])
 def test_trained_probes_learn_the_planted_signal(name):
     data = _planted(noise=0.0)
-    model, loss = _build(name, predictor_dropout=0.0), build_baseline_loss(name)
+    model, loss = _build(name, predictor_dropout=0.0), MODELS[name].loss(Loss())
     optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(100):
-        terms = loss(model(target_features=data["target_features"].half()), data["expression"])
+        terms = loss(model(ModelInputs(target_features=data["target_features"].half())), data["expression"])
         assert set(terms) == {"prediction", "total"}
         optimiser.zero_grad()
         terms["total"].backward()
@@ -345,8 +343,8 @@ def test_trained_probes_learn_the_planted_signal(name):
 def test_prediction_loss_is_the_mean_square():
     model, _ = _fitted("mean")
     data = _planted(1)
-    prediction = model(**_inputs(data))
-    terms = build_baseline_loss("mean")(prediction, data["expression"])
+    prediction = model(_inputs(data))
+    terms = fused_loss(prediction, data["expression"])
     expected = ((prediction.fused - data["expression"]) ** 2).sum() / (SPOTS * GENES)
     torch.testing.assert_close(terms["prediction"], expected)
     assert torch.equal(terms["total"], terms["prediction"])
@@ -354,22 +352,15 @@ def test_prediction_loss_is_the_mean_square():
 
 def test_pooled_width_may_differ_from_the_width_of_tokens():
     for name in ("mean", "ridge", "ridge_neighbor", "knn"):
-        model = build_baseline(dataclasses.replace(SMALL, name=name), feature_dim=7, num_genes=GENES, pooled_dim=DIM)
-        model.fit(**_planted(), patients=PATIENTS)
-        assert model(**_inputs(_planted(1))).fused.shape == (SPOTS, GENES)
-
-
-def test_build_model_knows_every_baseline():
-    assert models.BASELINES == BASELINES
-    for name in BASELINES:
-        built = models.build_model(dataclasses.replace(SMALL, name=name), feature_dim=DIM, num_genes=GENES)
-        assert type(built) is type(_build(name))
+        model = build_model(dataclasses.replace(SMALL, name=name), dataclasses.replace(SIZES, token_dim=7))
+        _fit(model, _planted())
+        assert model(_inputs(_planted(1))).fused.shape == (SPOTS, GENES)
 
 
 def test_wrong_names_and_contradictions_are_refused():
-    with pytest.raises(ValueError, match=r"MODEL.name is 'gene_dml'; the baselines are mean, ridge"):
-        _build("gene_dml")
-    with pytest.raises(ValueError, match="no baseline 'forest'"):
-        build_baseline_loss("forest")
+    with pytest.raises(ValueError, match=r"Unknown model 'triplx'; did you mean 'triplex'\?.*gene_dml, mean, ridge"):
+        find_model("triplx")
+    with pytest.raises(ValueError, match=r"Unknown model 'forest'\. Set MODEL.name"):
+        _build("forest")
     with pytest.raises(ValueError, match="use --model ridge"):
         _build("ridge_neighbor", use_neighbor=False)

@@ -1,30 +1,17 @@
-"""Baselines with the interface of GeneDML, and the one place that builds them all.
-
-Training mean, ridge and retrieval are here; the trained ones live in `probes.py` and `triplex.py`. All of them get the
-same frozen features as GeneDML, so that a difference in score is a difference of method and not of encoder.
-"""
+"""The baselines that are fitted once, without epochs and random numbers: training mean, ridge, retrieval."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.baselines import closed_form
-from models.baselines.spot_model import (
-    MEMORY_BUDGET,
-    ClosedForm,
-    linear_probe,
-    neighbor_mean,
-    perceptron,
-    prediction_loss,
-)
-from models.baselines.triplex import build_triplex, triplex_loss
-from models.gene_dml import Prediction
-
-BASELINES = ("mean", "ridge", "ridge_neighbor", "knn", "mlp", "linear_probe", "triplex")
-CLOSED_FORMS = ("mean", "ridge", "ridge_neighbor", "knn")  # fitted once, without epochs and random numbers
+from models.baselines.spot_model import MEMORY_BUDGET, ClosedForm, neighbor_mean
+from models.contract import ModelInputs, Needs, Sizes
+from models.layers.precision import unit
+from utils.config import Model
 
 NUM_COMPONENTS = 256
 # From next to no penalty to next to the training mean, in half decades of the mean squared singular value.
@@ -61,7 +48,7 @@ class Ridge(ClosedForm):
     ) -> None:
         """neighbor_dim 0: the target feature alone. ratios: ascending penalties, see closed_form.alpha_grid."""
         super().__init__(feature_dim=target_dim + neighbor_dim, num_genes=num_genes)
-        self.needs_neighbors = neighbor_dim > 0
+        self.needs = Needs(neighbors=neighbor_dim > 0)
         self.num_components = num_components
         self.ratios = tuple(ratios)
         self._register_fitted("feature_mean", (self.feature_dim,))
@@ -69,15 +56,14 @@ class Ridge(ClosedForm):
         self._register_fitted("intercept", (num_genes,))
         self._register_fitted("alpha", (), dtype=torch.float64)
 
-    def _features(
-        self, target_features: Tensor, neighbor_features: Tensor | None, neighbor_is_valid: Tensor | None
-    ) -> Tensor:
-        target = torch.as_tensor(target_features).float()
-        if not self.needs_neighbors:
+    def _features(self, inputs: ModelInputs) -> Tensor:
+        target = super()._features(inputs)
+        if not self.needs.neighbors:
             return target
-        if neighbor_features is None or neighbor_is_valid is None:
+        if inputs.neighbor_features is None or inputs.neighbor_is_valid is None:
             raise ValueError("ridge_neighbor needs neighbor_features and neighbor_is_valid; use ridge without them.")
-        return torch.cat([target, neighbor_mean(neighbor_features, neighbor_is_valid).to(target.device)], dim=1)
+        neighbors = neighbor_mean(inputs.neighbor_features, inputs.neighbor_is_valid)
+        return torch.cat([target, neighbors.to(target.device)], dim=1)
 
     def _fit(self, features: Tensor, expression: Tensor, patients: list, slides: list | None) -> dict[str, object]:
         folds = closed_form.inner_folds(patients, slides)
@@ -138,7 +124,7 @@ class Retrieval(ClosedForm):
         self._store(
             feature_mean=offset,
             directions=components.directions,
-            bank=closed_form.unit(components.scores(features)),
+            bank=unit(components.scores(features)),
             bank_expression=expression,
             num_nearest=counts[best],
         )
@@ -146,7 +132,7 @@ class Retrieval(ClosedForm):
         return chosen | _tuning_report("num_nearest", counts, errors, best, folds)
 
     def _predict(self, features: Tensor) -> Tensor:
-        queries = closed_form.unit((features - self.feature_mean) @ self.directions)
+        queries = unit((features - self.feature_mean) @ self.directions)
         counts = [int(self.num_nearest)]
         (fused,) = closed_form.retrieve(
             queries, self.bank, self.bank_expression, counts, self.temperature, MEMORY_BUDGET
@@ -170,52 +156,39 @@ def _tuning_report(
     }
 
 
-def build_baseline(
-    config: object, *, feature_dim: int, num_genes: int, pooled_dim: int | None = None, num_neighbors: int = 5
-) -> nn.Module:
-    """Build the baseline that `config.name` (the MODEL section) names.
+def build_mean(config: Model, sizes: Sizes) -> TrainingMean:
+    """Build the training mean, unfitted."""
+    return TrainingMean(feature_dim=sizes.feature_dim, num_genes=sizes.num_genes)
 
-    feature_dim:   width D of a token. pooled_dim: width of the pooled features of spots and neighbors, if it differs.
-    num_neighbors: side of the square of neighbor tiles.
-    errors:        ValueError for an unknown name, and for ridge_neighbor with neighbors switched off.
-    """
-    pooled = pooled_dim or feature_dim
-    if config.name not in BASELINES:
-        raise ValueError(f"MODEL.name is '{config.name}'; the baselines are {', '.join(BASELINES)} (--model NAME).")
-    if config.name == "ridge_neighbor" and not config.use_neighbor:
+
+def build_ridge(config: Model, sizes: Sizes) -> Ridge:
+    """Build the ridge regression on the target feature, unfitted."""
+    return _ridge(sizes, neighbor_dim=0)
+
+
+def build_ridge_neighbor(config: Model, sizes: Sizes) -> Ridge:
+    """Build the ridge regression on target feature and neighbor mean, unfitted; ValueError with neighbors switched off."""
+    if not config.use_neighbor:
         raise ValueError("ridge_neighbor without neighbors is ridge: use --model ridge, or drop --no_neighbor.")
-    if config.name == "mean":
-        return TrainingMean(feature_dim=pooled, num_genes=num_genes)
-    if config.name in ("ridge", "ridge_neighbor"):
-        neighbor_dim = pooled if config.name == "ridge_neighbor" else 0
-        return Ridge(
-            target_dim=pooled,
-            neighbor_dim=neighbor_dim,
-            num_genes=num_genes,
-            num_components=NUM_COMPONENTS,
-            ratios=RIDGE_RATIOS,
-        )
-    if config.name == "knn":
-        return Retrieval(
-            feature_dim=pooled,
-            num_genes=num_genes,
-            num_components=NUM_COMPONENTS,
-            counts=NEIGHBOR_COUNTS,
-            temperature=RETRIEVAL_TEMPERATURE,
-        )
-    if config.name == "linear_probe":
-        return linear_probe(feature_dim=pooled, num_genes=num_genes)
-    if config.name == "mlp":
-        return perceptron(
-            feature_dim=pooled, hidden_dim=config.predictor_dim, num_genes=num_genes, dropout=config.predictor_dropout
-        )
-    return build_triplex(
-        config, token_dim=feature_dim, pooled_dim=pooled, num_genes=num_genes, num_neighbors=num_neighbors
+    return _ridge(sizes, neighbor_dim=sizes.feature_dim)
+
+
+def _ridge(sizes: Sizes, neighbor_dim: int) -> Ridge:
+    return Ridge(
+        target_dim=sizes.feature_dim,
+        neighbor_dim=neighbor_dim,
+        num_genes=sizes.num_genes,
+        num_components=NUM_COMPONENTS,
+        ratios=RIDGE_RATIOS,
     )
 
 
-def build_baseline_loss(name: str) -> Callable[[Prediction, Tensor], dict[str, Tensor]]:
-    """The loss of a baseline: (prediction, expression (B, G)) -> named terms with "prediction" and "total"."""
-    if name not in BASELINES:
-        raise ValueError(f"There is no baseline '{name}'; the baselines are {', '.join(BASELINES)}.")
-    return triplex_loss if name == "triplex" else prediction_loss
+def build_knn(config: Model, sizes: Sizes) -> Retrieval:
+    """Build the retrieval by cosine among principal components, unfitted."""
+    return Retrieval(
+        feature_dim=sizes.feature_dim,
+        num_genes=sizes.num_genes,
+        num_components=NUM_COMPONENTS,
+        counts=NEIGHBOR_COUNTS,
+        temperature=RETRIEVAL_TEMPERATURE,
+    )
