@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from evaluation.slide_scores import SCALES
 from utils.files import require_file, safe_name, write_atomically
 
-SCALES = ("target", "neighbor", "global")
 MEASURED = "measured"
 MEASURED_UNSMOOTHED = "measured_unsmoothed"
 # Space Ranger's own size of the smaller image; the viewers that ask for "lowres" expect about this.
@@ -55,7 +55,7 @@ def write_prediction(
     Raises ValueError naming every array whose shape or content does not fit the spots and genes.
     """
     safe_name(slide, "slide")
-    arrays = {"fused": predictions.get("fused"), **{scale: predictions.get(scale) for scale in SCALES}}
+    arrays = {scale: predictions.get(scale) for scale in SCALES}
     arrays[MEASURED], arrays[MEASURED_UNSMOOTHED] = measured, measured_unsmoothed
     arrays = {name: np.asarray(values) for name, values in arrays.items() if values is not None}
     spatial_px = np.asarray(spatial_px, dtype=np.float64)
@@ -127,9 +127,9 @@ def _names_problems(spot_ids: Sequence[str], genes: Sequence[str], predictions: 
         repeated = sorted(str(name) for name in counts.index[counts > 1])
         if repeated:
             problems.append(f"{what} are not unique: {', '.join(repeated[:5])}")
-    unknown = sorted(set(predictions) - {"fused", *SCALES})
+    unknown = sorted(set(predictions) - set(SCALES))
     if unknown:
-        problems.append(f"unknown scales {', '.join(unknown)}; known are fused, {', '.join(SCALES)}")
+        problems.append(f"unknown scales {', '.join(unknown)}; known are {', '.join(SCALES)}")
     if predictions.get("fused") is None:
         problems.append('predictions["fused"] is missing')
     return problems

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from evaluation.slide_scores import SCALES
 from utils.files import write_atomically
 
 INK = "#222222"
@@ -18,7 +19,7 @@ MUTED = "#6b6b6b"
 RULE = "#d9d9d9"
 # Okabe and Ito's palette, told apart with every common form of color blindness.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C7A00")
-SCALE_COLORS = dict(zip(("fused", "target", "neighbor", "global"), PALETTE))
+SCALE_COLORS = dict(zip(SCALES, PALETTE))
 TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 10.5, 9.0, 8.0
 PNG_DPI = 160
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evaluation.slide_scores import SCALES, TRAINING_MEAN
+
 NOT_DEFINED = "\N{EN DASH}"
 SCORES = ("pcc_all", "pcc_h", "mse", "mae", "training_mean_mse", "training_mean_mae")
 LABELS = {
@@ -29,7 +31,7 @@ LABELS = {
 # The order in which scores and predictions are listed; sorted JSON has lost its own.
 _ORDER = ("pcc_all", "pcc_h", "mse", "mae", "spearman", "ccc", "r2", "explained_variance", "rvd", "ssim",
           "pcc_highly_variable")  # fmt: skip
-_PREDICTIONS = ("fused", "target", "neighbor", "global", "training_mean")
+_PREDICTIONS = (*SCALES, TRAINING_MEAN)
 _REQUIRED = ("protocol", "protocol_description", "run", "num_folds", "headline", "folds", "notes")
 _REQUIRED_OF_FOLD = ("fold", "name", "test_patients", "num_slides", "num_spots", "epoch", *SCORES)
 
