@@ -1,4 +1,4 @@
-"""The hand-written loop: one epoch, and epochs until the score no longer grows.
+"""The hand-written loop over one epoch.
 
 Knows no model and no field of a batch: it calls `step(batch) -> terms`, which `modes/` composes from model, loss
 and data.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,23 +45,6 @@ class Precision:
         self.scaler.update()
 
 
-@dataclass
-class Progress:
-    """Where a training stands; all of it goes into the checkpoint, so that it can go on from there."""
-
-    epoch: int = 0  # epochs finished
-    best_epoch: int = 0
-    best_score: float = -math.inf
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    def is_finished(self, epochs: int, patience: int | None) -> bool:
-        """All epochs are done, or `patience` epochs have passed without a better score."""
-        return self.epoch >= epochs or (patience is not None and self.epoch - self.best_epoch >= patience)
-
-
 def train_one_epoch(
     batches: Iterable, step: Step, optimizer: torch.optim.Optimizer, precision: Precision, description: str
 ) -> dict[str, float]:
@@ -94,31 +76,3 @@ def evaluate(slides: Iterable, predict: Callable[[object], object], description:
     """`predict(slide)` for every slide in order, without gradients."""
     with torch.inference_mode():
         return [predict(slide) for slide in progress(slides, description=description, unit="slide", leave=False)]
-
-
-def fit(
-    state: Progress,
-    *,
-    epochs: int,
-    patience: int | None,
-    run_epoch: Callable[[int], dict[str, float]],
-    score_name: str | None,
-    save: Callable[[Progress, bool], None],
-) -> Progress:
-    """Train until `epochs` are done or `patience` epochs brought no better score.
-
-    run_epoch: trains epoch number n (from 1) and returns its record, validation included.
-    score_name: entry of the record that chooses the best epoch, the larger the better; None: the last one is the best.
-    save: called after every epoch with the state and whether this epoch is the best so far.
-    """
-    while not state.is_finished(epochs, patience if score_name else None):
-        epoch = state.epoch + 1
-        record = {"epoch": epoch, **run_epoch(epoch)}
-        score = record[score_name] if score_name else float(epoch)
-        is_better = epoch == 1 or score > state.best_score
-        if is_better:
-            state.best_epoch, state.best_score = epoch, score if math.isfinite(score) else -math.inf
-        state.epoch = epoch
-        state.history.append(record)
-        save(state, is_better)
-    return state

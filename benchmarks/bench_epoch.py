@@ -32,7 +32,7 @@ from datasets.tokens import CutPatches
 from engine import Precision, train_one_epoch
 from models.patch_encoders.build import build_patch_encoder
 from modes.training.compose import Encode, Optimization, make_encode, make_model, make_step, open_layout
-from modes.training.run_data import open_study
+from modes.training.run_data import open_run_data
 from preprocess.extract_features_uni import main as extract
 from preprocess.simulate_demo import simulate
 from utils.cli import run
@@ -115,11 +115,11 @@ def demo_trainers(folder: Path, arguments: argparse.Namespace, device: torch.dev
         config = load_config("demo/dml", [*overrides, f"DATA.tokens={choice}"])
         layout = open_layout(config)
         slides = layout.slides_on_disk()
-        study = open_study(config, "demo/dml", layout, slides, device)
+        run_data = open_run_data(config, "demo/dml", layout, slides, device)
         if tiny:
-            study.maker.source.num_views = 1  # the cache of a trial holds one view, so neither turns the patches
-        targets = store_targets(study.store, slides, load_names(layout.panel_path)).to(device)
-        trainers[name] = Trainer(config, study.maker, study.encode, targets, study.token_dim)
+            run_data.maker.source.num_views = 1  # the cache of a trial holds one view, so neither turns the patches
+        targets = store_targets(run_data.store, slides, load_names(layout.panel_path)).to(device)
+        trainers[name] = Trainer(config, run_data.maker, run_data.encode, targets, run_data.token_dim)
     return trainers
 
 

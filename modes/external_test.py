@@ -72,8 +72,8 @@ def make_predictors(test: ExternalTest) -> tuple[list[Predictor], list[str]]:
     """The folds and, last, their mean, each with the gene lists that training fixed; and what PCC(H) is over."""
     genes, scored = test.genes, set(test.genes)
     lists_of_folds = [highly_predictive_of(member) for member in test.members]
-    means = [member.content["training_mean"].numpy()[:, columns_of(member, genes)] for member in test.members]
-    variable = [member.content["gene_lists"].get("highly_variable", []) for member in test.members]
+    means = [member.fold.training_mean.numpy()[:, columns_of(member, genes)] for member in test.members]
+    variable = [member.fold.gene_lists.get("highly_variable", []) for member in test.members]
     predictors = [
         Predictor(
             member.name,
@@ -85,7 +85,7 @@ def make_predictors(test: ExternalTest) -> tuple[list[Predictor], list[str]]:
     if len(predictors) > 1:
         lists = {"h": combined_list(lists_of_folds, genes), "highly_variable": combined_list(variable, genes)}
         predictors.append(Predictor(MEAN, np.mean(means, axis=0), lists))
-    is_paper = test.members[0].content["fold"]["protocol"] == "paper"
+    is_paper = test.members[0].fold.split.protocol == "paper"
     origin = "the list that the run's folds were scored on" if is_paper else "the lists fixed from training data"
     if not any(lists_of_folds):
         origin = "no list of the training run is at hand (summary.json of the run, or a checkpoint with its lists)"
@@ -95,8 +95,8 @@ def make_predictors(test: ExternalTest) -> tuple[list[Predictor], list[str]]:
 
 def highly_predictive_of(member: Member) -> list[str]:
     """The genes of PCC(H) as the training run has fixed them: in the checkpoint (clean), in its summary (paper)."""
-    if member.content["fold"]["protocol"] != "paper":
-        return member.content["gene_lists"].get("highly_predictive", [])
+    if member.fold.split.protocol != "paper":
+        return member.fold.gene_lists.get("highly_predictive", [])
     path = member.path.parent.parent / "summary.json"
     if not path.is_file():
         return []
@@ -190,7 +190,7 @@ def about(test: ExternalTest, notes: list[str], peak: dict[str, float]) -> dict[
         "run": test.members[0].run_name,
         "test_name": test.layout.name,
         "training_type": test.config.DATA.type,
-        "protocol": test.members[0].content["fold"]["protocol"],
+        "protocol": test.members[0].fold.split.protocol,
         "slides": {record.name: record.table.n_obs for record in test.store.slides},
         "genes": test.genes,
         "missing_genes": test.missing,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +14,14 @@ from datasets.layout import Layout
 from models.import_reference import import_reference
 from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
 from modes.training.compose import make_model, open_layout
-from modes.training.run_data import find_folds, slides_of
+from modes.training.run_data import find_folds
+from modes.training.split import record_of
 from utils.checkpoint import load_weights, save_checkpoint
 from utils.cli import say
 from utils.config import Config, save_config, with_overrides
 from utils.files import load_names, load_tensors, write_text
 from utils.runs import write_json
+from utils.trained_fold import PatchEncoderRecord, Progress, SplitRecord, TrainedFold
 
 
 @dataclass(frozen=True)
@@ -51,29 +53,28 @@ def convert(config: Config, source: Source, out: str) -> Path:
     _check_sizes(weights, spec, genes, source.path, layout)
     model = make_model(config, feature_dim=spec.pooled_dim, token_dim=spec.dim, num_genes=len(genes))
     load_weights(model, weights, source.path)
-    split = _split_of(config, layout, source.fold)
-    save_checkpoint(
-        path,
-        {
-            "model": weights,
-            "epoch": 0,
-            "finished": True,
-            "progress": {"epoch": 0, "best_epoch": 0, "best_score": float("-inf"), "history": []},
-            "config": config.to_dict(),
-            "config_name": source.config_name,
-            "genes": genes,
-            "encoder": {"name": spec.name, "sha256": "unknown", "dim": spec.pooled_dim, "token_dim": spec.dim},
-            "fold": split,
-            "training_mean": torch.full((2, len(genes)), torch.nan),
-            "gene_lists": {},
-            "field_of_view_um": field_of_view(layout, dict.fromkeys(split["train_slides"])),
-        },
+    (fold,), _ = find_folds(config, layout, [source.fold])
+    split = record_of(fold, layout, config.EVALUATION.protocol, "test")
+    trained = TrainedFold(
+        weights=weights,
+        epoch=0,
+        progress=Progress(),
+        config=config,
+        config_name=source.config_name,
+        genes=genes,
+        encoder=PatchEncoderRecord(spec.name, "unknown", spec.pooled_dim, spec.dim),
+        split=split,
+        training_mean=torch.full((2, len(genes)), torch.nan),
+        gene_lists={},
+        field_of_view_um=field_of_view(layout, dict.fromkeys(split.train_slides)),
+        finished=True,
     )
+    save_checkpoint(path, trained)
     if path != Path(out):
         _write_run_files(path.parent, config, split, genes)
     say(
-        f"{source.path}: {len(weights)} arrays imported as fold {split['fold']} ({split['name']}) of {config.DATA.type}: "
-        f"{path}\nTest it: python main.py --mode test --model_path {path} --fold {split['fold']}"
+        f"{source.path}: {len(weights)} arrays imported as fold {split.fold} ({split.name}) of {config.DATA.type}: "
+        f"{path}\nTest it: python main.py --mode test --model_path {path} --fold {split.fold}"
     )
     return path
 
@@ -105,27 +106,10 @@ def _check_sizes(
         raise ValueError(f"{path} does not fit: {'; '.join(problems)}.")
 
 
-def _split_of(config: Config, layout: Layout, fold_index: int) -> dict:
-    """The split of the fold with the slides on disk, as a training of the paper's protocol would have written it."""
-    (fold,), _ = find_folds(config, layout, [fold_index])
-    return {
-        "fold": fold.index,
-        "name": fold.name,
-        "protocol": "paper",
-        "test_patients": list(fold.test_patients),
-        "train_patients": list(fold.train_patients),
-        "validation_patients": [],
-        "test_slides": slides_of(layout, fold.test_patients),
-        "train_slides": slides_of(layout, fold.train_patients),
-        "validation_slides": [],
-        "selection": "test",
-    }
-
-
-def _write_run_files(folder: Path, config: Config, split: dict, genes: list[str]) -> None:
+def _write_run_files(folder: Path, config: Config, split: SplitRecord, genes: list[str]) -> None:
     """What stands beside a trained fold, so that test and compare treat the folder as a run."""
     notes = ["The weights are a published checkpoint: its epoch, training mean and gene lists are not known."]
-    write_json(folder / "split.json", {**split, "notes": notes})
+    write_json(folder / "split.json", replace(split, notes=notes).to_dict())
     write_text(folder / "genes.txt", "".join(f"{gene}\n" for gene in genes))
     save_config(config, folder.parent / "config.yaml")
 

@@ -11,7 +11,7 @@ import torch
 from modes.prediction.checkpoint import restored_config, score_checkpoint
 from modes.train import finish_run
 from modes.training.compose import open_layout
-from modes.training.run_data import open_study
+from modes.training.run_data import open_run_data
 from utils.checkpoint import chosen_checkpoints, has_ended, load_checkpoint, result_folder
 from utils.cli import say
 
@@ -51,30 +51,30 @@ def test(
 def _test_checkpoint(
     checkpoint: Path, fold: int | None, overrides: Sequence[str], device: torch.device, data_type: str | None
 ) -> None:
-    content = load_checkpoint(checkpoint)
-    trained = content["fold"]
-    if fold is not None and trained["fold"] != fold:
+    trained = load_checkpoint(checkpoint, memory_map=True)
+    split = trained.split
+    if fold is not None and split.fold != fold:
         raise ValueError(
-            f"--fold {fold}: {checkpoint} was trained for fold {trained['fold']} (test patients "
-            f"{', '.join(trained['test_patients'])}); on another fold it would be tested on its own training patients."
+            f"--fold {fold}: {checkpoint} was trained for fold {split.fold} (test patients "
+            f"{', '.join(split.test_patients)}); on another fold it would be tested on its own training patients."
         )
-    config = restored_config(content, checkpoint, overrides)
+    config = restored_config(trained, checkpoint, overrides)
     if data_type is not None and data_type != config.DATA.type:
         raise ValueError(
             f"the configuration is for {data_type}, {checkpoint} was trained on {config.DATA.type}. Give the configuration "
             f"of the run, or leave --config_name out. Slides of other data sets: --mode external_test."
         )
     layout = open_layout(config)
-    missing = sorted(set(trained["test_slides"]) - set(layout.slides_on_disk()))
+    missing = sorted(set(split.test_slides) - set(layout.slides_on_disk()))
     if missing:
         raise FileNotFoundError(
             f"test slides {', '.join(missing)} of {checkpoint} are not in {layout.root}. Prepare them, or give --data_dir."
         )
-    study = open_study(config, content["config_name"], layout, trained["test_slides"], device)
+    run_data = open_run_data(config, trained.config_name, layout, split.test_slides, device)
     folder = result_folder(checkpoint)
-    summary = score_checkpoint(study, checkpoint, folder)
+    summary = score_checkpoint(run_data, checkpoint, folder)
     say(
-        f"Fold {trained['fold']} ({trained['name']}): PCC(A) {summary['pcc_all']:.4f}, MSE {summary['mse']:.4f} "
+        f"Fold {split.fold} ({split.name}): PCC(A) {summary['pcc_all']:.4f}, MSE {summary['mse']:.4f} "
         f"(training mean {_known(summary['training_mean']['mse'])}); written to {folder}"
     )
 

@@ -16,9 +16,9 @@ from modes.prediction.checkpoint import score_checkpoint
 from modes.training.compose import is_closed_form, open_layout
 from modes.training.fold import FoldRun, fit_closed_form, new_model, start_folder
 from modes.training.resume import check_continues, check_started_folds
-from modes.training.run_data import Study, find_folds, open_study
+from modes.training.run_data import RunData, find_folds, open_run_data
 from modes.training.split import prepare_split
-from utils.checkpoint import has_ended
+from utils.checkpoint import is_complete
 from utils.cli import say
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory
@@ -51,8 +51,8 @@ def train(config: Config, options: TrainOptions) -> Path:
         {p for fold in folds for p in (*fold.test_patients, *fold.train_patients, *fold.validation_patients)}
     )
     slides = [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in patients]
-    study = open_study(config, options.config_file or options.config_name, layout, slides, options.device, folds)
-    check_started_folds(run_dir, study)
+    run_data = open_run_data(config, options.config_file or options.config_name, layout, slides, options.device, folds)
+    check_started_folds(run_dir, run_data)
     open_run(run_dir, config, options.resume)
     say(f"Run folder: {run_dir}")
     for fold in folds:
@@ -60,15 +60,9 @@ def train(config: Config, options: TrainOptions) -> Path:
         if is_complete(folder):
             say(f"Fold {fold.index} ({fold.name}): complete, nothing to do.")
             continue
-        train_fold(study, fold, folder, options.checkpoint_seconds, notices)
+        train_fold(run_data, fold, folder, options.checkpoint_seconds, notices)
     say(finish_run(run_dir, options.with_report))
     return run_dir
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a fold has ended its training and was scored; without its checkpoint the scores alone say so."""
-    checkpoint = folder / "best.pt"
-    return (folder / "result.json").is_file() and (not checkpoint.is_file() or has_ended(checkpoint))
 
 
 def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> None:
@@ -81,17 +75,17 @@ def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> 
         )
 
 
-def train_fold(study: Study, fold: Fold, folder: Path, checkpoint_seconds: float, notices: Sequence[str]) -> None:
+def train_fold(run_data: RunData, fold: Fold, folder: Path, checkpoint_seconds: float, notices: Sequence[str]) -> None:
     """Train one fold, or go on with it, then test the chosen weights."""
-    split = prepare_split(study, fold)
+    split = prepare_split(run_data, fold)
     check_continues(folder, split)
-    start_folder(folder, study, split, notices)
-    run = FoldRun(study, split, folder, new_model(study, split), checkpoint_seconds)
-    if is_closed_form(study.config):
+    start_folder(folder, run_data, split, notices)
+    run = FoldRun(run_data, split, folder, new_model(run_data, split), checkpoint_seconds)
+    if is_closed_form(run_data.config):
         fit_closed_form(run)
     else:
         run.train()
-    score_checkpoint(study, folder / "best.pt", folder)
+    score_checkpoint(run_data, folder / "best.pt", folder)
 
 
 def finish_run(run_dir: Path, with_report: bool = True) -> str:

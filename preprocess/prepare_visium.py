@@ -46,7 +46,7 @@ from preprocess.raw.space_ranger import (
 )
 from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.cli import run, say
-from utils.config import Data, config_from_dict, load_config
+from utils.config import Data, load_config
 from utils.files import load_names, require_file, safe_name, write_atomically, write_text
 from utils.text import some
 
@@ -312,10 +312,10 @@ def _panel_of_run(model_path: Path) -> TrainingPanel:
     paths, notes = chosen_checkpoints(model_path)
     for note in notes:
         say(note)
-    contents = [load_checkpoint(path, memory_map=True) for path in paths]
-    genes = list(dict.fromkeys(gene for content in contents for gene in content["genes"]))
-    data = config_from_dict(contents[0]["config"], str(model_path)).DATA
-    return TrainingPanel(genes, str(model_path), data.type, data, contents[0]["config_name"])
+    folds = [load_checkpoint(path, memory_map=True) for path in paths]
+    genes = list(dict.fromkeys(gene for fold in folds for gene in fold.genes))
+    data = folds[0].config.DATA
+    return TrainingPanel(genes, str(model_path), data.type, data, folds[0].config_name)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""The loop: averages, early stopping, precision, and errors that keep what was computed."""
+"""The loop: averages, precision, and errors that keep what was computed."""
 
 from __future__ import annotations
 
@@ -8,66 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Precision, Progress, evaluate, fit, train_one_epoch
+from engine import Precision, evaluate, train_one_epoch
 
 CPU = torch.device("cpu")
 
 
 class Spots(list):
     """A batch is anything with a length."""
-
-
-def scored(scores, **arguments):
-    """Run `fit` on a list of scores; returns the state and what `save` was told."""
-    saved = []
-    state = fit(
-        Progress(),
-        run_epoch=lambda epoch: {"validation/pcc_all": scores[epoch - 1]},
-        score_name="validation/pcc_all",
-        save=lambda progress, is_better: saved.append((progress.epoch, is_better)),
-        **{"epochs": len(scores), "patience": 100, **arguments},
-    )
-    return state, saved
-
-
-def test_best_epoch_is_the_first_of_the_greatest_scores():
-    state, saved = scored([0.1, 0.3, 0.2, 0.3])
-    assert (state.best_epoch, state.best_score, state.epoch) == (2, 0.3, 4)
-    assert saved == [(1, True), (2, True), (3, False), (4, False)]
-    assert [record["epoch"] for record in state.history] == [1, 2, 3, 4]
-
-
-def test_patience_stops_and_stays_stopped():
-    state, _ = scored([0.3, 0.1, 0.1, 0.1, 0.9], patience=3)
-    assert state.epoch == 4 and state.is_finished(5, 3)
-
-
-def test_undefined_scores_never_win():
-    state, saved = scored([math.nan, math.nan, 0.1, math.nan])
-    assert state.best_epoch == 3 and saved[0] == (1, True)
-
-
-def test_without_a_score_the_last_epoch_is_the_best_and_patience_is_ignored():
-    saved = []
-    state = fit(
-        Progress(), epochs=5, patience=1, run_epoch=lambda epoch: {}, score_name=None, save=lambda p, b: saved.append(b)
-    )
-    assert state.best_epoch == 5 and saved == [True] * 5
-
-
-def test_a_continued_fit_goes_on_where_it_was():
-    whole, _ = scored([0.1, 0.2, 0.15, 0.3])
-    part, _ = scored([0.1, 0.2])
-    again = Progress(**part.to_dict())
-    fit(
-        again,
-        epochs=4,
-        patience=100,
-        run_epoch=lambda epoch: {"validation/pcc_all": [0.1, 0.2, 0.15, 0.3][epoch - 1]},
-        score_name="validation/pcc_all",
-        save=lambda progress, is_better: None,
-    )
-    assert again == whole
 
 
 def test_an_epoch_averages_over_spots_and_learns():

@@ -9,22 +9,22 @@ import torch
 from torch import nn
 
 from utils.files import load_tensors, write_atomically
+from utils.trained_fold import TrainedFold
 
 SCHEMA = 1
 _CONTINUE = "Go on with it: the command of the training, with --resume."
 _BY_NAME = "To predict with it as it is, name the file:"
-_REQUIRED = ("schema", "model", "config", "genes", "encoder", "fold", "epoch")
 
 
-def save_checkpoint(path: str | Path, content: Mapping) -> None:
-    """Write `content` (tensors, numbers, strings, lists, dicts) atomically; the schema number is added."""
-    write_atomically(path, lambda temporary: torch.save({"schema": SCHEMA, **content}, temporary))
+def save_checkpoint(path: str | Path, fold: TrainedFold) -> None:
+    """Write a trained fold atomically; the schema number is added."""
+    write_atomically(path, lambda temporary: torch.save({"schema": SCHEMA, **fold.to_dict()}, temporary))
 
 
-def load_checkpoint(path: str | Path, *, memory_map: bool = False) -> dict:
-    """Read a checkpoint of this project; ValueError when it is something else or of another schema.
+def load_checkpoint(path: str | Path, *, memory_map: bool = False) -> TrainedFold:
+    """Read a trained fold; ValueError when the file is something else, of another schema, or not complete.
 
-    memory_map: for who needs what stands beside the weights.
+    memory_map: leave the weights on disk until they are used.
     """
     content = load_tensors(path, memory_map=memory_map)
     if not isinstance(content, dict) or "schema" not in content:
@@ -34,10 +34,7 @@ def load_checkpoint(path: str | Path, *, memory_map: bool = False) -> dict:
         )
     if content["schema"] != SCHEMA:
         raise ValueError(f"{path} has checkpoint schema {content['schema']}, this program reads {SCHEMA}.")
-    missing = [name for name in _REQUIRED if name not in content]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; it is not a complete checkpoint.")
-    return content
+    return TrainedFold.from_dict(content, str(path))
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
@@ -127,11 +124,20 @@ def has_ended(checkpoint: str | Path) -> bool:
     Training marks it (`finished`). Of a checkpoint without the mark, from an older version, the last.pt beside it tells;
     where there is none, nothing is left to train.
     """
-    content = load_checkpoint(checkpoint, memory_map=True)
-    if "finished" in content:
-        return content["finished"]
+    fold = load_checkpoint(checkpoint, memory_map=True)
+    if fold.finished is not None:
+        return fold.finished
     last = Path(checkpoint).with_name("last.pt")
-    return not last.is_file() or _has_done_its_epochs(load_checkpoint(last, memory_map=True))
+    if not last.is_file():
+        return True
+    fold = load_checkpoint(last, memory_map=True)
+    return fold.progress.is_finished(fold.config, fold.split.score_name)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a fold has ended its training and was scored; without its checkpoint the scores alone say so."""
+    checkpoint = folder / "best.pt"
+    return (folder / "result.json").is_file() and (not checkpoint.is_file() or has_ended(checkpoint))
 
 
 def result_folder(checkpoint: Path) -> Path:
@@ -153,20 +159,11 @@ def _fold_names(run_dir: Path) -> list[str]:
     return sorted(numbered, key=lambda name: int(name.removeprefix("fold_")))
 
 
-def _has_done_its_epochs(content: Mapping) -> bool:
-    """Whether a last.pt is of the last epoch: all are done, or patience ran out where a score chooses the epoch."""
-    progress, training = content["progress"], content["config"]["TRAINING"]
-    epochs = content["config"]["EVALUATION"]["fixed_epochs"] or training["epochs"]
-    waited = progress["epoch"] - progress["best_epoch"]
-    chooses = content["fold"]["selection"] in ("validation", "test")
-    return progress["epoch"] >= epochs or (chooses and waited >= training["patience"])
-
-
 def _notes_on_file(path: Path) -> list[str]:
     """What a reader of its results must know of a checkpoint that is not the finished best.pt of a fold."""
-    content = load_checkpoint(path, memory_map=True)
-    if "optimizer" in content:
-        return [f"{path} holds the last epoch that was saved ({content['epoch']}), not the chosen one; taken as named."]
+    fold = load_checkpoint(path, memory_map=True)
+    if fold.optimization is not None:
+        return [f"{path} holds the last epoch that was saved ({fold.epoch}), not the chosen one; taken as named."]
     if not has_ended(path):
-        return [f"{path} is of a training that has not ended (best epoch so far: {content['epoch']}); taken as named."]
+        return [f"{path} is of a training that has not ended (best epoch so far: {fold.epoch}); taken as named."]
     return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.features.cache import read_identity
@@ -13,6 +13,7 @@ from modes.checks.findings import Findings
 from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.config import Config
 from utils.text import some
+from utils.trained_fold import TrainedFold
 
 GREATEST_RATIO = 1.2
 
@@ -89,22 +90,20 @@ def check_checkpoints(
     model_path: str, fold: int | None, config: Config, layout: Layout, slides: Sequence[str], findings: Findings
 ) -> None:
     """The folds of a run against the configuration's data: tissue seen in training, encoder, sizes, field of view."""
-    contents = findings.attempt("model", lambda: _read_folds(model_path, fold, findings))
-    if not contents:
+    folds = findings.attempt("model", lambda: _read_folds(model_path, fold, findings))
+    if not folds:
         return
-    path, content = next(iter(contents.items()))
-    trained = content["config"]["DATA"]
+    path, trained = next(iter(folds.items()))
+    data_type = trained.config.DATA.type
     findings.ok(
         "model",
-        f"{len(contents)} fold(s) of {model_path}: {content['config']['MODEL']['name']} trained on {trained['type']}, "
-        f"{len(content['genes'])} genes, features of {content['encoder']['name']}.",
+        f"{len(folds)} fold(s) of {model_path}: {trained.config.MODEL.name} trained on {data_type}, "
+        f"{len(trained.genes)} genes, features of {trained.encoder.name}.",
     )
-    _check_same_inputs(path, content, config, findings)
-    if trained["type"] != layout.name:
-        patients = {
-            p for c in contents.values() for part in ("train", "validation") for p in c["fold"][f"{part}_patients"]
-        }
-        leaks = leaking_slides(trained["type"], patients, {slide: layout.spec.patient_of(slide) for slide in slides})
+    _check_same_inputs(path, trained, config, findings)
+    if data_type != layout.name:
+        patients = {patient for each in folds.values() for patient in each.split.fitted_patients}
+        leaks = leaking_slides(data_type, patients, {slide: layout.spec.patient_of(slide) for slide in slides})
         if leaks:
             findings.warning(
                 "tissue",
@@ -113,28 +112,28 @@ def check_checkpoints(
             )
     widths = fields_of_view(layout, slides)
     here = sum(widths.values()) / len(widths) if widths else None
-    sentence, differs = compare_fields_of_view(content.get("field_of_view_um"), here, layout.name)
+    sentence, differs = compare_fields_of_view(trained.field_of_view_um, here, layout.name)
     if differs:
         findings.warning("view", f"{sentence} --mode predict --match_mpp scales the patches to those of the training.")
-    elif here is not None and content.get("field_of_view_um"):
+    elif here is not None and trained.field_of_view_um:
         findings.ok("view", sentence)
 
 
-def _read_folds(model_path: str, fold: int | None, findings: Findings) -> dict[Path, dict]:
+def _read_folds(model_path: str, fold: int | None, findings: Findings) -> dict[Path, TrainedFold]:
     chosen, notes = chosen_checkpoints(model_path, fold)
     for note in notes:
         findings.warning("model", note)
-    return {checkpoint: load_checkpoint(checkpoint, memory_map=True) for checkpoint in chosen}
+    return {checkpoint: load_checkpoint(checkpoint, memory_map=True).without_weights() for checkpoint in chosen}
 
 
-def _check_same_inputs(path: Path, content: Mapping, config: Config, findings: Findings) -> None:
-    made, trained = content["encoder"], content["config"]["DATA"]
+def _check_same_inputs(path: Path, trained: TrainedFold, config: Config, findings: Findings) -> None:
+    made, data = trained.encoder, trained.config.DATA
     differences = [
         f"{what} {mine} here, {theirs} in training"
         for what, mine, theirs in (
-            ("encoder", config.DATA.encoder, made["name"]),
-            ("DATA.patch_size", config.DATA.patch_size, trained["patch_size"]),
-            ("DATA.num_neighbors", config.DATA.num_neighbors, trained["num_neighbors"]),
+            ("encoder", config.DATA.encoder, made.name),
+            ("DATA.patch_size", config.DATA.patch_size, data.patch_size),
+            ("DATA.num_neighbors", config.DATA.num_neighbors, data.num_neighbors),
         )
         if mine != theirs
     ]
@@ -142,6 +141,6 @@ def _check_same_inputs(path: Path, content: Mapping, config: Config, findings: F
         findings.problem(
             "model",
             f"{path} cannot use the features of this configuration: {'; '.join(differences)}. Extract features with the "
-            f"run's own: python preprocess/extract_features_uni.py --config {content['config_name']} --encoder {made['name']} "
+            f"run's own: python preprocess/extract_features_uni.py --config {trained.config_name} --encoder {made.name} "
             "--extract_mode all",
         )

@@ -20,78 +20,76 @@ from evaluation.predictions import write_prediction
 from evaluation.protocol import SlideResult, score_fold, write_fold
 from models.contract import ExpressionModel
 from modes.training.compose import make_model, make_predict
-from modes.training.run_data import Study
+from modes.training.run_data import RunData
 from utils.checkpoint import load_checkpoint, load_weights
-from utils.config import Config, config_from_dict, differences, with_overrides
+from utils.config import Config, differences, with_overrides
+from utils.trained_fold import TrainedFold
 
 THUMBNAIL_PX = 2000
 
 
-def score_checkpoint(study: Study, checkpoint: Path, folder: Path) -> dict:
+def score_checkpoint(run_data: RunData, checkpoint: Path, folder: Path) -> dict:
     """Evaluate a checkpoint on the test slides of its fold and write everything into `folder`; returns the summary.
 
     result.json is written last: its presence means that the fold is complete.
     """
-    content = load_checkpoint(checkpoint)
-    check_same_patch_encoder(content, study, checkpoint)
-    records = study.store.named(content["fold"]["test_slides"])
-    predict = restored_predict(study, content, checkpoint)
-    predictions = evaluate([study.maker.slide(record) for record in records], predict, "test slides")
-    is_clean = content["fold"]["protocol"] == "clean"
+    fold = load_checkpoint(checkpoint)
+    check_same_patch_encoder(fold, run_data, checkpoint)
+    records = run_data.store.named(fold.split.test_slides)
+    predict = restored_predict(run_data, fold, checkpoint)
+    predictions = evaluate([run_data.maker.slide(record) for record in records], predict, "test slides")
+    is_clean = fold.split.protocol == "clean"
     results = [
-        slide_result(record, content["genes"], prediction, absent_is_zero=is_clean)
+        slide_result(record, fold.genes, prediction, absent_is_zero=is_clean)
         for record, prediction in zip(records, predictions)
     ]
-    provenance = provenance_of(content, checkpoint)
+    provenance = provenance_of(fold, checkpoint)
     for record, result in zip(records, results):
-        write_slide(study.layout, record, result, folder / "predictions" / f"{record.name}.h5ad", provenance)
-    smoothed, unsmoothed = content["training_mean"].numpy()
+        write_slide(run_data.layout, record, result, folder / "predictions" / f"{record.name}.h5ad", provenance)
+    smoothed, unsmoothed = fold.training_mean.numpy()
     scores = score_fold(
         results,
         training_mean=smoothed,
         training_mean_unsmoothed=unsmoothed,
-        gene_lists=content["gene_lists"],
-        protocol=content["fold"]["protocol"],
+        gene_lists=fold.gene_lists,
+        protocol=fold.split.protocol,
     )
-    write_fold(scores, folder, extra={"epoch": content["epoch"] or None, "unit": UNIT})
+    write_fold(scores, folder, extra={"epoch": fold.epoch or None, "unit": UNIT})
     return scores.summary
 
 
-def restored_predict(study: Study, content: dict, checkpoint: Path):
+def restored_predict(run_data: RunData, fold: TrainedFold, checkpoint: Path):
     """`predict(slide)` with the weights of a checkpoint."""
-    model = restored_model(content, checkpoint, study.device)
-    return make_predict(model, study.config, study.encode, study.precision)
+    model = restored_model(fold, checkpoint, run_data.device)
+    return make_predict(model, run_data.config, run_data.encode, run_data.precision)
 
 
-def restored_model(content: dict, checkpoint: Path, device: torch.device) -> ExpressionModel:
+def restored_model(fold: TrainedFold, checkpoint: Path, device: torch.device) -> ExpressionModel:
     """The model of a checkpoint with its weights."""
     model = make_model(
-        config_from_dict(content["config"], str(checkpoint)),
-        feature_dim=content["encoder"]["dim"],
-        token_dim=content["encoder"]["token_dim"],
-        num_genes=len(content["genes"]),
+        fold.config,
+        feature_dim=fold.encoder.dim,
+        token_dim=fold.encoder.token_dim,
+        num_genes=len(fold.genes),
     ).to(device)
-    load_weights(model, content["model"], checkpoint)
+    load_weights(model, fold.weights, checkpoint)
     return model
 
 
-def check_same_patch_encoder(content: dict, study: Study, checkpoint: Path) -> None:
+def check_same_patch_encoder(fold: TrainedFold, run_data: RunData, checkpoint: Path) -> None:
     """A checkpoint refuses features of another encoder, and tokens that are pooled otherwise than those of its training."""
-    made, found = content["encoder"], study.store.encoder
-    pool = made.get("token_pool", 1)
-    if pool != study.token_pool:
+    made, found, pool = fold.encoder, run_data.store.encoder, fold.encoder.token_pool
+    if pool != run_data.token_pool:
         raise ValueError(
-            f"{checkpoint} was trained on tokens pooled by {pool}, those at hand are pooled by {study.token_pool} "
-            f"({study.token_source['source']}). Make token caches of the training's kind: extract again with --token_pool "
+            f"{checkpoint} was trained on tokens pooled by {pool}, those at hand are pooled by {run_data.token_pool} "
+            f"({run_data.token_source['source']}). Make token caches of the training's kind: extract again with --token_pool "
             f"{pool} --overwrite, and leave DATA.tokens=online out."
         )
-    if made["name"] != found.name or (
-        made["sha256"] != found.sha256 and "unknown" not in (made["sha256"], found.sha256)
-    ):
+    if made.name != found.name or not made.has_weights(found.sha256):
         raise ValueError(
-            f"{checkpoint} was trained on features of {made['name']} (weights {made['sha256'][:12]}...), the features in "
-            f"{study.layout.root} are of {found.name} ({found.sha256[:12]}...). Extract those of the checkpoint's encoder, "
-            f"with its weights: {extraction_command(study.layout, 'all', None, made['name'], study.config_name, True)}"
+            f"{checkpoint} was trained on features of {made.name} (weights {made.sha256[:12]}...), the features in "
+            f"{run_data.layout.root} are of {found.name} ({found.sha256[:12]}...). Extract those of the checkpoint's encoder, "
+            f"with its weights: {extraction_command(run_data.layout, 'all', None, made.name, run_data.config_name, True)}"
         )
 
 
@@ -134,15 +132,15 @@ def write_slide(
     )
 
 
-def provenance_of(content: dict, checkpoint: Path) -> dict[str, object]:
+def provenance_of(fold: TrainedFold, checkpoint: Path) -> dict[str, object]:
     """Which checkpoint made a prediction, and in what unit."""
     return {
         "checkpoint": checkpoint.name,
-        "encoder": content["encoder"]["name"],
-        "encoder_sha256": content["encoder"]["sha256"],
-        "fold": content["fold"]["fold"],
-        "protocol": content["fold"]["protocol"],
-        "epoch": content["epoch"],
+        "encoder": fold.encoder.name,
+        "encoder_sha256": fold.encoder.sha256,
+        "fold": fold.split.fold,
+        "protocol": fold.split.protocol,
+        "epoch": fold.epoch,
         "smoothing": "mean over the 3x3 array neighborhood",
         "log_base": 10,
     }
@@ -182,11 +180,10 @@ FREE_KEYS = (
 )
 
 
-def restored_config(content: dict, checkpoint: Path, overrides: Sequence[str]) -> Config:
+def restored_config(fold: TrainedFold, checkpoint: Path, overrides: Sequence[str]) -> Config:
     """The configuration of a checkpoint with what this machine does differently (paths, memory, precision)."""
-    trained = config_from_dict(content["config"], str(checkpoint))
-    config = with_overrides(trained, overrides)
-    changed = [line for line in differences(trained, config) if line.split(":")[0] not in FREE_KEYS]
+    config = with_overrides(fold.config, overrides)
+    changed = [line for line in differences(fold.config, config) if line.split(":")[0] not in FREE_KEYS]
     if changed:
         listed = "\n  ".join(changed)
         raise ValueError(

@@ -15,7 +15,7 @@ from datasets.features.patch_encoder import BatchedPatchEncoder
 from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import Slide
 from models.patch_encoders.build import PatchEncoder, build_patch_encoder
-from modes.prediction.ensemble import Member, token_pool_of
+from modes.prediction.ensemble import Member
 from utils.cli import progress, say
 from utils.config import Config
 
@@ -27,19 +27,19 @@ Part = tuple[slice, Tensor | None, np.ndarray | None]  # rows, target tokens (b,
 
 def open_patch_encoder(member: Member, device: torch.device) -> BatchedPatchEncoder:
     """The frozen encoder that a fold was trained with; ValueError if the weights found are others."""
-    config, made = member.config, member.content["encoder"]
+    config, made = member.config, member.fold.encoder
     patch_encoder = build_patch_encoder(
         config.DATA.encoder, config.DATA.weights, search=(ROOT / "weights", Path("weights"))
     )
-    if made["sha256"] not in ("unknown", patch_encoder.weights_sha256):
+    if not made.has_weights(patch_encoder.weights_sha256):
         raise ValueError(
-            f"{member.path} was trained on features of {made['name']} with the weights {made['sha256'][:12]}..., those found "
+            f"{member.path} was trained on features of {made.name} with the weights {made.sha256[:12]}..., those found "
             f"({patch_encoder.weights_path}) are {patch_encoder.weights_sha256[:12]}.... "
             "Give the file of the training with --weights."
         )
-    if made["sha256"] == "unknown":
+    if made.sha256 == "unknown":
         say(
-            f"Which weights of {made['name']} the run was trained with is not known; "
+            f"Which weights of {made.name} the run was trained with is not known; "
             f"those of {patch_encoder.weights_path} are used."
         )
     return on_device(patch_encoder, device)
@@ -63,7 +63,7 @@ def plan_for(member: Member, kinds: tuple[str, ...], source_size: int | None = N
         source_size=source_size,
         num_neighbors=data.num_neighbors,
         views=1,
-        token_pool=token_pool_of(member),
+        token_pool=member.fold.encoder.token_pool,
         token_dtype=torch.float32,
     )
 

@@ -21,6 +21,7 @@ from modes.prediction.checkpoint import restored_config, restored_model
 from modes.training.compose import model_inputs, needs_of, scale_predictions
 from utils.checkpoint import fold_checkpoints, load_checkpoint, result_folder
 from utils.config import Config
+from utils.trained_fold import TrainedFold
 
 # Spots that pass the models at a time: their tokens and the activations of the fusion take about 4 MB a spot.
 CHUNK_SIZE = 256
@@ -28,10 +29,10 @@ CHUNK_SIZE = 256
 
 @dataclass
 class Member:
-    """One trained fold: the content of its checkpoint without the weights, and while it predicts its model."""
+    """One trained fold without its weights, and while it predicts its model."""
 
     path: Path
-    content: dict
+    fold: TrainedFold
     config: Config
     device: torch.device
     precision: Precision
@@ -39,7 +40,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        return f"fold_{self.content['fold']['fold']}"
+        return f"fold_{self.fold.split.fold}"
 
     @property
     def run_name(self) -> str:
@@ -49,7 +50,7 @@ class Member:
 
     @property
     def genes(self) -> list[str]:
-        return self.content["genes"]
+        return self.fold.genes
 
     @property
     def needs(self) -> Needs:
@@ -58,8 +59,8 @@ class Member:
     def load(self) -> ExpressionModel:
         """The model with its weights on the device, read from the checkpoint unless it is held."""
         if self._model is None:
-            content = load_checkpoint(self.path, memory_map=True)
-            self._model = restored_model(content, self.path, self.device).eval()
+            fold = load_checkpoint(self.path, memory_map=True)
+            self._model = restored_model(fold, self.path, self.device).eval()
         return self._model
 
     def release(self) -> None:
@@ -74,20 +75,18 @@ def load_members(checkpoints: Sequence[Path], overrides: Sequence[str], device: 
     """
     members = []
     for checkpoint in checkpoints:
-        content = load_checkpoint(checkpoint, memory_map=True)
-        config = restored_config(content, checkpoint, overrides)
-        del content["model"]
-        content["training_mean"] = content["training_mean"].clone()  # off the file, which may be replaced
-        members.append(Member(checkpoint, content, config, device, Precision(config.TRAINING.precision, device)))
+        fold = load_checkpoint(checkpoint, memory_map=True).without_weights()
+        config = restored_config(fold, checkpoint, overrides)
+        members.append(Member(checkpoint, fold, config, device, Precision(config.TRAINING.precision, device)))
     _check_alike(members)
     return members
 
 
 def _check_alike(members: Sequence[Member]) -> None:
     def what_it_reads(member: Member) -> dict[str, object]:
-        encoder, data = member.content["encoder"], member.config.DATA
+        encoder, data = member.fold.encoder, member.config.DATA
         return {
-            "encoder": (encoder["name"], encoder["sha256"], token_pool_of(member)),
+            "encoder": (encoder.name, encoder.sha256, encoder.token_pool),
             "patch size": data.patch_size,
             "number of neighbors": data.num_neighbors,
             "data set": data.type,
@@ -105,11 +104,6 @@ def _check_alike(members: Sequence[Member]) -> None:
                 f"{member.path} and {members[0].path} cannot be averaged: {'; '.join(differences)}. Give one of them with "
                 "--model_path."
             )
-
-
-def token_pool_of(member: Member) -> int:
-    """By how much the patch tokens that the fold was trained on were pooled."""
-    return member.content["encoder"].get("token_pool", 1)
 
 
 def run_folder(members: Sequence[Member], model_path: str | Path, fold: int | None) -> Path:
@@ -180,7 +174,7 @@ def mean_prediction(predictions: Sequence[dict[str, np.ndarray]]) -> dict[str, n
 
 def field_of_view_of(members: Sequence[Member]) -> float | None:
     """Mean width of a training patch in micrometres; None where no fold knows it."""
-    known = [size for member in members if (size := member.content.get("field_of_view_um")) is not None]
+    known = [size for member in members if (size := member.fold.field_of_view_um) is not None]
     return float(np.mean(known)) if known else None
 
 
@@ -199,16 +193,16 @@ def describe_peak(peak: dict[str, float]) -> str:
 
 def provenance_of(members: Sequence[Member], notes: Sequence[str]) -> dict[str, object]:
     """Which models made a prediction. notes: on folds that were left out, or taken although they are not finished."""
-    made = members[0].content["encoder"]
+    made = members[0].fold.encoder
     return {
         **({"folds": " ".join(notes)} if notes else {}),
         "checkpoints": [f"{member.path.parent.name}/{member.path.name}" for member in members],
-        "epochs": [int(member.content["epoch"]) for member in members],
+        "epochs": [int(member.fold.epoch) for member in members],
         "prediction": MEAN if len(members) > 1 else members[0].name,
         "training_type": members[0].config.DATA.type,
-        "protocol": members[0].content["fold"]["protocol"],
-        "encoder": made["name"],
-        "encoder_sha256": made["sha256"],
+        "protocol": members[0].fold.split.protocol,
+        "encoder": made.name,
+        "encoder_sha256": made.sha256,
         "patch_size": members[0].config.DATA.patch_size,
         "smoothing": "mean over the 3x3 array neighborhood",
         "log_base": 10,

@@ -16,7 +16,7 @@ from datasets.spots import SpotStore
 from datasets.tables.counts import gene_names
 from datasets.tokens import CachedTokens, open_tokens
 from modes.prediction.encode import open_patch_encoder
-from modes.prediction.ensemble import Member, field_of_view_of, shared_genes, token_pool_of
+from modes.prediction.ensemble import Member, field_of_view_of, shared_genes
 from utils.cli import say
 from utils.config import Config
 from utils.files import safe_name
@@ -69,13 +69,13 @@ def open_test(members: list[Member], layout: Layout, device: torch.device, fold_
     """
     slides = layout.slides_on_disk()
     genes, missing = measured_genes(layout, slides, shared_genes(members))
-    member, made = members[0], members[0].content["encoder"]
+    member, made = members[0], members[0].fold.encoder
     store = load_store(
         layout,
         slides,
-        encoder=made["name"],
-        sha256=None if made["sha256"] == "unknown" else made["sha256"],
-        config_name=member.content["config_name"],
+        encoder=made.name,
+        sha256=None if made.sha256 == "unknown" else made.sha256,
+        config_name=member.fold.config_name,
         with_neighbors=member.needs.neighbors,
         hold_neighbors=False,
         genes=genes,
@@ -114,13 +114,13 @@ def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torc
         choice="cache",
         residence="host",  # each token is read once for each fold
         num_workers=config.DATA.num_workers,
-        config_name=member.content["config_name"],
+        config_name=member.fold.config_name,
     )
-    pool = source.store.identity.token_pool
-    if pool != token_pool_of(member):
+    pool, trained = source.store.identity.token_pool, member.fold.encoder.token_pool
+    if pool != trained:
         raise ValueError(
             f"The token caches of {layout.name} are pooled by {pool}, the run was trained on tokens pooled by "
-            f"{token_pool_of(member)}. Extract them again with --token_pool {token_pool_of(member)} --overwrite."
+            f"{trained}. Extract them again with --token_pool {trained} --overwrite."
         )
     return source
 
@@ -130,9 +130,7 @@ def warnings_of(test: ExternalTest) -> list[str]:
     layout, config = test.layout, test.config
     left_out = layout.left_out_note()
     notes = [*test.fold_notes, *([left_out] if left_out else [])]
-    patients = {
-        p for m in test.members for part in ("train", "validation") for p in m.content["fold"][f"{part}_patients"]
-    }
+    patients = {patient for member in test.members for patient in member.fold.split.fitted_patients}
     slides = {record.name: record.patient for record in test.store.slides}
     leaks = leaking_slides(config.DATA.type, patients, slides)
     if leaks:

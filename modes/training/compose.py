@@ -18,6 +18,7 @@ from models.losses import GeneDMLLoss
 from models.patch_encoders.build import build_patch_encoder, find_weights
 from models.table import build_model, find_model
 from utils.config import Config
+from utils.trained_fold import OptimizationState
 
 WEIGHT_FOLDERS = (Path(__file__).resolve().parents[2] / "weights", Path("weights"))
 Encode = Callable[[SpotBatch], Tensor | None]
@@ -161,15 +162,15 @@ class Optimization:
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, training.lr_step_epochs, gamma=training.lr_decay)
         return cls(optimizer, scheduler, precision)
 
-    def state_dict(self) -> dict:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
-        }
+    def state(self) -> OptimizationState:
+        return OptimizationState(
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.scheduler.state_dict(),
+            scaler=self.precision.scaler.state_dict(),
+        )
 
-    def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if state["scaler"] and self.precision.scaler.is_enabled():
-            self.precision.scaler.load_state_dict(state["scaler"])
+    def load_state(self, state: OptimizationState) -> None:
+        self.optimizer.load_state_dict(state.optimizer)
+        self.scheduler.load_state_dict(state.scheduler)
+        if state.scaler and self.precision.scaler.is_enabled():
+            self.precision.scaler.load_state_dict(state.scaler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datasets.batches import TrainingBatches, epoch_rows
 from datasets.field_of_view import field_of_view
-from engine import Progress, evaluate, fit, train_one_epoch
+from engine import evaluate, train_one_epoch
 from evaluation.protocol import SlideResult, epoch_scores
 from models.baselines.spot_model import ClosedForm
 from models.contract import ExpressionModel, ModelInputs
@@ -26,12 +26,13 @@ from modes.training.compose import (
     make_predict,
     make_step,
 )
-from modes.training.run_data import Study
+from modes.training.run_data import RunData
 from modes.training.split import Split
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.cli import say
 from utils.files import write_atomically, write_text
 from utils.runs import Board, generator_for, seed_everything, write_epochs, write_json
+from utils.trained_fold import PatchEncoderRecord, Progress, TrainedFold
 
 CHECKPOINT_SECONDS = 60.0  # a large model's checkpoint takes seconds, an epoch may take less
 
@@ -40,7 +41,7 @@ CHECKPOINT_SECONDS = 60.0  # a large model's checkpoint takes seconds, an epoch 
 class FoldRun:
     """Training of one fold: weights, optimiser, progress, and their files."""
 
-    study: Study
+    run_data: RunData
     split: Split
     folder: Path
     model: ExpressionModel
@@ -48,31 +49,21 @@ class FoldRun:
 
     def train(self) -> None:
         """Train, or go on from `last.pt`, until the epoch is chosen; `best.pt` holds the chosen weights."""
-        config = self.study.config
-        self.optimization = Optimization.of(self.model, config, self.study.precision)
+        config = self.run_data.config
+        self.optimization = Optimization.of(self.model, config, self.run_data.precision)
         self._best, self._best_is_written, self._last_saved = None, True, time.monotonic()
         state = self._restore()
-        self.predict = make_predict(self.model, config, self.study.encode, self.optimization.precision)
-        self.step = make_step(self.model, config, self.study.encode)
-        self.expression = self.split.targets.to(self.study.device)
+        self.predict = make_predict(self.model, config, self.run_data.encode, self.optimization.precision)
+        self.step = make_step(self.model, config, self.run_data.encode)
+        self.expression = self.split.targets.to(self.run_data.device)
         board = Board(self.folder / "tensorboard", state.epoch + 1)
-        epochs = config.EVALUATION.fixed_epochs or config.TRAINING.epochs
-        score_name = {"validation": "validation/pcc_all", "test": "test/pcc_all", "fixed": None}[self.split.selection]
-
-        def save(progress: Progress, is_better: bool) -> None:
-            board.add(progress.history[-1])
-            is_last = progress.is_finished(epochs, config.TRAINING.patience if score_name else None)
-            self._save(progress, is_better, is_last)
-
+        score_name = self.split.record.score_name
         try:
-            fit(
-                state,
-                epochs=epochs,
-                patience=config.TRAINING.patience,
-                run_epoch=self._run_epoch,
-                score_name=score_name,
-                save=save,
-            )
+            while not state.is_finished(config, score_name):
+                record = self._run_epoch(state.epoch + 1)
+                is_better = state.add(record, score_name)
+                board.add(record)
+                self._save(state, is_better, state.is_finished(config, score_name))
         except (KeyboardInterrupt, ValueError):
             self._keep(state)
             raise
@@ -82,36 +73,37 @@ class FoldRun:
         self._say_result(state, score_name)
 
     def _run_epoch(self, epoch: int) -> dict[str, float]:
-        config, store = self.study.config, self.study.store
+        config, store = self.run_data.config, self.run_data.store
         # Seeded by epoch: what is drawn in an epoch depends on (seed, fold, epoch) alone, so a continued training draws
         # what an undisturbed one would, on whatever device, and no generator's state needs to be stored.
-        keys = (config.GENERAL.seed, self.split.fold.index, epoch)
+        keys = (config.GENERAL.seed, self.split.record.fold, epoch)
         seed_everything(*keys)
         generator = generator_for(*keys, "batches")
         batches = epoch_rows(
             store.slide_of_row,
-            store.rows_of(self.split.train_slides),
+            store.rows_of(self.split.record.train_slides),
             batch_size=config.TRAINING.batch_size,
             minimum=config.LOSS.k,
             slides_per_batch=config.TRAINING.slides_per_batch,
             generator=generator,
         )
         self.model.train()
-        name = f"fold {self.split.fold.index} ({self.split.fold.name}) epoch {epoch}"
-        loader = TrainingBatches(self.study.maker, batches, self.expression, generator)
+        name = f"fold {self.split.record.fold} ({self.split.record.name}) epoch {epoch}"
+        loader = TrainingBatches(self.run_data.maker, batches, self.expression, generator)
         optimization = self.optimization
         terms = train_one_epoch(loader, self.step, optimization.optimizer, optimization.precision, name)
-        record = {f"train/{term}": value for term, value in terms.items()}
+        record: dict[str, float] = {"epoch": epoch, **{f"train/{term}": value for term, value in terms.items()}}
         record["learning_rate"] = optimization.scheduler.get_last_lr()[0]
         optimization.scheduler.step()
-        for part, slides in (("validation", self.split.validation_slides), ("test", self.split.test_slides)):
+        record_of_split = self.split.record
+        for part, slides in (("validation", record_of_split.validation_slides), ("test", record_of_split.test_slides)):
             if slides:
                 record |= {f"{part}/{key}": value for key, value in self._scores(slides).items()}
         return record
 
     def _scores(self, slides: list[str]) -> dict[str, float]:
-        records = self.study.store.named(slides)
-        predictions = evaluate([self.study.maker.slide(record) for record in records], self.predict, "evaluation")
+        records = self.run_data.store.named(slides)
+        predictions = evaluate([self.run_data.maker.slide(record) for record in records], self.predict, "evaluation")
         results = [
             SlideResult(
                 slide=record.name,
@@ -125,17 +117,18 @@ class FoldRun:
             )
             for record, prediction in zip(records, predictions)
         ]
-        return epoch_scores(results, self.study.config.EVALUATION.protocol)
+        return epoch_scores(results, self.run_data.config.EVALUATION.protocol)
 
     def _restore(self) -> Progress:
         last = self.folder / "last.pt"
         if not last.exists():
             return Progress()
-        content = load_checkpoint(last)
-        load_weights(self.model, content["model"], last)
-        self.optimization.load_state_dict(content)
-        say(f"Fold {self.split.fold.index} ({self.split.fold.name}): goes on after epoch {content['epoch']}.")
-        return Progress(**content["progress"])
+        trained = load_checkpoint(last)
+        load_weights(self.model, trained.weights, last)
+        assert trained.optimization is not None, "last.pt holds the optimiser"
+        self.optimization.load_state(trained.optimization)
+        say(f"Fold {self.split.record.fold} ({self.split.record.name}): goes on after epoch {trained.epoch}.")
+        return trained.progress
 
     def _save(self, progress: Progress, is_better: bool, is_last: bool) -> None:
         """Keep the best weights in memory and write both checkpoints at most every `checkpoint_seconds`.
@@ -145,17 +138,17 @@ class FoldRun:
         """
         if is_better:
             weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-            self._best = weights, Progress(**progress.to_dict())
+            self._best = weights, replace(progress, history=list(progress.history))
             self._best_is_written = False
         write_epochs(self.folder / "metrics.jsonl", progress.history)
         if not is_last and time.monotonic() - self._last_saved < self.checkpoint_seconds:
             return
         if is_last or not self._best_is_written:
-            best = self._best[0] if self._best else load_checkpoint(self.folder / "best.pt")["model"]
+            best = self._best[0] if self._best else load_checkpoint(self.folder / "best.pt").weights
             self.save_best(best, progress, finished=is_last)
             self._best_is_written = True
-        content = checkpoint_content(self.study, self.split, self.model.state_dict(), progress, finished=is_last)
-        save_checkpoint(self.folder / "last.pt", {**content, **self.optimization.state_dict()})
+        trained = trained_fold(self.run_data, self.split, self.model.state_dict(), progress, finished=is_last)
+        save_checkpoint(self.folder / "last.pt", replace(trained, optimization=self.optimization.state()))
         self._last_saved = time.monotonic()
 
     def _keep(self, state: Progress) -> None:
@@ -166,10 +159,10 @@ class FoldRun:
         if not self._best_is_written:
             self.save_best(*self._best, finished=False)
         last = self.folder / "last.pt"
-        saved = load_checkpoint(last, memory_map=True)["epoch"] if last.exists() else None
+        saved = load_checkpoint(last, memory_map=True).epoch if last.exists() else None
         goes_on = f"goes on after epoch {saved}" if saved else "starts this fold anew"
         say(
-            f"Fold {self.split.fold.index} ({self.split.fold.name}): stopped, epochs done: {state.epoch}; --resume "
+            f"Fold {self.split.record.fold} ({self.split.record.name}): stopped, epochs done: {state.epoch}; --resume "
             f"{goes_on} (--checkpoint_seconds: {self.checkpoint_seconds:g} s between two checkpoints) and comes to the same."
         )
 
@@ -178,21 +171,21 @@ class FoldRun:
 
         finished: the training has ended; a test and the other modes take these weights for those of the fold.
         """
-        content = checkpoint_content(self.study, self.split, weights, progress, finished=finished)
-        save_checkpoint(self.folder / "best.pt", {**content, "epoch": progress.best_epoch})
+        trained = trained_fold(self.run_data, self.split, weights, progress, finished=finished)
+        save_checkpoint(self.folder / "best.pt", replace(trained, epoch=progress.best_epoch))
 
     def _write_clusters(self) -> None:
         """clusters.csv: how the first batch of an epoch is grouped by its image and by its gene vectors (the figure)."""
-        config, store = self.study.config, self.study.store
+        config, store = self.run_data.config, self.run_data.store
         if not groups_spots(config):
             return
-        generator = generator_for(config.GENERAL.seed, self.split.fold.index, "clusters")
-        rows = store.rows_of(self.split.train_slides)
+        generator = generator_for(config.GENERAL.seed, self.split.record.fold, "clusters")
+        rows = store.rows_of(self.split.record.train_slides)
         rows = rows[torch.randperm(len(rows), generator=generator)][: config.TRAINING.batch_size]
-        batch = self.study.maker.spots(rows, torch.zeros_like(rows), self.expression, with_slides=True)
+        batch = self.run_data.maker.spots(rows, torch.zeros_like(rows), self.expression, with_slides=True)
         self.model.eval()
         with torch.inference_mode(), self.optimization.precision.autocast():
-            image, gene = batch_clusters(self.model, config, self.study.encode, batch)
+            image, gene = batch_clusters(self.model, config, self.run_data.encode, batch)
         slides = [store.slides[i] for i in store.slide_of_row[rows].tolist()]
         table = pd.DataFrame(
             {
@@ -207,52 +200,52 @@ class FoldRun:
     def _say_result(self, state: Progress, score_name: str | None) -> None:
         chosen = state.history[state.best_epoch - 1]
         score = f"{score_name} {chosen[score_name]:.4f}" if score_name else "the number of epochs was fixed"
-        name = f"Fold {self.split.fold.index} ({self.split.fold.name})"
+        name = f"Fold {self.split.record.fold} ({self.split.record.name})"
         say(f"{name}: epoch {state.best_epoch} of {state.epoch} chosen ({score}).")
 
 
-def checkpoint_content(
-    study: Study, split: Split, weights: dict[str, Tensor], progress: Progress, *, finished: bool
-) -> dict:
-    """Everything a test, a prediction or a continuation needs; without the frozen encoder, of which name and hash stay."""
-    pixels = {slide.name: slide.table.obsm["spatial"] for slide in study.store.named(split.train_slides)}
-    return {
-        "model": weights,
-        "epoch": progress.epoch,
-        "finished": finished,
-        "progress": progress.to_dict(),
-        "config": study.config.to_dict(),
-        "config_name": study.config_name,
-        "genes": split.genes,
-        "encoder": {
-            **asdict(study.store.encoder),
-            "dim": study.store.target_features.shape[1],
-            "token_dim": study.token_dim,
-            "token_pool": study.token_pool,
-        },
-        "fold": split.to_dict(study.config.EVALUATION.protocol),
-        "training_mean": split.training_mean,
-        "gene_lists": split.gene_lists,
-        "field_of_view_um": field_of_view(study.layout, pixels),
-    }
+def trained_fold(
+    run_data: RunData, split: Split, weights: dict[str, Tensor], progress: Progress, *, finished: bool
+) -> TrainedFold:
+    """What is to be saved of a fold whose weights are those of the last epoch."""
+    pixels = {slide.name: slide.table.obsm["spatial"] for slide in run_data.store.named(split.record.train_slides)}
+    return TrainedFold(
+        weights=weights,
+        epoch=progress.epoch,
+        progress=progress,
+        config=run_data.config,
+        config_name=run_data.config_name,
+        genes=split.genes,
+        encoder=PatchEncoderRecord(
+            **asdict(run_data.store.encoder),
+            dim=run_data.store.target_features.shape[1],
+            token_dim=run_data.token_dim,
+            token_pool=run_data.token_pool,
+        ),
+        split=split.record,
+        training_mean=split.training_mean,
+        gene_lists=split.gene_lists,
+        field_of_view_um=field_of_view(run_data.layout, pixels),
+        finished=finished,
+    )
 
 
-def new_model(study: Study, split: Split) -> ExpressionModel:
+def new_model(run_data: RunData, split: Split) -> ExpressionModel:
     """The model with its initial weights drawn from (seed, fold)."""
-    seed_everything(study.config.GENERAL.seed, split.fold.index, "weights")
+    seed_everything(run_data.config.GENERAL.seed, split.record.fold, "weights")
     model = make_model(
-        study.config,
-        feature_dim=study.store.target_features.shape[1],
-        token_dim=study.token_dim,
+        run_data.config,
+        feature_dim=run_data.store.target_features.shape[1],
+        token_dim=run_data.token_dim,
         num_genes=len(split.genes),
     )
-    if study.config.TRAINING.start_at_mean and not is_closed_form(study.config):
-        rows = study.store.rows_of(split.train_slides)
+    if run_data.config.TRAINING.start_at_mean and not is_closed_form(run_data.config):
+        rows = run_data.store.rows_of(split.record.train_slides)
         model.start_at_mean(split.targets[rows].mean(dim=0))
-    return model.to(study.device)
+    return model.to(run_data.device)
 
 
-def start_folder(folder: Path, study: Study, split: Split, notices: Sequence[str]) -> None:
+def start_folder(folder: Path, run_data: RunData, split: Split, notices: Sequence[str]) -> None:
     """Write the split and the panel before the first epoch, so that they stand beside whatever comes.
 
     notices: sentences about what was left out, for the summary.
@@ -262,8 +255,8 @@ def start_folder(folder: Path, study: Study, split: Split, notices: Sequence[str
     for leftover in folder.glob(".*.pt"):  # what a kill in the middle of a save left behind
         leftover.unlink()
     described = {
-        **split.to_dict(study.config.EVALUATION.protocol),
-        "tokens": study.token_source,
+        **split.record.to_dict(),
+        "tokens": run_data.token_source,
         "run_notes": list(notices),
     }
     write_json(folder / "split.json", described)
@@ -272,19 +265,19 @@ def start_folder(folder: Path, study: Study, split: Split, notices: Sequence[str
 
 def fit_closed_form(run: FoldRun) -> None:
     """A baseline without a loop: fitted once on the outer training spots, tuned on inner patients by itself."""
-    study, split = run.study, run.split
-    slides = study.store.named([*split.train_slides, *split.validation_slides])
-    rows = study.store.rows_of([slide.name for slide in slides])
+    run_data, split = run.run_data, run.split
+    slides = run_data.store.named(split.record.fitted_slides)
+    rows = run_data.store.rows_of([slide.name for slide in slides])
     per_row: Callable[[str], list[str]] = lambda name: [  # noqa: E731
         getattr(slide, name) for slide in slides for _ in range(slide.start, slide.stop)
     ]
-    neighbors = study.store.neighbor_features
+    neighbors = run_data.store.neighbor_features
     assert isinstance(run.model, ClosedForm)
     report = run.model.fit(
         ModelInputs(
-            target_features=study.store.target_features[rows],
+            target_features=run_data.store.target_features[rows],
             neighbor_features=None if neighbors is None else neighbors[rows],
-            neighbor_is_valid=study.store.neighbor_is_valid[rows],
+            neighbor_is_valid=run_data.store.neighbor_is_valid[rows],
         ),
         split.targets[rows],
         patients=per_row("patient"),

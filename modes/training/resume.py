@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from datasets.folds import Fold
-from modes.training.run_data import Study, possible_folds, slides_of
+from modes.training.run_data import RunData, possible_folds, slides_of
 from modes.training.split import Split
 from utils.checkpoint import load_checkpoint
 from utils.files import load_names
 from utils.text import some
+from utils.trained_fold import SplitRecord
 
-PARTS = ("train", "validation", "test")
+
+@dataclass(frozen=True)
+class Started:
+    """What a fold was started with, as far as it is known."""
+
+    split: SplitRecord
+    encoder: Mapping[str, str]  # name and sha256
+    tokens: Mapping[str, Any]
+    genes: list[str] | None
+    training_mean: Tensor | None
 
 
-def check_started_folds(run_dir: Path, study: Study) -> None:
+def check_started_folds(run_dir: Path, run_data: RunData) -> None:
     """Every fold of the run, complete or not, against the slides, features and tokens there are now. Writes nothing.
 
     Raises ValueError that names each change, the folds it concerns, and what to do.
     """
-    folds = {fold.index: fold for fold in possible_folds(study.layout)[0]}
-    panel = load_names(study.layout.panel_path) if study.config.EVALUATION.protocol == "paper" else None
+    folds = {fold.index: fold for fold in possible_folds(run_data.layout)[0]}
+    panel = load_names(run_data.layout.panel_path) if run_data.config.EVALUATION.protocol == "paper" else None
     changes: dict[str, list[str]] = {}
     for folder in sorted(run_dir.glob("fold_*")):
         if (started := _started(folder)) is None:
             continue
-        fold = folds.get(started["fold"]["fold"])
-        found = _changed_data(started, study, fold)
+        fold = folds.get(started.split.fold)
+        found = _changed_data(started, run_data, fold)
         if panel is not None:
-            found += _changed_list("genes of the panel", started["genes"], panel)
+            found += _changed_list("genes of the panel", started.genes, panel)
         for change in found:
             changes.setdefault(change, []).append(folder.name)
     if changes:
@@ -46,60 +59,64 @@ def check_continues(folder: Path, split: Split) -> None:
     """
     if (started := _started(folder)) is None:
         return
-    now = split.to_dict(started["fold"]["protocol"])
+    before, now = asdict(started.split), asdict(split.record)
     changes = []
-    for part in PARTS:
+    for part in ("train", "validation", "test"):
         for what in ("patients", "slides"):
-            changes += _changed_list(f"{part} {what}", started["fold"][f"{part}_{what}"], now[f"{part}_{what}"])
-    changes += _changed_list("genes of the panel", started["genes"], split.genes)
-    mean = started["training_mean"]
+            changes += _changed_list(f"{part} {what}", before[f"{part}_{what}"], now[f"{part}_{what}"])
+    changes += _changed_list("genes of the panel", started.genes, split.genes)
+    mean = started.training_mean
     if not changes and mean is not None and not torch.allclose(mean, split.training_mean, rtol=1e-4, atol=1e-6):
         changes.append("counts: the expression of the training slides has another mean")
     if changes:
         _refuse(folder, changes)
 
 
-def _started(folder: Path) -> dict | None:
+def _started(folder: Path) -> Started | None:
     """What a fold was started with: of its checkpoint, or where there is none yet of split.json; None before that."""
-    if not (folder / "split.json").is_file():
+    path = folder / "split.json"
+    if not path.is_file():
         return None
-    fold = json.loads((folder / "split.json").read_text(encoding="utf-8"))
-    features = fold.get("features", {})
-    genes = folder / "genes.txt"
-    started = {
-        "fold": fold,
-        "encoder": {"name": features["encoder"], "sha256": features["encoder_sha256"]} if features else {},
-        "tokens": fold.get("tokens", {}),
-        "genes": genes.read_text(encoding="utf-8").splitlines() if genes.is_file() else None,
-        "training_mean": None,
-    }
-    written = [folder / name for name in ("last.pt", "best.pt") if (folder / name).is_file()]
-    if written:
-        content = load_checkpoint(written[0], memory_map=True)
-        encoder = {key: content["encoder"][key] for key in ("name", "sha256")}
-        started |= {"fold": content["fold"], "encoder": encoder, "genes": content["genes"]}
-        started["tokens"] = {"token_pool": content["encoder"].get("token_pool", 1), **started["tokens"]}
-        started["training_mean"] = content["training_mean"].clone()
-    return started
+    content = json.loads(path.read_text(encoding="utf-8"))
+    tokens = content.get("tokens", {})
+    for written in (folder / "last.pt", folder / "best.pt"):
+        if written.is_file():
+            trained = load_checkpoint(written, memory_map=True).without_weights()
+            return Started(
+                split=trained.split,
+                encoder={"name": trained.encoder.name, "sha256": trained.encoder.sha256},
+                tokens={"token_pool": trained.encoder.token_pool, **tokens},
+                genes=trained.genes,
+                training_mean=trained.training_mean,
+            )
+    split, genes = SplitRecord.from_dict(content, str(path)), folder / "genes.txt"
+    return Started(
+        split=split,
+        encoder={"name": split.features["encoder"], "sha256": split.features["encoder_sha256"]}
+        if split.features
+        else {},
+        tokens=tokens,
+        genes=genes.read_text(encoding="utf-8").splitlines() if genes.is_file() else None,
+        training_mean=None,
+    )
 
 
-def _changed_data(started: Mapping, study: Study, fold: Fold | None) -> list[str]:
+def _changed_data(started: Started, run_data: RunData, fold: Fold | None) -> list[str]:
     """Patients and slides that were trained on (validation included) and tested, the encoder, the tokens."""
-    then = started["fold"]
+    then = started.split
     if fold is None:
-        return [f"test patients: no slide of {', '.join(then['test_patients'])} is there"]
+        return [f"test patients: no slide of {', '.join(then.test_patients)} is there"]
     changes = []
-    for name, parts, now in (
-        ("training", ("train", "validation"), fold.train_patients),
-        ("test", ("test",), fold.test_patients),
+    for name, patients, slides, now in (
+        ("training", then.fitted_patients, then.fitted_slides, fold.train_patients),
+        ("test", then.test_patients, then.test_slides, fold.test_patients),
     ):
-        for what, found in (("patients", now), ("slides", slides_of(study.layout, now))):
-            before = [entry for part in parts for entry in then[f"{part}_{what}"]]
-            changes += _changed_list(f"{name} {what}", sorted(before), sorted(found))
-    encoder = {"name": study.store.encoder.name, "sha256": study.store.encoder.sha256}
-    changes += _changed_values("encoder", started["encoder"], encoder)
-    tokens = {"token_pool": study.token_pool, **study.token_source}
-    return changes + _changed_values("tokens", started["tokens"], tokens)
+        changes += _changed_list(f"{name} patients", sorted(patients), sorted(now))
+        changes += _changed_list(f"{name} slides", sorted(slides), slides_of(run_data.layout, now))
+    encoder = {"name": run_data.store.encoder.name, "sha256": run_data.store.encoder.sha256}
+    changes += _changed_values("encoder", started.encoder, encoder)
+    tokens = {"token_pool": run_data.token_pool, **run_data.token_source}
+    return changes + _changed_values("tokens", started.tokens, tokens)
 
 
 def _changed_list(name: str, before: Sequence[str] | None, now: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ from utils.runs import generator_for
 
 
 @dataclass
-class Study:
+class RunData:
     """Data and devices of a run; everything that does not depend on the fold."""
 
     config: Config
@@ -111,14 +111,14 @@ def slides_of(layout: Layout, patients: Sequence[str]) -> list[str]:
     return [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in set(patients)]
 
 
-def open_study(
+def open_run_data(
     config: Config,
     config_name: str,
     layout: Layout,
     slides: Sequence[str],
     device: torch.device,
     folds: Sequence[Fold] = (),
-) -> Study:
+) -> RunData:
     """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens.
 
     folds: those that will be trained; k and the gene panel are checked against them. The cheap comes first: the encoder
@@ -150,7 +150,7 @@ def open_study(
     if needs.tokens:
         source, encoder = _open_source(config, config_name, layout, store, device, reserve)
         token_dim = source.dim if source.gives_tokens else encoder.dim
-    return Study(
+    return RunData(
         config=config,
         config_name=config_name,
         layout=layout,

@@ -3,88 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from datasets.folds import Fold
+from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from datasets.tables.expression import highest_mean_panel
 from datasets.targets import absent_genes, store_targets
 from evaluation.protocol import highly_predictive_list, highly_variable_list
 from modes.training.compose import is_closed_form
-from modes.training.run_data import Study, slides_of
+from modes.training.run_data import RunData, slides_of
 from utils.cli import say
 from utils.config import Config
 from utils.files import load_names
 from utils.text import some
+from utils.trained_fold import SplitRecord
 
 
 @dataclass(frozen=True)
 class Split:
     """Slides, genes and targets of a fold, and how its epoch is chosen."""
 
-    fold: Fold
-    train_slides: list[str]
-    validation_slides: list[str]
-    test_slides: list[str]
-    selection: str  # validation | test | fixed | none (a closed form has no epochs)
+    record: SplitRecord
     genes: list[str]
     targets: Tensor  # (R, G) smoothed, NaN where a row belongs to no slide of the fold
     training_mean: Tensor  # (2, G): of the smoothed and of the unsmoothed training targets
     gene_lists: dict[str, list[str]]
-    features: dict[str, object]  # what the patches and their encoder were
-    notes: list[str]  # for the summary
-
-    def to_dict(self, protocol: str) -> dict:
-        return {
-            "fold": self.fold.index,
-            "name": self.fold.name,
-            "protocol": protocol,
-            "test_patients": list(self.fold.test_patients),
-            "train_patients": list(self.fold.train_patients),
-            "validation_patients": list(self.fold.validation_patients),
-            "test_slides": self.test_slides,
-            "train_slides": self.train_slides,
-            "validation_slides": self.validation_slides,
-            "selection": self.selection,
-            "features": self.features,
-            "notes": self.notes,
-        }
 
 
-def prepare_split(study: Study, fold: Fold) -> Split:
+def prepare_split(run_data: RunData, fold: Fold) -> Split:
     """Panel, targets and gene lists of a fold; in the clean protocol from the outer training patients alone.
 
     A closed form chooses no epoch, so its inner validation patient goes back to training.
     """
-    config, layout = study.config, study.layout
+    config, layout = run_data.config, run_data.layout
     selection = choose_selection(config, fold)
     if selection == "none":
         fold = replace(fold, train_patients=(*fold.train_patients, *fold.validation_patients), validation_patients=())
-    train, validation, test = (
-        slides_of(layout, patients) for patients in (fold.train_patients, fold.validation_patients, fold.test_patients)
-    )
-    outer = study.store.named([*train, *validation])
-    genes = choose_panel(study, outer)
+    record = record_of(fold, layout, config.EVALUATION.protocol, selection)
+    outer = run_data.store.named(record.fitted_slides)
+    genes = choose_panel(run_data, outer)
     is_clean = config.EVALUATION.protocol == "clean"
-    targets = store_targets(study.store, [*train, *validation], genes)
-    tested = study.store.rows_of(test)
-    targets[tested] = store_targets(study.store, test, genes, absent_is_zero=is_clean)[tested]
-    unsmoothed = store_targets(study.store, [*train, *validation], genes, smoothing=False)
-    rows = study.store.rows_of([*train, *validation])
+    targets = store_targets(run_data.store, record.fitted_slides, genes)
+    tested = run_data.store.rows_of(record.test_slides)
+    targets[tested] = store_targets(run_data.store, record.test_slides, genes, absent_is_zero=is_clean)[tested]
+    unsmoothed = store_targets(run_data.store, record.fitted_slides, genes, smoothing=False)
+    rows = run_data.store.rows_of(record.fitted_slides)
+    notes = _absence_notes(run_data.store.named(record.test_slides), genes)
     return Split(
-        fold=fold,
-        train_slides=train,
-        validation_slides=validation,
-        test_slides=test,
-        selection=selection,
+        record=replace(record, features=_features(run_data), notes=notes),
         genes=genes,
         targets=targets,
         training_mean=torch.stack([targets[rows].mean(dim=0), unsmoothed[rows].mean(dim=0)]),
-        gene_lists=_gene_lists(study, outer, targets, genes),
-        features=_features(study),
-        notes=_absence_notes(study.store.named(test), genes),
+        gene_lists=_gene_lists(run_data, outer, targets, genes),
+    )
+
+
+def record_of(fold: Fold, layout: Layout, protocol: str, selection: str) -> SplitRecord:
+    """The patients of a fold with the slides they have on disk."""
+    return SplitRecord(
+        fold=fold.index,
+        name=fold.name,
+        protocol=protocol,
+        test_patients=list(fold.test_patients),
+        train_patients=list(fold.train_patients),
+        validation_patients=list(fold.validation_patients),
+        test_slides=slides_of(layout, fold.test_patients),
+        train_slides=slides_of(layout, fold.train_patients),
+        validation_slides=slides_of(layout, fold.validation_patients),
+        selection=selection,
     )
 
 
@@ -108,11 +98,11 @@ def choose_selection(config: Config, fold: Fold) -> str:
     return "fixed"
 
 
-def choose_panel(study: Study, outer: list[SlideRecord]) -> list[str]:
+def choose_panel(run_data: RunData, outer: list[SlideRecord]) -> list[str]:
     """The gene panel: the file of the data folder (paper), or the highest means over the training patients (clean)."""
-    if study.config.EVALUATION.protocol == "paper":
-        return load_names(study.layout.panel_path)
-    return highest_mean_panel([slide.table for slide in outer], study.config.DATA.num_genes)
+    if run_data.config.EVALUATION.protocol == "paper":
+        return load_names(run_data.layout.panel_path)
+    return highest_mean_panel([slide.table for slide in outer], run_data.config.DATA.num_genes)
 
 
 def _absence_notes(tested: list[SlideRecord], genes: list[str]) -> list[str]:
@@ -126,25 +116,25 @@ def _absence_notes(tested: list[SlideRecord], genes: list[str]) -> list[str]:
     ]
 
 
-def _features(study: Study) -> dict[str, object]:
+def _features(run_data: RunData) -> dict[str, Any]:
     """What the model sees of a patch, for whoever compares runs."""
-    encoder, data = study.store.encoder, study.config.DATA
+    encoder, data = run_data.store.encoder, run_data.config.DATA
     return {
         "encoder": encoder.name,
         "encoder_sha256": encoder.sha256,
         "patch_size": data.patch_size,
         "num_neighbors": data.num_neighbors,
-        "tokens": study.token_source,
+        "tokens": run_data.token_source,
     }
 
 
-def _gene_lists(study: Study, outer: list[SlideRecord], targets: Tensor, genes: list[str]) -> dict[str, list[str]]:
-    rows = study.store.rows_of([slide.name for slide in outer])
+def _gene_lists(run_data: RunData, outer: list[SlideRecord], targets: Tensor, genes: list[str]) -> dict[str, list[str]]:
+    rows = run_data.store.rows_of([slide.name for slide in outer])
     expression = targets[rows].numpy()
     lists = {"highly_variable": highly_variable_list(expression, genes)}
     patients = [slide.patient for slide in outer for _ in range(slide.start, slide.stop)]
     slides = [slide.name for slide in outer for _ in range(slide.start, slide.stop)]
     if len(set(patients)) > 1:
-        features = study.store.target_features[rows].float().numpy()
+        features = run_data.store.target_features[rows].float().numpy()
         lists["highly_predictive"] = highly_predictive_list(features, expression, patients, genes, slides=slides)
     return lists

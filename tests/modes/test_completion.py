@@ -25,16 +25,11 @@ from modes.train import TrainOptions, train
 from modes.training.compose import open_layout
 from modes.training.run_data import find_folds
 from preprocess.extract_features_uni import main as extract
-from utils.checkpoint import chosen_checkpoints, find_checkpoint, has_ended, load_checkpoint, save_checkpoint
+from tests.checkpoints import edit
+from utils.checkpoint import chosen_checkpoints, find_checkpoint, has_ended, load_checkpoint
 from utils.config import load_config
 
 CPU = torch.device("cpu")
-
-
-def edit(path: Path, change) -> None:
-    content = load_checkpoint(path)
-    change(content)
-    save_checkpoint(path, {k: v for k, v in content.items() if k != "schema"})
 
 
 def unfinish(run: Path, fold: int) -> Path:
@@ -51,7 +46,7 @@ def read(path: Path) -> dict:
 
 class TestMark:
     def test_training_marks_its_end(self, tiny_run):
-        assert load_checkpoint(tiny_run.path / "fold_0" / "best.pt")["finished"] is True
+        assert load_checkpoint(tiny_run.path / "fold_0" / "best.pt").finished is True
         assert has_ended(tiny_run.path / "fold_1" / "best.pt")
 
     def test_of_older_runs_the_last_checkpoint_tells(self, tiny_run, tmp_path):
@@ -62,7 +57,7 @@ class TestMark:
         assert not has_ended(folder / "best.pt")
         edit(folder / "last.pt", lambda content: content["config"]["TRAINING"].update(patience=1))
         edit(folder / "last.pt", lambda content: content["progress"].update(epoch=1, best_epoch=0))
-        assert has_ended(folder / "best.pt") == (load_checkpoint(folder / "last.pt")["fold"]["selection"] != "fixed")
+        assert has_ended(folder / "best.pt") == (load_checkpoint(folder / "last.pt").split.selection != "fixed")
         (folder / "last.pt").unlink()
         assert has_ended(folder / "best.pt"), "a closed form and an imported checkpoint have no last.pt"
 
@@ -296,14 +291,14 @@ def test_ctrl_c_keeps_the_best_epoch_and_says_from_where_it_goes_on(tiny_run, tm
     said = capsys.readouterr().out
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     best = load_checkpoint(folder / "best.pt")
-    assert best["finished"] is False and not (folder / "result.json").exists()
-    scores = [record.get("validation/pcc_all", record["epoch"]) for record in records[: best["progress"]["epoch"]]]
-    assert best["epoch"] == 1 + int(np.argmax(scores))
+    assert best.finished is False and not (folder / "result.json").exists()
+    scores = [record.get("validation/pcc_all", record["epoch"]) for record in records[: best.progress.epoch]]
+    assert best.epoch == 1 + int(np.argmax(scores))
     if checkpoint_seconds:
         assert "--resume starts this fold anew" in said and not (folder / "last.pt").exists()
     else:
         assert (
-            f"epochs done: {len(records)}; --resume goes on after epoch {load_checkpoint(folder / 'last.pt')['epoch']} "
+            f"epochs done: {len(records)}; --resume goes on after epoch {load_checkpoint(folder / 'last.pt').epoch} "
             in said
         )
 
@@ -316,4 +311,4 @@ def test_a_loss_that_is_no_longer_finite_says_what_is_left(tiny_run, tmp_path, c
     with pytest.raises(ValueError, match=r"no longer finite.*another run \(--run_name NAME\)"):
         train(config, TrainOptions("tiny", "broken", CPU, [0], False, 60.0, with_report=False))
     assert "stopped, epochs done: 1; --resume starts this fold anew" in capsys.readouterr().out
-    assert load_checkpoint(tmp_path / "tiny" / "broken" / "fold_0" / "best.pt")["epoch"] == 1
+    assert load_checkpoint(tmp_path / "tiny" / "broken" / "fold_0" / "best.pt").epoch == 1

@@ -26,8 +26,9 @@ from evaluation.metrics import pearson
 from modes.external_test import external_test
 from preprocess.extract_features_uni import main as extract
 from preprocess.prepare_visium import main as prepare_visium
+from tests.checkpoints import edit
 from tests.space_ranger import write_outs
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint
 from utils.files import load_names
 
 CPU = torch.device("cpu")
@@ -53,21 +54,21 @@ def _by_hand(data_dir: Path, run_dir: Path) -> tuple[list[str], np.ndarray, np.n
     """Genes in common, measured targets and the mean prediction, from the checkpoints one whole slide at a time."""
     from modes.prediction.checkpoint import restored_predict
     from modes.training.compose import open_layout
-    from modes.training.run_data import open_study
-    from utils.config import config_from_dict, with_overrides
+    from modes.training.run_data import open_run_data
+    from utils.config import with_overrides
 
     paths = [run_dir / f"fold_{fold}" / "best.pt" for fold in (0, 1)]
-    contents = [load_checkpoint(path) for path in paths]
-    config = with_overrides(config_from_dict(contents[0]["config"], ""), [f"DATA.data_dir={data_dir}"])
+    folds = [load_checkpoint(path) for path in paths]
+    config = with_overrides(folds[0].config, [f"DATA.data_dir={data_dir}"])
     layout = open_layout(config, "demo_external")
-    study = open_study(config, "tiny", layout, ["X1"], CPU)
-    (record,) = study.store.slides
+    run_data = open_run_data(config, "tiny", layout, ["X1"], CPU)
+    (record,) = run_data.store.slides
     measured = set(record.table.var_names)
-    genes = [g for g in contents[0]["genes"] if g in contents[1]["genes"] and g in measured]
+    genes = [g for g in folds[0].genes if g in folds[1].genes and g in measured]
     predictions = []
-    for path, content in zip(paths, contents):
-        whole = restored_predict(study, content, path)(study.maker.slide(record))["fused"].numpy()
-        predictions.append(whole[:, [content["genes"].index(gene) for gene in genes]])
+    for path, fold in zip(paths, folds):
+        whole = restored_predict(run_data, fold, path)(run_data.maker.slide(record))["fused"].numpy()
+        predictions.append(whole[:, [fold.genes.index(gene) for gene in genes]])
     return genes, slide_targets(record.table, genes), np.mean(predictions, axis=0)
 
 
@@ -102,8 +103,8 @@ def test_pcc_h_is_over_the_list_of_the_training_run(tested):
     """Neither the test slide nor its ranks choose the genes."""
     data_dir, folder = tested
     genes, measured, mean = _by_hand(data_dir, folder.parents[1])
-    contents = [load_checkpoint(folder.parents[1] / f"fold_{fold}" / "best.pt") for fold in (0, 1)]
-    lists = [content["gene_lists"]["highly_predictive"] for content in contents]
+    folds = [load_checkpoint(folder.parents[1] / f"fold_{fold}" / "best.pt") for fold in (0, 1)]
+    lists = [fold.gene_lists["highly_predictive"] for fold in folds]
     chosen = combined_list(lists, genes)
     assert set(chosen) <= set(lists[0]) | set(lists[1]) and set(lists[0]) & set(lists[1]) & set(genes) <= set(chosen)
     scores = pearson(measured, mean)[[genes.index(gene) for gene in chosen]]
@@ -127,10 +128,8 @@ def test_paper_run_takes_its_list_from_its_own_summary(tested, tmp_path):
     data_dir, folder = tested
     run = Path(shutil.copytree(folder.parents[1], tmp_path / "run", ignore=shutil.ignore_patterns("external")))
     for fold in (0, 1):
-        content = load_checkpoint(run / f"fold_{fold}" / "best.pt")
-        content["fold"]["protocol"] = "paper"
-        content["gene_lists"].pop("highly_predictive")
-        save_checkpoint(run / f"fold_{fold}" / "best.pt", {k: v for k, v in content.items() if k != "schema"})
+        edit(run / f"fold_{fold}" / "best.pt", lambda content: content["fold"].update(protocol="paper"))
+        edit(run / f"fold_{fold}" / "best.pt", lambda content: content["gene_lists"].pop("highly_predictive"))
     ranked = json.loads((run / "summary.json").read_text())["pcc_h"]["paper"]["genes"]
     again = external_test(run, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU)
     summary = json.loads((again / "summary.json").read_text())
@@ -163,11 +162,13 @@ def test_an_imported_checkpoint_without_means_or_lists_is_scored_all_the_same(te
     run = tiny_run.copy(tmp_path)
     shutil.rmtree(run / "fold_1")
     (run / "summary.json").unlink()
-    content = load_checkpoint(run / "fold_0" / "best.pt")
-    content["fold"]["protocol"] = "paper"
-    content |= {"gene_lists": {}, "training_mean": torch.full_like(content["training_mean"], torch.nan)}
-    content["encoder"].pop("token_pool", None)
-    save_checkpoint(run / "fold_0" / "best.pt", {k: v for k, v in content.items() if k != "schema"})
+
+    def as_imported(content: dict) -> None:
+        content["fold"]["protocol"] = "paper"
+        content |= {"gene_lists": {}, "training_mean": torch.full_like(content["training_mean"], torch.nan)}
+        content["encoder"].pop("token_pool", None)
+
+    edit(run / "fold_0" / "best.pt", as_imported)
     folder = external_test(run, "demo_external", None, [f"DATA.data_dir={tested[0]}"], CPU)
     assert folder == run / "external" / "demo_external"
     headline = json.loads((folder / "summary.json").read_text())["headline"]
@@ -223,7 +224,7 @@ def test_every_feature_stays_with_its_spot(tiny_run, tmp_path, exchanged):
     data_dir = tmp_path / "data"
     spec = DatasetSpec(name="beacons", external=True, exchanged_pixels=exchanged, sort_by="xy" if exchanged else "yx")
     layout = Layout(data_dir, spec, patch_size=64, num_neighbors=3)
-    genes = load_checkpoint(tiny_run.path / "fold_0" / "best.pt")["genes"]
+    genes = load_checkpoint(tiny_run.path / "fold_0" / "best.pt").genes
     colours = _beacon_slide(layout, exchanged, genes)
     write_spec(layout.spec_path, spec)
     _extract(tiny_run, data_dir, "beacons")
@@ -295,7 +296,7 @@ def test_space_ranger_folder_goes_through_and_is_plotted(tiny_run, tiny_data, tm
     import scanpy
 
     picture = np.asarray(Image.open(next((tiny_data / "demo/ST-imgs/A/A1").iterdir())))[:300, :340]
-    panel = load_checkpoint(tiny_run.path / "fold_0" / "best.pt")["genes"]
+    panel = load_checkpoint(tiny_run.path / "fold_0" / "best.pt").genes
     outs = write_outs(tmp_path / "outs", picture, [*panel[2:], "OTHER"], generation=1, pitch=64.0)
     data_dir, run = tmp_path / "data", tiny_run.copy(tmp_path)
     flags = ["--source", str(outs.folder), "--image", str(outs.image), "--name", "mine", "--model_path", str(run)]
@@ -342,10 +343,8 @@ def test_leakage_is_loud_in_the_output_and_the_summary(tested, tiny_run, tmp_pat
         text.replace("^([A-Z]+)\\d+$", "^(.+)$").replace("{patient}/{slide}/*", "X/{slide}/*")
     )
     run = tiny_run.copy(tmp_path)
-    content = load_checkpoint(run / "fold_1" / "best.pt")
-    content["config"]["DATA"]["type"] = "her2st"
-    content["fold"]["train_patients"] = ["E"]
-    save_checkpoint(run / "fold_1" / "best.pt", {k: v for k, v in content.items() if k != "schema"})
+    edit(run / "fold_1" / "best.pt", lambda content: content["config"]["DATA"].update(type="her2st"))
+    edit(run / "fold_1" / "best.pt", lambda content: content["fold"].update(train_patients=["E"]))
     folder = external_test(run, "demo_external", 1, [f"DATA.data_dir={data_dir}"], CPU)
     said = capsys.readouterr().out
     assert "LEAKAGE: the run has been trained on the tissue of 1 of 1 slides" in said
@@ -381,9 +380,7 @@ class TestRefusals:
 
     def test_features_of_another_encoder(self, tested, tiny_run, tmp_path):
         run = tiny_run.copy(tmp_path)
-        content = load_checkpoint(run / "fold_0" / "best.pt")
-        content["encoder"]["sha256"] = "0" * 64
-        save_checkpoint(run / "fold_0" / "best.pt", {k: v for k, v in content.items() if k != "schema"})
+        edit(run / "fold_0" / "best.pt", lambda content: content["encoder"].update(sha256="0" * 64))
         overrides = [f"DATA.data_dir={tested[0]}"]
         with pytest.raises(ValueError, match=r"other weights of the encoder .*Re-run:\n.*--slides X1 --overwrite"):
             external_test(run, "demo_external", 0, overrides, CPU)

@@ -153,13 +153,13 @@ def test_the_split_is_the_whole_one_of_the_paper(recorded, monkeypatch):
         described.write("microns_per_pixel: {A: 0.9, B: 0.5}\n")
     target = recorded["folder"] / "one.pt"
     assert convert(monkeypatch, recorded, target) == 0
-    content = load_checkpoint(target)
-    assert content["fold"]["test_slides"] == ["A1"] and content["fold"]["train_slides"] == ["B1"]
-    assert content["fold"]["validation_patients"] == [] and content["fold"]["protocol"] == "paper"
-    assert content["config"]["EVALUATION"]["protocol"] == "paper"
-    assert torch.isnan(content["training_mean"]).all() and content["training_mean"].shape == (2, 12)
-    assert content["field_of_view_um"] == PATCH * 0.5, "that of the training slides"
-    assert content["finished"]
+    fold = load_checkpoint(target)
+    assert fold.split.test_slides == ["A1"] and fold.split.train_slides == ["B1"]
+    assert fold.split.validation_patients == [] and fold.split.protocol == "paper"
+    assert fold.config.EVALUATION.protocol == "paper"
+    assert torch.isnan(fold.training_mean).all() and fold.training_mean.shape == (2, 12)
+    assert fold.field_of_view_um == PATCH * 0.5, "that of the training slides"
+    assert fold.finished
     assert convert(monkeypatch, recorded, target) == 2, "a checkpoint is never replaced"
 
 

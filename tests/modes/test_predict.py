@@ -23,8 +23,9 @@ from modes.predict import PredictOptions, collect_mean, predict
 from modes.prediction.ensemble import load_members, shared_genes, stream_predictions
 from modes.prediction.place_spots import spots_on_tissue
 from preprocess.extract_features_uni import main as extract
+from tests.checkpoints import edit
 from tests.space_ranger import write_outs
-from utils.checkpoint import chosen_checkpoints, load_checkpoint, save_checkpoint
+from utils.checkpoint import chosen_checkpoints, load_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -161,7 +162,7 @@ def test_pyramid_is_predicted_on_its_tissue_and_plotted(tiny_run, tmp_path, caps
     import scanpy
 
     inside, _ = _tissue_slide(tmp_path / "slide.tif")
-    gene = load_checkpoint(tiny_run.path / "fold_0" / "best.pt")["genes"][0]
+    gene = load_checkpoint(tiny_run.path / "fold_0" / "best.pt").genes[0]
     found = _predict(tiny_run, tmp_path, tmp_path / "slide.tif", pitch_um=100.0, genes=(gene,))
     x, y = found.obsm["spatial"].astype(int).T
     assert inside[y, x].mean() > 0.95, "background is left out"
@@ -218,7 +219,7 @@ def test_streaming_holds_one_batch_at_a_time_however_many_spots_there_are(tiny_r
     """Memory is that of one batch of tokens, not of the slide: batches are made when asked for and let go."""
     members = load_members(chosen_checkpoints(tiny_run.path)[0], [], CPU)
     random = torch.Generator().manual_seed(0)
-    num_spots, size, dim = 1200, 40, members[0].content["encoder"]["dim"]
+    num_spots, size, dim = 1200, 40, members[0].fold.encoder.dim
     features = torch.randn(num_spots, dim, generator=random)
     grid = torch.stack([torch.arange(num_spots) % 40, torch.arange(num_spots) // 40], dim=1)
     alive: list[weakref.ref] = []
@@ -248,7 +249,7 @@ def test_streaming_holds_one_batch_at_a_time_however_many_spots_there_are(tiny_r
 
 def test_streamed_rows_must_be_consecutive(tiny_run):
     members = load_members(chosen_checkpoints(tiny_run.path, 0)[0], [], CPU)
-    dim = members[0].content["encoder"]["dim"]
+    dim = members[0].fold.encoder.dim
     batch = SpotBatch(torch.tensor([0, 2]), None, None, torch.zeros(2, dim), None, torch.ones(2, 9).bool(), None)
     grid = torch.tensor([[0, 0], [1, 0], [2, 0]])
     with pytest.raises(AssertionError, match="consecutive"):
@@ -284,7 +285,7 @@ class TestRefusals:
             predict(tmp_path, PredictOptions("slide.tif", "x.h5ad"), None, [], CPU)
 
     def test_gene_that_is_not_predicted_names_its_neighbors(self, tiny_run, external, tmp_path):
-        gene = load_checkpoint(tiny_run.path / "fold_0" / "best.pt")["genes"][0]
+        gene = load_checkpoint(tiny_run.path / "fold_0" / "best.pt").genes[0]
         with pytest.raises(ValueError, match=rf"--genes {gene}X: not among the \d+ genes .*near: .*{gene}"):
             _predict(tiny_run, tmp_path, external[0], genes=(gene + "X",))
 
@@ -310,9 +311,7 @@ class TestRefusals:
 
     def test_weights_of_another_encoder(self, tiny_run, external, tmp_path):
         run = tiny_run.copy(tmp_path)
-        content = load_checkpoint(run / "fold_0" / "best.pt")
-        content["encoder"]["sha256"] = "f" * 64
-        save_checkpoint(run / "fold_0" / "best.pt", {k: v for k, v in content.items() if k != "schema"})
+        edit(run / "fold_0" / "best.pt", lambda content: content["encoder"].update(sha256="f" * 64))
         options = PredictOptions(external[0], tmp_path / "x.h5ad", external[1])
         with pytest.raises(
             ValueError, match=r"with the weights ffffffffffff.*Give the file of the training with --weights"
@@ -321,7 +320,7 @@ class TestRefusals:
 
 
 def test_command_line(tiny_run, external, tmp_path, monkeypatch, capsys):
-    gene = load_checkpoint(tiny_run.path / "fold_0" / "best.pt")["genes"][0]
+    gene = load_checkpoint(tiny_run.path / "fold_0" / "best.pt").genes[0]
     out = tmp_path / "x.h5ad"
     flags = [
         "--mode",

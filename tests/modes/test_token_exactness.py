@@ -20,7 +20,7 @@ from datasets.targets import store_targets
 from datasets.tokens import CachedTokens, CutPatches
 from modes.train import TrainOptions, train
 from modes.training.compose import Optimization, make_model, make_step, open_layout
-from modes.training.run_data import open_study
+from modes.training.run_data import open_run_data
 from preprocess.extract_features_uni import main as extract
 from utils.config import load_config
 from utils.files import load_names
@@ -86,27 +86,27 @@ def train_steps(config, source_type: type, epochs: int = 2) -> Record:
     """Two epochs on all slides, as a fold does them, every step noted."""
     layout = open_layout(config)
     slides = layout.slides_on_disk()
-    study = open_study(config, "tiny", layout, slides, torch.device("cpu"))
-    assert isinstance(study.maker.source, source_type)
-    targets = store_targets(study.store, slides, load_names(layout.panel_path))
+    run_data = open_run_data(config, "tiny", layout, slides, torch.device("cpu"))
+    assert isinstance(run_data.maker.source, source_type)
+    targets = store_targets(run_data.store, slides, load_names(layout.panel_path))
     seed_everything(config.GENERAL.seed)
-    dim = study.store.target_features.shape[1]
-    model = make_model(config, feature_dim=dim, token_dim=study.token_dim, num_genes=targets.shape[1]).train()
-    optimizer = Optimization.of(model, config, study.precision).optimizer
-    step = make_step(model, config, study.encode)
-    record = Record([], {}, study.maker.source.num_views)
+    dim = run_data.store.target_features.shape[1]
+    model = make_model(config, feature_dim=dim, token_dim=run_data.token_dim, num_genes=targets.shape[1]).train()
+    optimizer = Optimization.of(model, config, run_data.precision).optimizer
+    step = make_step(model, config, run_data.encode)
+    record = Record([], {}, run_data.maker.source.num_views)
     for epoch in range(epochs):
         seed_everything(config.GENERAL.seed, epoch)
         generator = generator_for(config.GENERAL.seed, epoch)
         rows = epoch_rows(
-            study.store.slide_of_row,
-            torch.arange(len(study.store.slide_of_row)),
+            run_data.store.slide_of_row,
+            torch.arange(len(run_data.store.slide_of_row)),
             batch_size=config.TRAINING.batch_size,
             minimum=config.LOSS.k,
             slides_per_batch=0,
             generator=generator,
         )
-        for batch in TrainingBatches(study.maker, rows, targets, generator):
+        for batch in TrainingBatches(run_data.maker, rows, targets, generator):
             optimizer.zero_grad(set_to_none=True)
             terms = step(batch)
             terms["total"].backward()

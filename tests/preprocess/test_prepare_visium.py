@@ -18,6 +18,7 @@ from datasets.tables.slide_table import load_slide
 from preprocess.extract_features_uni import build_parser, resolve
 from preprocess.prepare_visium import main, training_panel
 from preprocess.raw.space_ranger import read_outs
+from tests.checkpoints import fabricated_fold
 from tests.space_ranger import Outs, write_outs
 from utils.checkpoint import save_checkpoint
 from utils.config import load_config
@@ -239,9 +240,8 @@ def test_the_commands_said_for_a_run_make_the_features_it_was_trained_on(
 ):
     config = load_config("her2st/dml" if config_name == "elsewhere/mine" else config_name, changes)
     run, data = tmp_path / "logs" / "run", tmp_path / "data"
-    entries = dict.fromkeys(("model", "encoder", "fold", "epoch"))
-    content = {**entries, "genes": ["TP53", "CD3E"], "config": config.to_dict(), "config_name": config_name}
-    save_checkpoint(run / "fold_0" / "best.pt", content)
+    fold = fabricated_fold(genes=["TP53", "CD3E"], config=config, config_name=config_name)
+    save_checkpoint(run / "fold_0" / "best.pt", fold)
     outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
     flags = [
         "--source",

@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from tests.checkpoints import fabricated_fold
 from utils.checkpoint import find_checkpoint, fold_checkpoints, load_checkpoint, load_weights, save_checkpoint
-
-CONTENT = {"model": {}, "config": {}, "genes": ["A"], "encoder": {}, "fold": {}, "epoch": 3}
 
 
 @pytest.fixture
 def run(tmp_path):
     for fold in (2, 10):
-        save_checkpoint(tmp_path / f"fold_{fold}" / "best.pt", CONTENT)
+        save_checkpoint(tmp_path / f"fold_{fold}" / "best.pt", fabricated_fold())
     return tmp_path
 
 
@@ -42,7 +41,7 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"schema": 99}, tmp_path / "newer.pt")
     with pytest.raises(ValueError, match="schema 99, this program reads 1"):
         load_checkpoint(tmp_path / "newer.pt")
-    save_checkpoint(tmp_path / "part.pt", {"model": {}})
+    torch.save({"schema": 1, "model": {}}, tmp_path / "part.pt")
     with pytest.raises(ValueError, match="lacks config, genes, encoder, fold, epoch"):
         load_checkpoint(tmp_path / "part.pt")
 

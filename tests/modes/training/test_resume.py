@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from modes.train import TrainOptions, train
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from tests.checkpoints import edit
+from utils.checkpoint import load_checkpoint
 from utils.config import load_config
 
 
@@ -29,10 +30,7 @@ class Started:
     def edit(self, fold: int, change) -> None:
         """Change the content of both checkpoints of a fold in place."""
         for name in ("last.pt", "best.pt"):
-            path = self.path / f"fold_{fold}" / name
-            content = load_checkpoint(path)
-            change(content)
-            save_checkpoint(path, {k: v for k, v in content.items() if k != "schema"})
+            edit(self.path / f"fold_{fold}" / name, change)
 
     def edit_split(self, fold: int, change) -> None:
         path = self.path / f"fold_{fold}" / "split.json"
@@ -131,7 +129,7 @@ def test_before_the_first_checkpoint_the_split_on_disk_counts(started):
 def test_other_counts_of_the_same_genes(started):
     path = started.data_dir / "demo" / "ST-cnts" / "C1_sub.parquet"
     counts = pd.read_parquet(path)
-    first, second = load_checkpoint(started.path / "fold_1" / "last.pt")["genes"][:2]
+    first, second = load_checkpoint(started.path / "fold_1" / "last.pt").genes[:2]
     counts[[first, second]] = counts[[second, first]].to_numpy()  # the panel stays
     counts.to_parquet(path)
     started.refuses(r"counts: the expression of the training slides has another mean")

@@ -1,0 +1,186 @@
+"""A trained fold as a type: what a checkpoint holds, and the one place that names the keys of its file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from utils.config import Config, config_from_dict
+
+Record = TypeVar("Record", "Progress", "SplitRecord", "PatchEncoderRecord", "OptimizationState")
+
+
+@dataclass
+class Progress:
+    """Where a training stands; all of it goes into the checkpoint, so that it can go on from there."""
+
+    epoch: int = 0  # epochs finished
+    best_epoch: int = 0
+    best_score: float = -math.inf
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, record: dict[str, float], score_name: str | None) -> bool:
+        """Count an epoch with its record; returns whether it is the best so far.
+
+        score_name: the entry that chooses the epoch, the larger the better; None: the last epoch is the best.
+        """
+        score = float(record["epoch"]) if score_name is None else record[score_name]
+        is_better = not self.history or score > self.best_score
+        self.epoch += 1
+        self.history.append(record)
+        if is_better:
+            self.best_epoch, self.best_score = self.epoch, score if math.isfinite(score) else -math.inf
+        return is_better
+
+    def is_finished(self, config: Config, score_name: str | None) -> bool:
+        """Whether all epochs are done, or patience ran out where a score chooses the epoch."""
+        epochs = config.EVALUATION.fixed_epochs or config.TRAINING.epochs
+        waited = self.epoch - self.best_epoch
+        return self.epoch >= epochs or (score_name is not None and waited >= config.TRAINING.patience)
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """Who a fold trains on, chooses its epoch on and is tested on; also the content of `split.json`."""
+
+    fold: int
+    name: str
+    protocol: str  # clean | paper
+    test_patients: list[str]
+    train_patients: list[str]
+    validation_patients: list[str]
+    test_slides: list[str]
+    train_slides: list[str]
+    validation_slides: list[str]
+    selection: str  # validation | test | fixed | none (a closed form has no epochs)
+    features: dict[str, Any] = field(default_factory=dict)  # what the patches and their encoder were; {}: not known
+    notes: list[str] = field(default_factory=list)  # for the summary
+
+    @property
+    def score_name(self) -> str | None:
+        """The entry of an epoch's record that chooses the epoch; None where the number of epochs is fixed."""
+        return f"{self.selection}/pcc_all" if self.selection in ("validation", "test") else None
+
+    @property
+    def fitted_patients(self) -> list[str]:
+        """The patients that had a part in the training, as training or as validation patients."""
+        return [*self.train_patients, *self.validation_patients]
+
+    @property
+    def fitted_slides(self) -> list[str]:
+        """The slides of those patients."""
+        return [*self.train_slides, *self.validation_slides]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], source: str) -> SplitRecord:
+        """Read what `to_dict` gave; ValueError names what `source` lacks."""
+        return _record(cls, content, source)
+
+
+@dataclass(frozen=True)
+class PatchEncoderRecord:
+    """The patch encoder whose features a fold was trained on."""
+
+    name: str
+    sha256: str  # of its weights; "unknown" for published features
+    dim: int  # width of its pooled features
+    token_dim: int
+    token_pool: int = 1  # by how much the grid of patch tokens was pooled
+
+    def has_weights(self, sha256: str) -> bool:
+        """Whether weights with this hash can be those of the training; what is unknown contradicts nothing."""
+        return sha256 == self.sha256 or "unknown" in (sha256, self.sha256)
+
+
+@dataclass(frozen=True)
+class OptimizationState:
+    """The state dicts of optimiser, schedule and gradient scaler, with which a training goes on."""
+
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedFold:
+    """Everything that a test, a prediction or a continuation needs; of the frozen patch encoder only name and hash.
+
+    training_mean (2, G): of the smoothed and of the unsmoothed training targets; NaN where it is not known.
+    """
+
+    weights: dict[str, Tensor]
+    epoch: int  # that the weights are of; 0 where there are no epochs
+    progress: Progress
+    config: Config
+    config_name: str
+    genes: list[str]
+    encoder: PatchEncoderRecord
+    split: SplitRecord
+    training_mean: Tensor
+    gene_lists: dict[str, list[str]]
+    field_of_view_um: float | None  # width of a training patch
+    finished: bool | None = None  # whether the training has ended; None: written before training marked its end
+    optimization: OptimizationState | None = None  # in last.pt, from which --resume goes on
+
+    def to_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings, lists and dicts only, for PyTorch's safe loader."""
+        return {
+            "model": self.weights,
+            "epoch": self.epoch,
+            **({} if self.finished is None else {"finished": self.finished}),
+            "progress": asdict(self.progress),
+            "config": self.config.to_dict(),
+            "config_name": self.config_name,
+            "genes": self.genes,
+            "encoder": asdict(self.encoder),
+            "fold": self.split.to_dict(),
+            "training_mean": self.training_mean,
+            "gene_lists": self.gene_lists,
+            "field_of_view_um": self.field_of_view_um,
+            **({} if self.optimization is None else vars(self.optimization)),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], source: str) -> TrainedFold:
+        """Read what `to_dict` gave, now or in an earlier version; ValueError names what `source` lacks."""
+        required = ("model", "config", "genes", "encoder", "fold", "epoch", "progress", "config_name", "training_mean")
+        _require(content, required, source)
+        return cls(
+            weights=content["model"],
+            epoch=content["epoch"],
+            progress=_record(Progress, content["progress"], source),
+            config=config_from_dict(content["config"], source),
+            config_name=content["config_name"],
+            genes=content["genes"],
+            encoder=_record(PatchEncoderRecord, content["encoder"], source),
+            split=SplitRecord.from_dict(content["fold"], source),
+            training_mean=content["training_mean"],
+            gene_lists=content.get("gene_lists", {}),
+            field_of_view_um=content.get("field_of_view_um"),
+            finished=content.get("finished"),
+            optimization=_record(OptimizationState, content, source) if "optimizer" in content else None,
+        )
+
+    def without_weights(self) -> TrainedFold:
+        """The fold without what is large, off its file, which may be replaced meanwhile."""
+        return replace(self, weights={}, optimization=None, training_mean=self.training_mean.clone())
+
+
+def _require(content: Mapping[str, Any], names: list[str] | tuple[str, ...], source: str) -> None:
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise ValueError(f"{source} lacks {', '.join(missing)}; it is not a complete checkpoint.")
+
+
+def _record(kind: type[Record], content: Mapping[str, Any], source: str) -> Record:
+    """The dataclass filled from the entries of its names; ValueError if one without a default is not there."""
+    has_default = {entry.name for entry in fields(kind) if (entry.default, entry.default_factory) != (MISSING, MISSING)}
+    _require(content, [entry.name for entry in fields(kind) if entry.name not in has_default], source)
+    return kind(**{entry.name: content[entry.name] for entry in fields(kind) if entry.name in content})
