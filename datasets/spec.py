@@ -18,7 +18,8 @@ from datasets.folds import LEAVE_ONE_PATIENT_OUT
 
 pass
 from datasets.folds import SCHEMES
-from utils.files import safe_name, write_text
+from utils.files import reading, safe_name, write_text
+from utils.text import brief, parse_yaml
 
 SPEC_FILE = "dataset.yaml"
 NOT_IN_FILE = ("name", "external", "prepared_by", "pitch_um")
@@ -69,7 +70,7 @@ class DatasetSpec:
         if slide in self.patient_of_slide:
             return self.patient_of_slide[slide]
         match = re.search(self.patient_pattern, slide)
-        if match is None:
+        if match is None or not match.group(1):  # a group may be optional, or empty
             raise ValueError(
                 f"Slide {slide!r} of {self.name} has no known patient: its name does not match {self.patient_pattern!r}"
                 f"{' and it is not in patient_of_slide' if self.patient_of_slide else ''}. {self._advice()}"
@@ -97,10 +98,9 @@ def read_spec(path: str | Path, *, name: str, external: bool = False) -> Dataset
     Raises ValueError naming the file and every unknown key (with the nearest valid one) and wrong value.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable YAML: {error}") from error
+    with reading(path, "the description of a data set (YAML)"):
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold 'key: value' lines, found a {type(values).__name__}.")
     known = [f.name for f in dataclasses.fields(DatasetSpec) if f.name not in NOT_IN_FILE]
@@ -108,7 +108,7 @@ def read_spec(path: str | Path, *, name: str, external: bool = False) -> Dataset
     for key in [key for key in values if key not in known]:
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-        problems.append(f"unknown key {key!r}; {hint}")
+        problems.append(f"unknown key {brief(key)}; {hint}")
     checked = {}
     for key in [key for key in values if key in known]:
         try:
@@ -134,7 +134,7 @@ def write_spec(path: str | Path, spec: DatasetSpec) -> None:
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise TypeError(f"expected text, found {value!r}")
+        raise TypeError(f"expected text, found {brief(value)}")
     return value
 
 
@@ -142,51 +142,53 @@ def _pattern(value: object) -> str:
     try:
         groups = re.compile(_text(value)).groups
     except re.error as error:
-        raise ValueError(f"{value!r} is no regular expression ({error})") from error
+        raise ValueError(f"{brief(value)} is no regular expression ({error})") from error
     if groups < 1:
-        raise ValueError(f"{value!r} needs one group in parentheses, the patient")
+        raise ValueError(f"{brief(value)} needs one group in parentheses, the patient")
     return _text(value)
 
 
 def _image_pattern(value: object) -> str:
     text = _text(value)
     if text.startswith("/") or ".." in Path(text).parts:
-        raise ValueError(f"{text!r} leaves the folder ST-imgs")
+        raise ValueError(f"{brief(text)} leaves the folder ST-imgs")
     if "{slide}" not in text:
-        raise ValueError(f"{text!r} needs {{slide}}")
+        raise ValueError(f"{brief(text)} needs {{slide}}")
+    if re.search("[{}]", re.sub(r"\{(slide|patient)\}", "", text)):
+        raise ValueError(f"{brief(text)} may hold {{slide}} and {{patient}} and no other braces")
     return text
 
 
 def _names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
-        raise TypeError(f"expected a list of names, found {value!r}")
+        raise TypeError(f"expected a list of names, found {brief(value)}")
     names = tuple(safe_name(str(name), "name") for name in value)
     if len(set(names)) < len(names):
-        raise ValueError(f"names are listed twice in {value!r}")
+        raise ValueError(f"names are listed twice in {brief(value)}")
     return names
 
 
 def _patient_map(value: object) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise TypeError(f"expected 'slide: patient' lines, found {value!r}")
+        raise TypeError(f"expected 'slide: patient' lines, found {brief(value)}")
     return {safe_name(str(slide), "slide"): safe_name(str(patient), "patient") for slide, patient in value.items()}
 
 
 def _spot_range(value: object) -> tuple[int, int]:
     if not isinstance(value, list) or len(value) != 2 or not value[0] <= value[1]:
-        raise TypeError(f"expected [least, greatest], found {value!r}")
+        raise TypeError(f"expected [least, greatest], found {brief(value)}")
     return _integer(value[0]), _integer(value[1])
 
 
 def _integer(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected an integer, found {value!r}")
+        raise TypeError(f"expected an integer, found {brief(value)}")
     return value
 
 
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"expected true or false, found {value!r}")
+        raise TypeError(f"expected true or false, found {brief(value)}")
     return value
 
 
@@ -194,14 +196,14 @@ def _microns(value: object) -> float | dict[str, float]:
     if isinstance(value, dict):
         return {str(patient): _microns(number) for patient, number in value.items()}
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
-        raise ValueError(f"expected micrometres per pixel, found {value!r}")
+        raise ValueError(f"expected micrometres per pixel, found {brief(value)}")
     return float(value)
 
 
 def _one_of(*choices: str):
     def check(value: object) -> str:
         if value not in choices:
-            raise ValueError(f"expected one of {', '.join(choices)}, found {value!r}")
+            raise ValueError(f"expected one of {', '.join(choices)}, found {brief(value)}")
         return str(value)
 
     return check

@@ -23,9 +23,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.files import require_file, write_atomically, write_text
+from evaluation.metrics import METRIC_NAMES
+from utils.files import reading, require_file, write_atomically, write_text
+from utils.runs import read_epochs
+from utils.text import brief
 
 _TABLES = ("per_gene_slide", "per_gene", "per_slide", "per_patient")
+_NAMES = ("slide", "patient", "scale", "truth", "gene")  # columns of text
+_SPLIT = {"fold": int, "name": str, "protocol": str, "test_patients": list}
+_RESULT = {"protocol": str, "gene_lists": dict, "slides": dict, "num_slides": int, "num_spots": int, "notes": list}
 _RERUN = "Run the fold again: python main.py --mode train ... --resume (or --mode test for a trained fold)."
 
 
@@ -77,32 +83,23 @@ def write_fold(scores, fold_dir: str | Path, extra: Mapping[str, Any] | None = N
 def read_fold(fold_dir: str | Path) -> FoldRecord:
     """Read a complete fold. FileNotFoundError / ValueError name the file and what makes it whole again."""
     fold_dir = Path(fold_dir)
-    result = _read_json(fold_dir / "result.json")
-    split = _read_json(fold_dir / "split.json")
-    if missing := sorted({"fold", "name", "protocol", "test_patients"} - set(split)):
-        raise ValueError(f"{fold_dir / 'split.json'} lacks {missing}. {_RERUN}")
+    result = _read_json(fold_dir / "result.json", _RESULT)
+    split = _read_json(fold_dir / "split.json", _SPLIT)
     if result.get("protocol") != split["protocol"]:
         raise ValueError(
             f"{fold_dir}: split.json was made for the protocol {split['protocol']!r}, result.json for "
             f"{result.get('protocol')!r}; expected the same. {_RERUN}"
         )
-    table_path = require_file(fold_dir / "per_gene_slide.csv", _RERUN)
-    table = pd.read_csv(
-        table_path,
-        dtype={name: str for name in ("slide", "patient", "scale", "truth", "gene")},
-        keep_default_na=False,
-        na_values={name: [""] for name in _numeric_columns(table_path)},
-    )
     return FoldRecord(
         path=fold_dir,
-        index=int(split["fold"]),
+        index=split["fold"],
         name=str(split["name"]),
         protocol=split["protocol"],
         split=split,
         genes=read_genes(fold_dir / "genes.txt"),
         result=result,
-        per_gene_slide=table,
-        epochs=read_epochs(fold_dir / "metrics.jsonl"),
+        per_gene_slide=_read_table(fold_dir / "per_gene_slide.csv"),
+        epochs=_epochs(fold_dir / "metrics.jsonl"),
     )
 
 
@@ -146,22 +143,10 @@ def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
     return records, notes
 
 
-def read_epochs(path: Path) -> pd.DataFrame:
-    """metrics.jsonl as a table, one row per epoch; empty when there is no such file (models fitted in one step)."""
-    if not path.is_file():
-        return pd.DataFrame()
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}). {_RERUN}") from error
-    return pd.DataFrame(rows)
-
-
 def read_genes(path: Path) -> list[str]:
     """One gene a line."""
-    return require_file(path, _RERUN).read_text(encoding="utf-8").split("\n")[:-1]
+    with reading(require_file(path, _RERUN), "a list of genes", remedy=_RERUN):
+        return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def plain(value: Any) -> Any:
@@ -182,18 +167,35 @@ def _write_table(table: pd.DataFrame, path: Path) -> None:
     write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.10g"))
 
 
-def _numeric_columns(path: Path) -> list[str]:
-    header = pd.read_csv(path, nrows=0).columns
-    return [name for name in header if name not in ("slide", "patient", "scale", "truth", "gene")]
+def _epochs(path: Path) -> pd.DataFrame:
+    """metrics.jsonl as a table, one row per epoch; empty when there is no such file (models fitted in one step)."""
+    return pd.DataFrame(read_epochs(path) if path.is_file() else [])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(require_file(path, _RERUN).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno}). {_RERUN}") from error
+def _read_table(path: Path) -> pd.DataFrame:
+    with reading(require_file(path, _RERUN), "the scores of a fold", remedy=_RERUN):
+        columns = list(pd.read_csv(path, nrows=0).columns)
+        if missing := [name for name in (*_NAMES, *METRIC_NAMES) if name not in columns]:
+            raise ValueError(f"{path} has no column {', '.join(missing)}. {_RERUN}")
+        return pd.read_csv(
+            path,
+            dtype={name: str if name in _NAMES else np.float64 for name in (*_NAMES, *METRIC_NAMES)},
+            keep_default_na=False,
+            na_values={name: [""] for name in columns if name not in _NAMES},
+        )
+
+
+def _read_json(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The object in a file of JSON; ValueError unless it holds a value of each kind."""
+    with reading(require_file(path, _RERUN), "JSON", remedy=_RERUN):
+        content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object. {_RERUN}")
+    if missing := sorted(set(kinds) - set(content)):
+        raise ValueError(f"{path} lacks {missing}. {_RERUN}")
+    for name, kind in kinds.items():
+        if type(content[name]) is not kind:
+            raise ValueError(f"{path}: {name} should be a {kind.__name__}, found {brief(content[name])}. {_RERUN}")
     return content
 
 

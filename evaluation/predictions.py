@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from evaluation.slide_scores import SCALES
-from utils.files import require_file, safe_name, write_atomically
+from utils.files import reading, require_file, safe_name, write_atomically
 
 MEASURED = "measured"
 MEASURED_UNSMOOTHED = "measured_unsmoothed"
@@ -87,10 +87,8 @@ def read_prediction(path: Path) -> anndata.AnnData:
     path = require_file(
         path, "Predictions are written by: python main.py --config_name CONFIG --mode test --model_path RUN"
     )
-    try:
+    with reading(path, "a prediction (.h5ad)", remedy="It may be truncated: predict again, into another file."):
         adata = anndata.read_h5ad(path)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as .h5ad ({error}). It may be truncated: predict again.") from error
     missing = [f"uns['{key}']" for key in ("spatial", "unit", "gene_dml") if key not in adata.uns]
     missing += ["obsm['spatial']"] if "spatial" not in adata.obsm else []
     if missing:

@@ -42,6 +42,7 @@ from modes.prediction.ensemble import (
 from modes.prediction.external_data import ExternalTest, external_layout, open_test, warnings_of
 from utils.checkpoint import chosen_checkpoints
 from utils.cli import progress, say
+from utils.files import reading
 
 
 def external_test(
@@ -100,13 +101,9 @@ def highly_predictive_of(member: Member) -> list[str]:
     path = member.path.parent.parent / "summary.json"
     if not path.is_file():
         return []
-    try:
+    with reading(path, "the summary of a run", remedy="Make it again: --mode test --model_path RUN"):
         genes = json.loads(path.read_text(encoding="utf-8"))["pcc_h"]["paper"]["genes"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not the summary of a run ({error}). Make it again: --mode test --model_path RUN"
-        ) from error
-    return [str(gene) for gene in genes]
+        return [str(gene) for gene in genes]
 
 
 def score_slides(test: ExternalTest, predictors: Sequence[Predictor], folder: Path) -> None:

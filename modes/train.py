@@ -22,6 +22,7 @@ from utils.checkpoint import is_complete
 from utils.cli import say
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory
+from utils.files import reading
 from utils.runs import check_run, open_run
 
 
@@ -100,8 +101,11 @@ def finish_run(run_dir: Path, with_report: bool = True) -> str:
 def _run_notes(run_dir: Path) -> list[str]:
     """What the folds were told at their start about slides and folds left out, each sentence once; and scores that are
     not of a finished training."""
-    splits = [json.loads(path.read_text()) for path in sorted(run_dir.glob("fold_*/split.json"))]
-    notes = list(dict.fromkeys(note for split in splits for note in split.get("run_notes", [])))
+    notes: list[str] = []
+    for path in sorted(run_dir.glob("fold_*/split.json")):
+        with reading(path, "the record of how a fold was started"):
+            notes += [str(note) for note in json.loads(path.read_text(encoding="utf-8")).get("run_notes", [])]
+    notes = list(dict.fromkeys(notes))
     scored = [path.parent for path in sorted(run_dir.glob("fold_*/result.json"))]
     unfinished = [folder.name for folder in scored if not is_complete(folder)]
     if unfinished:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from utils.files import write_text
+from utils.files import reading, write_text
+from utils.text import brief, parse_yaml
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 
@@ -126,6 +127,7 @@ _CHOICES = {
 }
 # Keys that earlier versions saved with a run, and the value with which it trained as every run does now.
 _REMOVED = {"TRAINING.compile": False, "LOSS.kmeans_init": "first"}
+_BOUND = 2**63  # of whole numbers
 _MAY_BE_ZERO = {
     "GENERAL.seed",
     "GENERAL.exp_id",
@@ -203,10 +205,9 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def _read(path: Path) -> Mapping:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    with reading(path, "a configuration (YAML)"):
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    content = {} if content is None else content
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected sections ({', '.join(SECTIONS)}), found {type(content).__name__}.")
     return content
@@ -229,9 +230,9 @@ def _flatten(content: Mapping, source: str) -> tuple[dict[str, tuple[object, str
     values, problems = {}, []
     for section, entries in content.items():
         if section not in SECTIONS:
-            problems.append(f"{source}: unknown section {section!r}{_nearest(str(section), SECTIONS)}")
+            problems.append(f"{source}: unknown section {brief(section)}{_nearest(str(section), SECTIONS)}")
         elif not isinstance(entries, Mapping):
-            problems.append(f"{source}: section {section} should hold keys, found {entries!r}")
+            problems.append(f"{source}: section {section} should hold keys, found {brief(entries)}")
         else:
             for key, value in entries.items():
                 values[f"{section}.{key}"] = (value, f"{source}: ")
@@ -243,7 +244,7 @@ def _build(values: Mapping[str, tuple[object, str]], problems: list[str]) -> Con
     sections: dict[str, dict[str, object]] = {name: {} for name in SECTIONS}
     for key, (value, source) in values.items():
         if key not in known:
-            problems.append(f"{source}unknown key {key!r}{_nearest(key, known)}")
+            problems.append(f"{source}unknown key {brief(key)}{_nearest(key, known)}")
             continue
         section, name = key.split(".", 1)
         try:
@@ -266,9 +267,10 @@ def _override(values: dict[str, tuple[object, str]], overrides: Iterable[str], p
 
 def _parsed(key: str, text: str, problems: list[str]) -> object:
     try:
-        return yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError as error:
-        problems.append(f"command line: {key}: {text!r} is not a value: {str(error).splitlines()[0]}")
+        with reading(f"--set {key}", "SECTION.key=value", remedy="Quote what is text."):
+            return parse_yaml(text) if text.strip() else ""
+    except ValueError as error:
+        problems.append(f"command line: {error}")
         return text
 
 
@@ -292,10 +294,12 @@ def _typed(key: str, value: object) -> object:
     expected = next(kind for kind in allowed if kind is not type(None))
     if expected is float and isinstance(value, str):
         value = _number(value)  # YAML 1.1 reads 1e-4 as text
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+    if expected is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < _BOUND:
         value = float(value)
     if type(value) is not expected:
-        raise ValueError(f"{key} should be {_describe(expected)}, found {value!r}")
+        raise ValueError(f"{key} should be {_describe(expected)}, found {brief(value)}")
+    if isinstance(value, int) and abs(value) >= _BOUND:
+        raise ValueError(f"{key} should be a number of at most 63 bits, found {brief(value)}")
     _check_value(key, value)
     return value
 
@@ -314,17 +318,17 @@ def _describe(kind: type) -> str:
 
 def _check_value(key: str, value: object) -> None:
     if key in _CHOICES and value not in _CHOICES[key]:
-        raise ValueError(f"{key} should be one of {', '.join(_CHOICES[key])}, found {value!r}")
+        raise ValueError(f"{key} should be one of {', '.join(_CHOICES[key])}, found {brief(value)}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if not math.isfinite(value) or value < 0 or (value == 0 and not _zero_is_valid(key)):
         raise ValueError(
-            f"{key} should be {'zero or more' if _zero_is_valid(key) else 'more than zero'}, found {value!r}"
+            f"{key} should be {'zero or more' if _zero_is_valid(key) else 'more than zero'}, found {brief(value)}"
         )
     if key.endswith("dropout") and value >= 1:
-        raise ValueError(f"{key} should be below 1, found {value!r}")
+        raise ValueError(f"{key} should be below 1, found {brief(value)}")
     if key == "DATA.num_neighbors" and value % 2 == 0:
-        raise ValueError(f"{key} should be odd (the spot's own tile is in the middle), found {value!r}")
+        raise ValueError(f"{key} should be odd (the spot's own tile is in the middle), found {brief(value)}")
 
 
 def _zero_is_valid(key: str) -> bool:

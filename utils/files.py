@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from utils.npy import strings_of_npy
-from utils.text import shortened
+from utils.text import brief, shortened
 
 _IF_DAMAGED = "It may be damaged, or a file of another kind: compare it with where it came from."
 _LOCKED = (
@@ -122,6 +123,8 @@ def reason_of(error: BaseException) -> tuple[str, str | None]:
         return f"it takes more memory than there is ({text})", None
     if isinstance(error, RecursionError):
         return "it is nested too deeply", None
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON ({error.msg}, line {error.lineno})", None
     if "unable to lock file" in text:  # with whatever number the file system gives
         return _LOCKED
     if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
@@ -231,6 +234,6 @@ def safe_name(name: str, what: str) -> str:
     name = str(name)
     if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
         raise ValueError(
-            f"{what} {name!r} is not a plain name: it must not be empty, start with a dot or contain a slash."
+            f"{what} {brief(name)} is not a plain name: it must not be empty, start with a dot or contain a slash."
         )
     return name

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from utils.config import Config, differences, read_config, save_config
-from utils.files import write_text
+from utils.files import reading, write_text
+from utils.text import brief
 
 VERSION = "1.0.0"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "anndata", "scanpy", "scikit-learn", "h5py", "pillow")
+_TRAIN_ON = "Run the fold again: python main.py --mode train ... --resume."
 # What may change between the start of a run and its continuation, since no result depends on it.
 _MAY_CHANGE = {
     "DATA.data_dir",
@@ -139,8 +141,18 @@ def write_epochs(path: Path, records: Iterable[Mapping[str, float]]) -> None:
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:
-    """The records of `metrics.jsonl` in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read the records of `metrics.jsonl` in order; ValueError names the file and the line that is none."""
+    records = []
+    with reading(path, "the log of the epochs"):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error.msg}). {_TRAIN_ON}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: expected an epoch, found {brief(record)}. {_TRAIN_ON}")
+            records.append(record)
+    return records
 
 
 class Board:

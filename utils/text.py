@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
+import yaml
+
+_MOST_VALUES = 1_000_000  # of a YAML text
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 2, 80, 80, 40
 
 
-def shortened(value: object, length: int = 200) -> str:
-    """Return a text, or the `repr` of any other value, on one line of at most `length` characters.
+def shortened(text: str, length: int = 200) -> str:
+    """Return a text on one line of at most `length` characters."""
+    text = " ".join(text[: 2 * length].split())
+    return text if len(text) <= length else f"{text[: length - 4]} ..."
+
+
+def brief(value: object) -> str:
+    """Return the `repr` of a value of someone else's, on one short line.
 
     What is nested is cut at its second level before it is written out, so that a few lines of YAML whose aliases multiply
     do not become a message of megabytes.
     """
-    text = value[: 2 * length] if isinstance(value, str) else _BRIEF.repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 4]} ..."
+    return shortened(_BRIEF.repr(value))
 
 
 def some(names: Sequence[object], shown: int = 5) -> str:
     """The first few names and how many there are in all, for a message."""
     text = ", ".join(str(name) for name in list(names)[:shown])
     return text if len(names) <= shown else f"{text}, ... ({len(names)} in all)"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain values only; a key that is written twice is an error and not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            line = node.start_mark.line + 1
+            raise ValueError(f"key {brief(twice[0])} is written twice in what begins in line {line}")
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> object:
+    """Return the plain values (text, numbers, lists, dictionaries) that a YAML text describes; None of an empty one.
+
+    Raises ValueError where it is not YAML, repeats a key, refers to itself, or has aliases that stand for more than a million
+    values; RecursionError where it is nested too deeply. Callers name the file with `reading`.
+    """
+    try:
+        loader = _StrictLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}) > _MOST_VALUES:
+            raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"not valid YAML ({problem or shortened(str(error))}{where})") from error
+
+
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for, every alias counted as what it refers to; infinite if it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # for whoever meets it before it is counted
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_written_out(child, known) for child in children)
+    return known[id(node)]

@@ -19,7 +19,7 @@ from evaluation.predictions import MEASURED, read_prediction, slide_of, tissue_i
 from evaluation.report import figures
 from evaluation.report.maps import Tissue, gene_maps
 from evaluation.report.style import save_figure
-from utils.files import sha256, write_text
+from utils.files import reading, sha256, write_text
 
 INDEX = "index.json"
 
@@ -70,10 +70,14 @@ def figures_on_disk(fold_dir: str | Path, *, genes: Sequence[str] = (), count: i
     folder = Path(fold_dir) / "figures"
     if not (folder / INDEX).is_file():
         return None
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    pictures = [Picture(**picture) for picture in index["pictures"]]
+    try:
+        with reading(folder / INDEX, "the list of figures"):
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            pictures, made_from = [Picture(**picture) for picture in index["pictures"]], index["made_from"]
+    except ValueError:  # damaged; then they are drawn anew
+        return None
     is_whole = all((folder / f"{picture.name}.png").is_file() for picture in pictures)
-    return pictures if is_whole and index["made_from"] == _state(Path(fold_dir), genes, count) else None
+    return pictures if is_whole and made_from == _state(Path(fold_dir), genes, count) else None
 
 
 def _state(fold_dir: Path, genes: Sequence[str], count: int) -> dict[str, object]:
@@ -111,8 +115,10 @@ def _charts(record: FoldRecord) -> Iterable[tuple[Picture, Figure]]:
         figures.patient_dots(by_patient, mean=float(record.result["pcc_all"] or np.nan), interval=None),
     )
     if (record.path / "clusters.csv").is_file():
-        clusters = pd.read_csv(record.path / "clusters.csv", dtype={"slide": str, "patient": str})
-        figure = figures.cluster_composition(clusters["image_cluster"], clusters["gene_cluster"], clusters["patient"])
+        with reading(record.path / "clusters.csv", "a table of clusters"):
+            clusters = pd.read_csv(record.path / "clusters.csv", dtype={"slide": str, "patient": str})
+            columns = [clusters[name] for name in ("image_cluster", "gene_cluster", "patient")]
+        figure = figures.cluster_composition(*columns)
         alt = f"Patients of which the clusters of a batch are made, image and gene vectors, {where}"
         yield (
             Picture("clusters", "clusters", f"{len(clusters)} training spots, clustered by each modality.", alt),

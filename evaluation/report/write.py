@@ -30,7 +30,7 @@ from evaluation.report.tables import (
     scale_rows,
 )
 from evaluation.summary import choice_of_epoch
-from utils.files import require_file, write_text
+from utils.files import reading, require_file, write_text
 
 __all__ = ["UNIT", "format_table", "write_comparison", "write_figures", "write_report", "write_summary"]
 
@@ -112,10 +112,8 @@ def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int =
     path = require_file(
         run_dir / "summary.json", "Make it first: python main.py --mode test --model_path RUN writes the summary."
     )
-    try:
+    with reading(path, "the summary of a run", remedy="Make the summary again: --mode test --model_path RUN"):
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno}). Make the summary again.") from error
     check_summary(summary, str(path))
     records, _ = read_run(run_dir)
     draw_side_by_side([record.path for record in records], genes=genes, count=count)
@@ -220,6 +218,7 @@ def _settings_part(run_dir: Path) -> str:
     parts = []
     for name, heading in (("config.yaml", "Configuration"), ("versions.json", "Versions")):
         path = run_dir / name
-        text = path.read_text(encoding="utf-8") if path.is_file() else f"{name} is not in the run folder."
+        with reading(path, "text"):
+            text = path.read_text(encoding="utf-8") if path.is_file() else f"{name} is not in the run folder."
         parts.append(f"<h3>{heading}</h3>{html.preformatted(text)}")
     return "\n".join(parts)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from datasets.folds import Fold
+from evaluation.fold_files import read_genes
 from modes.training.run_data import RunData, possible_folds, slides_of
 from modes.training.split import Split
 from utils.checkpoint import load_checkpoint
-from utils.files import load_names
+from utils.files import load_names, reading
 from utils.text import some
 from utils.trained_fold import SplitRecord
 
@@ -77,8 +78,9 @@ def _started(folder: Path) -> Started | None:
     path = folder / "split.json"
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    tokens = content.get("tokens", {})
+    with reading(path, "the record of how a fold was started"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tokens = dict(content.get("tokens", {}))
     for written in (folder / "last.pt", folder / "best.pt"):
         if written.is_file():
             trained = load_checkpoint(written, memory_map=True).without_weights()
@@ -96,7 +98,7 @@ def _started(folder: Path) -> Started | None:
         if split.features
         else {},
         tokens=tokens,
-        genes=genes.read_text(encoding="utf-8").splitlines() if genes.is_file() else None,
+        genes=read_genes(genes) if genes.is_file() else None,
         training_mean=None,
     )
 

@@ -134,7 +134,7 @@ def test_external_folders(tmp_path):
         ("microns_per_pixel: -1", "microns_per_pixel: expected micrometres per pixel, found -1"),
         ("training_type: 3", "training_type: expected text, found 3"),
         ("- a\n- b", "should hold 'key: value' lines, found a list"),
-        ("a: [", "is not readable YAML"),
+        ("a: [", "not valid YAML"),
     ],
 )
 def test_wrong_entries_name_file_key_and_what_was_found(tmp_path, text, message):

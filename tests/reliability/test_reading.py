@@ -13,9 +13,12 @@ import h5py
 import numpy as np
 import pytest
 
+from datasets.spec import DatasetSpec, read_spec
 from utils.cli import run
+from utils.config import load_config
 from utils.files import UnreadableFile, reading
-from utils.text import shortened
+from utils.runs import read_epochs
+from utils.text import brief, parse_yaml, shortened
 
 DESTROYS = ("overwrite", "delete", "remove")
 
@@ -36,7 +39,7 @@ def read_with(error: BaseException, path: Path) -> str:
         (AttributeError("'Group' object has no attribute 'shape'"), "AttributeError: 'Group' object"),
         (OverflowError("int too large"), "OverflowError: int too large"),
         (ValueError("operands could not be broadcast together"), "operands could not be broadcast"),
-        (json.JSONDecodeError("Unterminated string", "{", 0), "Unterminated string"),
+        (json.JSONDecodeError("Unterminated string", "{", 0), "it is not JSON (Unterminated string, line 1)"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "can't decode byte 0xff"),
         (RuntimeError("first line\nsecond line"), "first line. It may"),
         (AssertionError(), "AssertionError"),
@@ -114,8 +117,8 @@ def test_a_value_is_shortened_before_it_is_written_out():
     bomb: object = "lol"
     for _ in range(60):  # 10 ** 60 words when written out
         bomb = [bomb] * 10
-    assert len(shortened(bomb)) <= 200
-    assert shortened({"k": 1}) == "{'k': 1}" and shortened("a\n b") == "a b"
+    assert len(brief(bomb)) <= 200
+    assert brief({"k": 1}) == "{'k': 1}" and brief("a\n b") == r"'a\n b'" and shortened("a\n b") == "a b"
     assert len(shortened("y" * 10**6, 50)) == 50
 
 
@@ -141,3 +144,94 @@ def test_what_the_machine_refuses_is_a_message_and_status_2(error, text, capsys)
     assert caught.value.code == 2
     written = capsys.readouterr().err
     assert text in written and "Traceback" not in written
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(f'*{before}' for _ in range(10))}]\n" for before, name in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, "its aliases stand for more than 1,000,000 values"),
+        ("a: &a [*a]\n", "its aliases stand for more than"),
+        ("LOSS: {k: 5}\nLOSS: {k: 7}\n", "key 'LOSS' is written twice"),
+        ("LOSS:\n  k: 5\n  k: 7\n", "key 'k' is written twice in what begins in line 2"),
+        ("a: " + "[" * 5000 + "]" * 5000, "it is nested too deeply"),
+        ("a: [\n", "not valid YAML"),
+        ("a: !!python/object:os.system {}\n", "not valid YAML"),
+        ("? [a, b]\n: 1\n", "not valid YAML (found unhashable key"),
+        ("a: " + "1" * 5000, "Exceeds the limit"),
+        ("a: 2024-99-99\n", "month must be in 1..12"),
+    ],
+)
+def test_yaml_is_bounded_and_says_where_it_is_wrong(text, reason, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    readers = (load_config, lambda path: read_spec(path, name="own"))
+    for read in readers:
+        with pytest.raises(ValueError, match=r"mine\.yaml cannot be read as ") as caught:
+            read(path)
+        assert reason in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_aliases_that_stand_for_little_are_read():
+    assert parse_yaml("a: &a [1, 2]\nb: *a\nc: {<<: &m {x: 1}, y: 2}") == {
+        "a": [1, 2],
+        "b": [1, 2],
+        "c": {"x": 1, "y": 2},
+    }
+
+
+def test_a_bomb_below_the_bound_is_a_short_message(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join(BOMB.splitlines()[:5]) + "\nTRAINING: *e\n")
+    with pytest.raises(ValueError, match="section TRAINING should hold keys") as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_configuration_in_another_code_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("LOSS: {k: 5}\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"mine\.yaml cannot be read as .*can't decode byte 0xff"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 24, "1" + "0" * 400, "-1" + "0" * 24])
+@pytest.mark.parametrize("key", ["TRAINING.batch_size", "TRAINING.learning_rate"])
+def test_numbers_beyond_the_machine_are_refused(key, number):
+    with pytest.raises(ValueError, match=rf"{key} should be "):
+        load_config("demo/dml", [f"{key}={number}"])
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("image_pattern: '{slide}{x}'", "no other braces"),
+        ("image_pattern: '{slide}{0}'", "no other braces"),
+        ("image_pattern: '{slide:>1000000000}{slide}'", "no other braces"),
+        ("image_pattern: '{slide}{'", "no other braces"),
+    ],
+)
+def test_a_pattern_of_images_has_two_names_only(line, text, tmp_path):
+    path = tmp_path / "dataset.yaml"
+    path.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"dataset\.yaml: image_pattern: ") as caught:
+        read_spec(path, name="own")
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["^(B)?[A-Z]", "^(B*)A"])
+def test_a_patient_that_the_pattern_leaves_empty_is_unknown(pattern):
+    with pytest.raises(ValueError, match="Slide 'A1' of own has no known patient"):
+        DatasetSpec(name="own", patient_pattern=pattern).patient_of("A1")
+
+
+@pytest.mark.parametrize("line", ["3", "[1]", '{"epoch": 1', "\x00"])
+def test_the_log_of_the_epochs_names_its_line(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"epoch": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        read_epochs(path)
