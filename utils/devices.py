@@ -1,9 +1,12 @@
-"""What a device can do, asked in one place: which 16-bit type its matrix units have."""
+"""What a machine has, asked in one place: the 16-bit type of its matrix units, the memory that is left."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -61,6 +64,55 @@ def _require_cuda(index: int, flag: str) -> None:
     if not 0 <= index < count:
         found = f"{count} CUDA device{'s' if count != 1 else ''}"
         raise ValueError(f"{flag}: this machine has {found}. Leave the flag out or use --device cpu to run on the CPU.")
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes that this process may still take: of the machine, and of every control group with a limit.
+
+    root: where /proc and /sys are looked for.  Files that the system keeps in memory count as free: it gives them up.
+    """
+    amounts = [limit - used for limit, used in _control_groups(root)]
+    meminfo = root / "proc/meminfo"
+    if meminfo.exists():
+        amounts.append(_numbers_of(meminfo)["MemAvailable:"] * 1024)
+    else:
+        amounts.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return max(0, min(amounts))
+
+
+def _control_groups(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use) of the groups that this process is in, of either version, up to the topmost visible one."""
+    groups = root / "sys/fs/cgroup"
+    membership = root / "proc/self/cgroup"
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, inside = line.split(":", 2)
+        if controllers == "":
+            top, names = groups, ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            top, names = groups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        folder = top / inside.lstrip("/")
+        for group in (folder, *folder.parents):
+            if (limit := _read_int(group / names[0])) is not None and (used := _read_int(group / names[1])) is not None:
+                counted = _numbers_of(group / "memory.stat")
+                yield limit, used - sum(counted.get(f"{names[2]}{kind}_file", 0) for kind in ("active", "inactive"))
+            if group == top:
+                break
+
+
+def _read_int(path: Path) -> int | None:
+    """The number in a file; None without the file, or where it says "max"."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _numbers_of(path: Path) -> dict[str, int]:
+    """A table of the kernel: a name and a number on each line."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {words[0]: int(words[1]) for line in lines if len(words := line.split()) >= 2}
 
 
 # Numbers of glibc's malloc.h

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.images.readers import PlainReader, open_reader
+from datasets.images.readers import PlainReader, Reader, open_reader
 from utils.files import require_file
 
 _PIECES, _PIECE_BYTES = 16, 1 << 16  # of the file, evenly spread, that the fingerprint looks at
@@ -27,10 +27,11 @@ class Slide:
     path: the file.  size: (width, height) in level-0 pixels.  microns_per_pixel: from the metadata, or None.
     """
 
-    def __init__(self, path: Path, reader):
+    def __init__(self, path: Path, reader: Reader):
         self.path = path
         self._reader = reader
-        self.size: tuple[int, int] = tuple(int(length) for length in reader.level_sizes[0])
+        width, height = reader.level_sizes[0]
+        self.size = (int(width), int(height))
         self.microns_per_pixel: float | None = reader.microns_per_pixel
 
     def read_region(self, x: int, y: int, width: int, height: int, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -110,7 +111,7 @@ class Slide:
             min(((x + width) / downsample - left) / factor, reduced.shape[1]),
             min(((y + height) / downsample - top) / factor, reduced.shape[0]),
         )
-        return np.asarray(Image.fromarray(reduced).resize(tuple(size), Image.Resampling.BICUBIC, box=box))
+        return np.asarray(Image.fromarray(reduced).resize(size, Image.Resampling.BICUBIC, box=box))
 
     def _level_for(self, scale: float) -> tuple[int, float]:
         """The coarsest level that still has the detail of `scale` level-0 pixels per pixel, and its downsampling."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -18,7 +16,7 @@ from modes.training.compose import find_patch_encoder_weights, needs_of
 from modes.training.memory import BATCHES_ON_DEVICE, Demand
 from modes.training.run_data import runs_encoder
 from utils.config import Config
-from utils.devices import device_from
+from utils.devices import available_memory, device_from
 
 
 def check_patch_encoder_files(
@@ -113,23 +111,6 @@ def check_memory(need: Demand, device: torch.device, findings: Findings) -> None
             )
         else:
             findings.ok("memory", f"{where}: about {gigabytes(needed)} of {gigabytes(free)} free ({listed}).")
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process may still take: of the machine, and of its control group where it has a limit."""
-    amounts = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        amounts.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        amounts.append(int(limit.read_text()) - int(used.read_text()))
-    return min(amounts, default=_physical_memory())
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def gigabytes(nbytes: float) -> str:

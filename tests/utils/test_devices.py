@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from utils.devices import available_memory
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES_OF_A_ROUND = 2 * 80 * 2**20 // 4096  # two blocks of 80 MiB in pages of 4 KiB
 SCRIPT = """
@@ -49,3 +51,31 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(devices.platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(devices.ctypes, "CDLL", lambda *_: pytest.fail("asked a library that may lack mallopt"))
     assert devices.keep_freed_memory() is False
+
+
+def _group(folder: Path, limit: str, used: int, files: int, version: int) -> None:
+    """A control group as the kernel shows it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (
+        ("memory.max", "memory.current", "")
+        if version == 2
+        else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    )
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"{names[2]}active_file {files // 2}\n{names[2]}inactive_file {files // 2}\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_available_memory_is_the_least_of_machine_and_control_groups(tmp_path, version):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
+    assert available_memory(tmp_path) == 8_192_000, "no control group"
+    line, top = ("0::/job/step", "sys/fs/cgroup") if version == 2 else ("4:memory:/job/step", "sys/fs/cgroup/memory")
+    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/\n{line}\n")
+    _group(tmp_path / top / "job", "5000000", 3_000_000, 1_000_000, version)
+    unlimited = "max" if version == 2 else str(2**63 - 4096)
+    _group(tmp_path / top / "job/step", unlimited, 3_000_000, 1_000_000, version)
+    assert available_memory(tmp_path) == 3_000_000, "the group above has a limit; files in memory are given up"
+    _group(tmp_path / top / "job/step", "2500000", 3_000_000, 0, version)
+    assert available_memory(tmp_path) == 0
