@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datasets.spots import SlideRecord, SpotStore
 from utils.cli import say
+from utils.devices import to_device
 
 USED_SHARE = 0.9  # of the device memory that is left for arrays; the rest is lost between its blocks
 _NUMPY_TYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
@@ -177,13 +178,6 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
         return values[rows]
     taken = torch.from_numpy(np.empty((len(rows), *values.shape[1:]), dtype=_NUMPY_TYPES[values.dtype]))
     return torch.index_select(values, 0, rows, out=taken)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device through pinned memory, without waiting for it."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def split_rows(rows: Tensor, batch_size: int, minimum: int) -> list[Tensor]:

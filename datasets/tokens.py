@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.batches import goes_to_device, to_device
+from datasets.batches import goes_to_device
 from datasets.features.cache import CacheIdentity, read_features, verify_cache
 from datasets.features.reader import extraction_command
 from datasets.features.token_store import TokenStore
@@ -17,6 +17,7 @@ from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.spots import SlideRecord, SpotStore
 from utils.cli import progress, say
+from utils.devices import to_device
 
 
 class CachedTokens:

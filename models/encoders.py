@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional
 
 from models.contract import Sizes
 from models.layers.dropout import Dropout
-from models.layers.packing import SlidePacking, send
+from models.layers.packing import SlidePacking
 from models.layers.position import GridConvolution, grid_neighbors
 from models.layers.transformer import FeedForward, TransformerLayer
 from utils.config import Model
+from utils.devices import to_device
 
 
 class NeighborEncoder(nn.Module):
@@ -69,16 +72,16 @@ class GlobalEncoder(nn.Module):
         returns:  (B, D) in the order of `rows`, or (R, D) in the order of `features`.
         Positions and rows may lie on the host while the features lie on a device; then nothing waits for the device.
         """
-        device = features.device
-        neighbors = send(grid_neighbors(grid_xy, lengths), device)
+        device, layers = features.device, [cast(TransformerLayer, layer) for layer in self.layers]
+        neighbors = to_device(grid_neighbors(grid_xy, lengths), device)
         everything = SlidePacking(lengths, device=device, padded=padded)
-        tokens = self.layers[0].forward_packed(features.to(self.norm.weight.dtype), everything)
+        tokens = layers[0].forward_packed(features.to(self.norm.weight.dtype), everything)
         tokens = self.position(tokens, neighbors)
-        for layer in self.layers[1:-1]:
+        for layer in layers[1:-1]:
             tokens = layer.forward_packed(tokens, everything)
-        if len(self.layers) > 1:
+        if len(layers) > 1:
             asked = everything if rows is None else SlidePacking(lengths, device=device, rows=rows, padded=padded)
-            tokens = self.layers[-1].forward_packed(tokens, asked)
+            tokens = layers[-1].forward_packed(tokens, asked)
         elif rows is not None:
             tokens = tokens.index_select(0, rows.to(device))
         return self.norm(tokens)

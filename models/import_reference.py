@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def translate_name(name: str) -> str | None:
     return None
 
 
-def import_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def import_reference(state_dict: Mapping[str, Tensor | Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Rename the learned parameters of a checkpoint of the published code.
 
     state_dict: as saved, possibly below a key "state_dict", possibly with prefixes such as `module.`, possibly with the
@@ -90,7 +91,7 @@ def import_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises ValueError that lists all names that are unknown and all that are missing.
     """
     inner = state_dict.get("state_dict", state_dict)
-    named = {_without_wrappers(name): value for name, value in inner.items()}
+    named = {_without_wrappers(name): value for name, value in cast(Mapping[str, Tensor], inner).items()}
     frozen = {match["module"] for match in map(PATCH_ENCODER_PART.match, named) if match} - LEARNED_MODULES
     imported, unknown = {}, []
     for name, value in named.items():

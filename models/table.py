@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from models.contract import ExpressionModel, LossFunction, Needs, Sizes
 from models.gene_dml import build_gene_dml
 from models.losses import GeneDMLLoss, fused_loss
 from utils.config import Loss, Model
+from utils.text import unknown
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ def find_model(name: str) -> Row:
     """The row of a model. Raises ValueError with the nearest name and all others if there is none."""
     if name in MODELS:
         return MODELS[name]
-    close = difflib.get_close_matches(name, MODELS, n=1)
-    nearest = f"; did you mean '{close[0]}'?" if close else "."
-    raise ValueError(f"Unknown model '{name}'{nearest} Set MODEL.name (--model) to one of: {', '.join(MODELS)}.")
+    raise ValueError(f"{unknown('model', name, MODELS)} (--model, MODEL.name).")
 
 
 def build_model(config: Model, sizes: Sizes) -> ExpressionModel:

@@ -32,7 +32,6 @@ from utils.config import LARGE, Config, Data, load_config
 from utils.devices import device_from
 from utils.files import safe_name
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS_OF_MODE = {
     "target": ("target",),
     "neighbor": ("neighbor",),
@@ -40,8 +39,6 @@ KINDS_OF_MODE = {
     "patch": ("patch",),
     "all": ("target", "neighbor", "token"),
 }
-BATCH_SIZE = {"cuda": 256}  # images that pass the encoder at a time
-CPU_BATCH_SIZE = 32
 KEY_OF_FLAG = {
     "data_dir": "DATA.data_dir",
     "encoder": "DATA.encoder",
@@ -184,7 +181,6 @@ def _build_patch_encoder(config: Config, arguments: argparse.Namespace) -> Patch
         config.DATA.weights,
         allow_download=arguments.allow_download,
         random_weights=arguments.random_weights,
-        search=(ROOT / "weights", Path("weights")),
     )
 
 
@@ -195,7 +191,7 @@ def _patch_encoder_on(
         patch_encoder.to(device),
         device,
         prefix_tokens=patch_encoder.spec.prefix_tokens,
-        batch_size=_given(arguments, "batch_size", BATCH_SIZE.get(device.type, CPU_BATCH_SIZE)),
+        batch_size=arguments.batch_size,
         precision=arguments.precision,
     )
 

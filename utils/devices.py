@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from utils.cli import say
 
@@ -25,6 +26,13 @@ def half_precision(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "bf16"
     return "bf16" if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else "fp16"
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it: from page-locked memory, the only kind that a CUDA copy does not wait for."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def device_from(gpu: int | None = None, device: str | None = None) -> torch.device:

@@ -197,21 +197,24 @@ def require_file(path: str | Path, hint: str) -> Path:
     return path
 
 
-def load_tensors(path: str | Path, *, memory_map: bool = False) -> object:
+def load_tensors(
+    path: str | Path, *, what: str = "a PyTorch file", remedy: str = _IF_DAMAGED, memory_map: bool = False
+) -> object:
     """Read a `.pt` file with PyTorch's safe loader (tensors, numbers, strings, lists and dicts only) on the CPU.
 
+    what, remedy: see `reading`.
     memory_map: leave the numbers of the tensors on disk until they are used (files in the old format are read anyway).
+    Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
     """
     path = require_file(path, "Check the path.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=memory_map and zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds objects other than tensors, numbers, strings, lists and dicts, and files from elsewhere "
-            f"are not trusted to run code. Save a plain state dict instead. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable PyTorch file (truncated?): {str(error).splitlines()[0]}") from error
+    with reading(path, what, remedy):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=memory_map and zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds Python objects, not only tensors, and is not read: files from elsewhere are not trusted to "
+                f"run code. Save a state dict alone: torch.save(model.state_dict(), ...). ({reason_of(error)[0]})"
+            ) from error
 
 
 def load_names(path: str | Path) -> list[str]:

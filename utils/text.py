@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import reprlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import yaml
 
@@ -32,6 +33,13 @@ def some(names: Sequence[object], shown: int = 5) -> str:
     """The first few names and how many there are in all, for a message."""
     text = ", ".join(str(name) for name in list(names)[:shown])
     return text if len(names) <= shown else f"{text}, ... ({len(names)} in all)"
+
+
+def unknown(what: str, name: str, known: Collection[str]) -> str:
+    """Say in a message that there is no such name, which one may be meant, and which there are."""
+    close = difflib.get_close_matches(name, known, n=1)
+    suggestion = f" Did you mean '{close[0]}'?" if close else ""
+    return f"Unknown {what} '{name}'.{suggestion} Known: {', '.join(known)}"
 
 
 class _StrictLoader(yaml.SafeLoader):

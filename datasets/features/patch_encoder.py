@@ -10,6 +10,8 @@ from torch import Tensor
 
 from utils.devices import half_precision
 
+BATCH_SIZE = {"cuda": 256}  # images that pass the encoder at a time
+CPU_BATCH_SIZE = 32  # also of any other device
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
 
 
@@ -18,8 +20,8 @@ class BatchedPatchEncoder:
 
     patch_encoder: callable, uint8 images (B, 3, P, P) on the device -> object with `.tokens` (B, T, D) and `.pooled` (B, D').
     prefix_tokens: how many of the T tokens come before the grid of patch tokens (class and register tokens).
-    batch_size: images that pass the encoder at a time.  precision: of its arithmetic; "auto" is float32 on the CPU and
-        bf16 (or fp16 where there is no bf16) on CUDA.
+    batch_size: images that pass the encoder at a time (default: by the device).
+    precision: of its arithmetic; "auto" is float32 on the CPU and bf16 (or fp16 where there is no bf16) on CUDA.
     """
 
     def __init__(
@@ -28,11 +30,13 @@ class BatchedPatchEncoder:
         device: torch.device,
         *,
         prefix_tokens: int = 0,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         precision: str = "auto",
     ):
         if precision not in PRECISIONS:
             raise ValueError(f"The precision should be one of {', '.join(PRECISIONS)}, found {precision!r}.")
+        if batch_size is None:
+            batch_size = BATCH_SIZE.get(device.type, CPU_BATCH_SIZE)
         if batch_size < 1:
             raise ValueError(f"The batch size should be at least 1, found {batch_size}.")
         if precision == "auto":

@@ -196,7 +196,8 @@ def retrieve(
         cosine, nearest = (queries[start : start + chunk] @ bank.T).topk(counts[-1], dim=1)
         # Relative to the nearest spot, so that no exponential overflows; the factor cancels in the mean.
         weights = ((cosine - cosine[:, :1]) / temperature).exp()
-        sums, norms, previous = 0.0, 0.0, 0
+        sums = bank_expression.new_zeros(len(cosine), bank_expression.shape[1])
+        norms, previous = weights.new_zeros(len(cosine), 1), 0
         for part, count in zip(parts, counts, strict=True):
             ring = weights[:, previous:count]
             sums = sums + torch.einsum("bk,bkg->bg", ring, bank_expression[nearest[:, previous:count]])

@@ -23,6 +23,8 @@ RETRIEVAL_TEMPERATURE = 0.1
 class TrainingMean(ClosedForm):
     """The mean expression of the training spots, whatever the image shows: the floor every model must beat."""
 
+    mean: Tensor
+
     def __init__(self, *, feature_dim: int, num_genes: int) -> None:
         super().__init__(feature_dim=feature_dim, num_genes=num_genes)
         self._register_fitted("mean", (num_genes,))
@@ -42,6 +44,11 @@ class Ridge(ClosedForm):
     penalty would press on the strong and on the noisy directions alike. Neighbors, if used, are appended as the mean of
     the valid tiles, in the same unit. PCA and ridge are both linear, so what is stored is their product, one (D, G).
     """
+
+    feature_mean: Tensor
+    weight: Tensor
+    intercept: Tensor
+    alpha: Tensor
 
     def __init__(
         self, *, target_dim: int, neighbor_dim: int, num_genes: int, num_components: int, ratios: Sequence[float]
@@ -94,6 +101,12 @@ class Retrieval(ClosedForm):
 
     k is the one with the least held-out error (MSE); the weight of a neighbor is exp(cosine / temperature).
     """
+
+    feature_mean: Tensor
+    directions: Tensor
+    bank: Tensor
+    bank_expression: Tensor
+    num_nearest: Tensor
 
     def __init__(
         self, *, feature_dim: int, num_genes: int, num_components: int, counts: Sequence[int], temperature: float

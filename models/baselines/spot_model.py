@@ -23,6 +23,8 @@ class ClosedForm(ExpressionModel):
     registers its buffers and implements `_fit` (learn, report) and `_predict`; both see features (N, feature_dim).
     """
 
+    num_training_spots: Tensor
+
     def __init__(self, *, feature_dim: int, num_genes: int) -> None:
         super().__init__()
         self.needs = Needs()

@@ -13,19 +13,13 @@ import torch
 from torch import Tensor
 
 from models.layers.attention import attend
+from utils.devices import to_device
 
 # CUDA attention kernels read masks in groups of eight; an uneven width costs a copy of the mask in every call.
 PADDED_WIDTH_MULTIPLE = 8
 # Slides are padded together down to this share of the longest one: attention pays for padding twice, so at least half
 # of its work is on spots, and the sections of HER2ST (177 to 712 spots) make four calls.
 SHORTEST_SHARE = 0.7
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it: from page-locked memory, the only kind that a CUDA copy does not wait for."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def similar_lengths(lengths: list[int]) -> list[list[int]]:
@@ -61,7 +55,7 @@ class Padding:
         counts = torch.tensor(lengths)
         shift = torch.tensor(start_of_slide) - (torch.cumsum(counts, dim=0) - counts)
         places = torch.arange(int(counts.sum())) + torch.repeat_interleave(shift, counts)
-        return Padding(places=send(places, device), shapes=shapes)
+        return Padding(places=to_device(places, device), shapes=shapes)
 
     def pad(self, rows: Tensor) -> list[Tensor]:
         """(R, ...) to one (slides, width, ...) for each group, zeros in the padding."""
@@ -122,7 +116,9 @@ class SlidePacking:
             raise ValueError(f"Every slide of a batch needs at least one spot, but the slides hold {lengths} spots.")
         self.lengths = list(lengths)
         self.query_lengths = self.lengths
-        self.rows = self._by_slide = self._as_asked = None
+        self.rows: Tensor | None = None
+        self._by_slide: Tensor | None = None
+        self._as_asked: Tensor | None = None
         if rows is not None:
             self._group_by_slide(rows, device)
         is_padded = device.type == "cuda" if padded is None else padded
@@ -140,9 +136,9 @@ class SlidePacking:
         slide = slide_of_row[rows]
         by_slide = torch.argsort(slide, stable=True)
         self.query_lengths = torch.bincount(slide, minlength=len(counts)).tolist()
-        self.rows = send(rows, device)
-        self._by_slide = send(by_slide, device)
-        self._as_asked = send(torch.argsort(by_slide), device)
+        self.rows = to_device(rows, device)
+        self._by_slide = to_device(by_slide, device)
+        self._as_asked = to_device(torch.argsort(by_slide), device)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query: (B, H, d) in the order of `rows`; key and value: (R, H, d). Returns (B, H, d) in the same order."""

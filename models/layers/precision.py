@@ -22,8 +22,9 @@ def mean_tokens(tokens: Tensor) -> Tensor:
     return tokens.mean(dim=1, dtype=torch.promote_types(tokens.dtype, torch.float32))
 
 
-def project(projection: nn.Linear, tokens: Tensor) -> Tensor:
-    """Linear D -> P; cached half-precision tokens are widened unless autocast takes them as they are."""
+def project(projection: nn.Module, tokens: Tensor) -> Tensor:
+    """Apply a Linear D -> P; cached half-precision tokens are widened unless autocast takes them as they are."""
+    assert isinstance(projection, nn.Linear)
     if not torch.is_autocast_enabled(tokens.device.type):
         tokens = tokens.to(projection.weight.dtype)
     return projection(tokens)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class Attention(nn.Module):
     """Multi-head self-attention, optionally with a learned bias per head and per absolute offset on a square grid."""
 
+    bias_index: Tensor
+
     def __init__(self, *, dim: int, heads: int, dropout: float, grid_side: int | None = None) -> None:
         """dim: width, a multiple of heads. grid_side: side of the square of tokens that gets the relative bias."""
         super().__init__()

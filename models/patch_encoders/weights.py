@@ -8,19 +8,21 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.patch_encoders.spec import PatchEncoderSpec, create_encoder, empty_encoder
+from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, create_encoder, empty_encoder
 from models.patch_encoders.table import PATCH_ENCODERS, TIMM_PREFIX, patch_encoder_spec
+from utils.files import load_tensors, reading
 
+# Of this repository, then of the folder that a program was started in.
+WEIGHT_FOLDERS = (Path(__file__).resolve().parents[2] / "weights", Path("weights"))
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 COMMON_VARIABLE = "GENE_DML_WEIGHTS"
 NAMES_SHOWN = 3
@@ -36,7 +38,7 @@ def find_weights(
     weights: str | Path | None = None,
     *,
     allow_download: bool = False,
-    search: Sequence[Path] = (Path("weights"),),
+    search: Sequence[Path] = WEIGHT_FOLDERS,
 ) -> Path:
     """The weight file of an encoder. Reads nothing, so it can be asked before long work starts.
 
@@ -125,6 +127,7 @@ def _download(spec: PatchEncoderSpec) -> Path:
 
     if spec.hub is None:
         raise FileNotFoundError(f"Encoder '{spec.name}' cannot be downloaded. {how_to_get(spec)}")
+    cause: Exception
     for file in spec.files:
         try:
             return Path(hf_hub_download(spec.hub, file))
@@ -144,18 +147,13 @@ def _download(spec: PatchEncoderSpec) -> Path:
     raise FileNotFoundError(f"The model {spec.hub} holds none of {', '.join(spec.files)}. {how_to_get(spec)}")
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def state_sha256(state: dict[str, Tensor]) -> str:
     """Hash over names, types, shapes and values of a state dict on the CPU."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.numpy())
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()
 
 
@@ -163,40 +161,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weight file by name. ValueError if the file is damaged or holds anything but tensors by name."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: weight files end in {', '.join(SUFFIXES)}, found '{path.suffix}'.")
-    try:
-        state = _read_tensors(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds Python objects, not only tensors, and is not read because that could run code from the file. "
-            f"Save its state dict alone: torch.save(model.state_dict(), ...). ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path} cannot be read as a weight file ({first_line}). Is it complete? Get it again."
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        found = f"a {type(state).__name__}"
-        if isinstance(state, dict):
-            found += f" with {', '.join(map(repr, list(state)[:NAMES_SHOWN]))}"
-        raise ValueError(f"{path} holds {found}, expected the state dict of an encoder: tensors by name.")
-    return state
-
-
-def _read_tensors(path: Path) -> object:
+    what, remedy = "a weight file of a patch encoder", "Is it complete? Get it again."
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        with reading(path, what, remedy):
+            state: object = safetensors.torch.load_file(path)
+    else:
+        # Mapping the file spares a second copy of several GB.
+        state = load_tensors(path, what=what, remedy=remedy, memory_map=True)
+    if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
+        return state
+    found = f"a {type(state).__name__}"
+    if isinstance(state, dict):
+        found += f" with {', '.join(map(repr, list(state)[:NAMES_SHOWN]))}"
+    raise ValueError(f"{path} holds {found}, expected the state dict of an encoder: tensors by name.")
 
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
-    # Mapping the file spares a second copy of several GB; files of the old format (no zip archive) cannot be mapped.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
-
-def load_patch_encoder(spec: PatchEncoderSpec, path: Path) -> nn.Module:
+def load_patch_encoder(spec: PatchEncoderSpec, path: Path) -> TimmModel:
     """The full timm model of a row with the weights of a file: every key, every shape, float32.
 
     ValueError names the file, the first differing keys and the encoder that the file would fit.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.batches import SpotBatch, to_device
+from datasets.batches import SpotBatch
 from datasets.features.encoding import EncodedSpots, EncodingPlan, encode_slide
 from datasets.features.patch_encoder import BatchedPatchEncoder
 from datasets.images.geometry import neighbor_validity
@@ -18,19 +17,15 @@ from models.patch_encoders.build import PatchEncoder, build_patch_encoder
 from modes.prediction.ensemble import Member
 from utils.cli import progress, say
 from utils.config import Config
+from utils.devices import to_device
 
-ROOT = Path(__file__).resolve().parents[2]
-ENCODER_BATCH = {"cuda": 256}  # images that pass the encoder at a time
-CPU_ENCODER_BATCH = 32
 Part = tuple[slice, Tensor | None, np.ndarray | None]  # rows, target tokens (b, T, D), neighbor features (b, M, D)
 
 
 def open_patch_encoder(member: Member, device: torch.device) -> BatchedPatchEncoder:
     """The frozen encoder that a fold was trained with; ValueError if the weights found are others."""
     config, made = member.config, member.fold.encoder
-    patch_encoder = build_patch_encoder(
-        config.DATA.encoder, config.DATA.weights, search=(ROOT / "weights", Path("weights"))
-    )
+    patch_encoder = build_patch_encoder(config.DATA.encoder, config.DATA.weights)
     if not made.has_weights(patch_encoder.weights_sha256):
         raise ValueError(
             f"{member.path} was trained on features of {made.name} with the weights {made.sha256[:12]}..., those found "
@@ -50,7 +45,6 @@ def on_device(patch_encoder: PatchEncoder, device: torch.device) -> BatchedPatch
         patch_encoder.to(device),
         device,
         prefix_tokens=patch_encoder.spec.prefix_tokens,
-        batch_size=ENCODER_BATCH.get(device.type, CPU_ENCODER_BATCH),
     )
 
 

@@ -20,7 +20,6 @@ from models.table import build_model, find_model
 from utils.config import Config
 from utils.trained_fold import OptimizationState
 
-WEIGHT_FOLDERS = (Path(__file__).resolve().parents[2] / "weights", Path("weights"))
 Encode = Callable[[SpotBatch], Tensor | None]
 
 
@@ -53,12 +52,12 @@ def groups_spots(config: Config) -> bool:
 
 def find_patch_encoder_weights(config: Config) -> Path:
     """The file of the encoder's weights; FileNotFoundError says how to get it. Reads nothing."""
-    return find_weights(config.DATA.encoder, config.DATA.weights, search=WEIGHT_FOLDERS)
+    return find_weights(config.DATA.encoder, config.DATA.weights)
 
 
 def make_patch_encoder(config: Config, device: torch.device) -> nn.Module:
     """The frozen patch encoder, on the device."""
-    return build_patch_encoder(config.DATA.encoder, config.DATA.weights, search=WEIGHT_FOLDERS).to(device)
+    return build_patch_encoder(config.DATA.encoder, config.DATA.weights).to(device)
 
 
 def make_encode(encoder: nn.Module | None) -> Encode:
