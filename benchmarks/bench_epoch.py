@@ -29,7 +29,7 @@ from datasets.images.geometry import NUM_VIEWS
 from datasets.spots import EncoderIdentity, SlideRecord, SpotStore, slide_of_row
 from datasets.targets import store_targets
 from datasets.tokens import CutPatches
-from engine import Precision, train_one_epoch
+from engine import train_one_epoch
 from models.patch_encoders.build import build_patch_encoder
 from modes.training.compose import Encode, Optimization, make_encode, make_model, make_step, open_layout
 from modes.training.run_data import open_run_data
@@ -38,6 +38,7 @@ from preprocess.simulate_demo import simulate
 from utils.cli import run
 from utils.config import Config, load_config, with_overrides
 from utils.files import load_names
+from utils.precision import Precision
 from utils.runs import generator_for, seed_everything
 
 FOLDS, EPOCHS = 8, 200

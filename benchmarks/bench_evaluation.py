@@ -29,12 +29,12 @@ from torch.nn import functional
 from benchmarks.common import GIGA, MEGA, ChildResult, Goal, Report, begin, finish, flags, machine, synchronise, watched
 from benchmarks.fabricated import random_validity, round_section
 from datasets.batches import SlideBatch, SpotBatch
-from engine import Precision
 from models.gene_dml import GeneDML
 from models.layers.precision import mean_tokens
 from modes.training.compose import make_model, make_predict
 from utils.cli import run
 from utils.config import Config, with_overrides
+from utils.precision import Precision
 from utils.runs import seed_everything
 
 POOL = 48  # different spots that the features of a slide are made of

@@ -40,7 +40,6 @@ from benchmarks.fabricated import SECTION_SIZES, random_validity, round_section
 from benchmarks.flops import forward_flops, step_flops
 from datasets.batches import SpotBatch
 from datasets.images.geometry import dihedral_views
-from engine import Precision
 from models.layers.attention import attend_plainly
 from models.losses import GeneDMLLoss
 from models.patch_encoders.build import PatchEncoder, build_patch_encoder
@@ -48,6 +47,7 @@ from modes.training.compose import Optimization, make_encode, make_model, make_s
 from utils.cli import run
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory
+from utils.precision import Precision
 from utils.runs import seed_everything
 
 PUBLISHED_S = {"neighbor encoder": 1.0, "global encoder": 2.6, "projection and fusion": 0.7}  # forward, 32 spots
@@ -113,12 +113,15 @@ def whole_step(scene: Scene, batch: SpotBatch) -> Callable[[], None]:
     """A whole step: forward, losses, backward, Adam."""
     step = make_step(scene.model, scene.config, make_encode(scene.encoder))
     optimizer = Optimization.of(scene.model, scene.config, scene.precision).optimizer
+    scaler = scene.precision.scaler
 
     def once() -> None:
         optimizer.zero_grad(set_to_none=True)
         with scene.precision.autocast():
             terms = step(batch)
-        scene.precision.backward(terms["total"], optimizer)
+        scaler.scale(terms["total"]).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
     return once
 

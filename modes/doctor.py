@@ -11,7 +11,6 @@ import torch
 from datasets.folds import Fold, with_validation
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
-from engine import Precision
 from models.patch_encoders.build import PatchEncoderSpec
 from modes.checks.checkpoint import check_checkpoints, check_fields_of_view, check_shared_tissue
 from modes.checks.data import check_features, check_panel, check_slides, read_tables
@@ -22,6 +21,7 @@ from modes.training.memory import demand, tokens_of_spot
 from modes.training.run_data import check_clusters, possible_folds, runs_encoder
 from utils.cli import say
 from utils.config import Config
+from utils.precision import Precision
 from utils.runs import check_run
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from modes.prediction.checkpoint import restored_config, score_checkpoint
-from modes.train import finish_run
+from modes.prediction.summary import finish_run
 from modes.training.compose import open_layout
 from modes.training.run_data import open_run_data
 from utils.checkpoint import chosen_checkpoints, has_ended, load_checkpoint, result_folder

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from datasets.folds import Fold
-from evaluation.report.write import format_table, write_report, write_summary
-from evaluation.summary import summarise
+from datasets.batches import SlideBatch, TrainingBatches, epoch_rows
+from engine import train_one_epoch
+from evaluation.protocol import SlideResult, epoch_scores
 from modes.prediction.checkpoint import score_checkpoint
-from modes.training.compose import is_closed_form, open_layout
-from modes.training.fold import FoldRun, fit_closed_form, new_model, start_folder
+from modes.prediction.summary import finish_run
+from modes.training.checkpoints import FoldCheckpoints
+from modes.training.clusters import write_clusters
+from modes.training.compose import Optimization, groups_spots, is_closed_form, make_predict, make_step, open_layout
+from modes.training.fold import fit_closed_form, new_model, start_folder, untrained_fold
 from modes.training.resume import check_continues, check_started_folds
 from modes.training.run_data import RunData, find_folds, open_run_data
-from modes.training.split import prepare_split
+from modes.training.split import Split, prepare_split
 from utils.checkpoint import is_complete
+from utils.cli import progress as progress_bar
 from utils.cli import say
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory
-from utils.files import reading
-from utils.runs import check_run, open_run
+from utils.runs import Board, check_run, generator_for, open_run, seed_everything, write_epochs
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,14 @@ def train(config: Config, options: TrainOptions) -> Path:
         if is_complete(folder):
             say(f"Fold {fold.index} ({fold.name}): complete, nothing to do.")
             continue
-        train_fold(run_data, fold, folder, options.checkpoint_seconds, notices)
+        split = prepare_split(run_data, fold)
+        check_continues(folder, split)
+        start_folder(folder, run_data, split, notices)
+        if is_closed_form(config):
+            fit_closed_form(run_data, split, folder)
+        else:
+            train_fold(run_data, split, folder, options.checkpoint_seconds)
+        score_checkpoint(run_data, folder / "best.pt", folder)
     say(finish_run(run_dir, options.with_report))
     return run_dir
 
@@ -76,38 +86,86 @@ def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> 
         )
 
 
-def train_fold(run_data: RunData, fold: Fold, folder: Path, checkpoint_seconds: float, notices: Sequence[str]) -> None:
-    """Train one fold, or go on with it, then test the chosen weights."""
-    split = prepare_split(run_data, fold)
-    check_continues(folder, split)
-    start_folder(folder, run_data, split, notices)
-    run = FoldRun(run_data, split, folder, new_model(run_data, split), checkpoint_seconds)
-    if is_closed_form(run_data.config):
-        fit_closed_form(run)
-    else:
-        run.train()
-    score_checkpoint(run_data, folder / "best.pt", folder)
+def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds: float) -> None:
+    """Train the model of a fold, or go on with it, until its epoch is chosen; best.pt holds the chosen weights."""
+    config, score_name = run_data.config, split.record.score_name
+    model = new_model(run_data, split)
+    optimization = Optimization.of(model, config, run_data.precision)
+    optimizer, scheduler, precision = optimization.optimizer, optimization.scheduler, optimization.precision
+    step = make_step(model, config, run_data.encode)
+    predict = make_predict(model, config, run_data.encode, precision)
+    expression = split.targets.to(run_data.device)
+    checkpoints = FoldCheckpoints(folder, untrained_fold(run_data, split), checkpoint_seconds)
+    progress = checkpoints.restore(model, optimization)
+    board = Board(folder / "tensorboard", progress.epoch + 1)
+    try:
+        while not progress.is_finished(config, score_name):
+            epoch = progress.epoch + 1
+            batches = epoch_batches(run_data, split, expression, epoch)
+            model.train()
+            terms = train_one_epoch(batches, step, optimizer, precision, f"{split.record.title} epoch {epoch}")
+            record: dict[str, float] = {"epoch": epoch, **{f"train/{term}": value for term, value in terms.items()}}
+            record["learning_rate"] = float(scheduler.get_last_lr()[0])
+            scheduler.step()
+            record |= scores_of_epoch(run_data, split, predict)
+            is_better = progress.add(record, score_name)
+            board.add(record)
+            write_epochs(folder / "metrics.jsonl", progress.history)
+            checkpoints.save(model, optimization, progress, is_better)
+    except (KeyboardInterrupt, ValueError):
+        checkpoints.keep(progress)
+        raise
+    finally:
+        board.close()
+    if groups_spots(config):
+        write_clusters(folder / "clusters.csv", run_data, split, model, expression)
+    chosen = progress.history[progress.best_epoch - 1]
+    score = f"{score_name} {chosen[score_name]:.4f}" if score_name else "the number of epochs was fixed"
+    say(f"{split.record.title}: epoch {progress.best_epoch} of {progress.epoch} chosen ({score}).")
 
 
-def finish_run(run_dir: Path, with_report: bool = True) -> str:
-    """Write summary.json, summary.md and report.html over the complete folds; returns the table for the terminal."""
-    summary = summarise(run_dir, notes=_run_notes(run_dir))
-    write_summary(run_dir, summary)
-    if with_report:
-        write_report(run_dir)
-    return format_table(summary)
+def epoch_batches(run_data: RunData, split: Split, expression: Tensor, epoch: int) -> TrainingBatches:
+    """Draw the batches of an epoch and seed whatever else is drawn in it.
+
+    Seeded by epoch: what is drawn in an epoch depends on (seed, fold, epoch) alone, so a continued training draws what an
+    undisturbed one would, on whatever device, and no generator's state needs to be stored.
+    """
+    config, store = run_data.config, run_data.store
+    keys = (config.GENERAL.seed, split.record.fold, epoch)
+    seed_everything(*keys)
+    generator = generator_for(*keys, "batches")
+    rows = epoch_rows(
+        store.slide_of_row,
+        store.rows_of(split.record.train_slides),
+        batch_size=config.TRAINING.batch_size,
+        minimum=config.LOSS.k,
+        slides_per_batch=config.TRAINING.slides_per_batch,
+        generator=generator,
+    )
+    return TrainingBatches(run_data.maker, rows, expression, generator)
 
 
-def _run_notes(run_dir: Path) -> list[str]:
-    """What the folds were told at their start about slides and folds left out, each sentence once; and scores that are
-    not of a finished training."""
-    notes: list[str] = []
-    for path in sorted(run_dir.glob("fold_*/split.json")):
-        with reading(path, "the record of how a fold was started"):
-            notes += [str(note) for note in json.loads(path.read_text(encoding="utf-8")).get("run_notes", [])]
-    notes = list(dict.fromkeys(notes))
-    scored = [path.parent for path in sorted(run_dir.glob("fold_*/result.json"))]
-    unfinished = [folder.name for folder in scored if not is_complete(folder)]
-    if unfinished:
-        notes.append(f"{', '.join(unfinished)}: scored before the training had ended. Go on with --resume.")
-    return notes
+def scores_of_epoch(
+    run_data: RunData, split: Split, predict: Callable[[SlideBatch], dict[str, Tensor]]
+) -> dict[str, float]:
+    """Score the validation slides and the test slides as they are predicted now: {"validation/pcc_all": ..., ...}."""
+    found: dict[str, float] = {}
+    for part, slides in (("validation", split.record.validation_slides), ("test", split.record.test_slides)):
+        records = run_data.store.named(slides)
+        results = [
+            SlideResult(
+                slide=record.name,
+                patient=record.patient,
+                spot_ids=list(record.table.obs_names),
+                grid_xy=None,
+                genes=split.genes,
+                measured=split.targets[record.start : record.stop].numpy(),
+                measured_unsmoothed=None,
+                predictions={scale: values.numpy() for scale, values in predict(run_data.maker.slide(record)).items()},
+            )
+            for record in progress_bar(records, description="evaluation", unit="slide", leave=False)
+        ]
+        if results:
+            scores = epoch_scores(results, run_data.config.EVALUATION.protocol)
+            found |= {f"{part}/{name}": value for name, value in scores.items()}
+    return found

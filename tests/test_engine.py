@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Precision, evaluate, train_one_epoch
+from engine import train_one_epoch
+from utils.precision import Precision
 
 CPU = torch.device("cpu")
 
@@ -47,27 +48,6 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_term():
         ValueError, match=r"fold 1 epoch 2: the loss is no longer finite \(group\).*another run \(--run_name NAME\)"
     ):
         train_one_epoch([Spots([1.0])], step, optimizer, Precision("float32", CPU), "fold 1 epoch 2")
-
-
-def test_evaluate_keeps_the_order_and_asks_for_no_gradient():
-    seen = evaluate([1, 2, 3], lambda slide: (slide, torch.is_grad_enabled()), "evaluation")
-    assert seen == [(1, False), (2, False), (3, False)]
-
-
-def test_precision_of_the_cpu():
-    assert Precision("auto", CPU).name == "float32"
-    with pytest.raises(ValueError, match="fp16 needs a CUDA device"):
-        Precision("fp16", CPU)
-    with Precision("bf16", CPU).autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(("capability", "name"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_mixed_precision_follows_the_matrix_units_of_the_device(capability, name, monkeypatch):
-    """A card of before 2020 says that it supports bf16, and emulates it."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    assert Precision("auto", torch.device("cuda", 1)).name == name
 
 
 @pytest.mark.gpu

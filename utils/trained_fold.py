@@ -61,6 +61,11 @@ class SplitRecord:
     notes: list[str] = field(default_factory=list)  # for the summary
 
     @property
+    def title(self) -> str:
+        """How messages call the fold."""
+        return f"Fold {self.fold} ({self.name})"
+
+    @property
     def score_name(self) -> str | None:
         """The entry of an epoch's record that chooses the epoch; None where the number of epochs is fixed."""
         return f"{self.selection}/pcc_all" if self.selection in ("validation", "test") else None

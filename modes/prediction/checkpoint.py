@@ -15,13 +15,13 @@ from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from datasets.tables.expression import UNIT
 from datasets.targets import slide_targets
-from engine import evaluate
 from evaluation.predictions import write_prediction
 from evaluation.protocol import SlideResult, score_fold, write_fold
 from models.contract import ExpressionModel
 from modes.training.compose import make_model, make_predict
 from modes.training.run_data import RunData
 from utils.checkpoint import load_checkpoint, load_weights
+from utils.cli import progress
 from utils.config import Config, differences, with_overrides
 from utils.trained_fold import TrainedFold
 
@@ -37,7 +37,8 @@ def score_checkpoint(run_data: RunData, checkpoint: Path, folder: Path) -> dict:
     check_same_patch_encoder(fold, run_data, checkpoint)
     records = run_data.store.named(fold.split.test_slides)
     predict = restored_predict(run_data, fold, checkpoint)
-    predictions = evaluate([run_data.maker.slide(record) for record in records], predict, "test slides")
+    shown = progress(records, description="test slides", unit="slide", leave=False)
+    predictions = [predict(run_data.maker.slide(record)) for record in shown]
     is_clean = fold.split.protocol == "clean"
     results = [
         slide_result(record, fold.genes, prediction, absent_is_zero=is_clean)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from datasets.batches import SpotBatch
-from engine import Precision
 from evaluation.external import (
     MEAN,
 )
@@ -21,6 +20,7 @@ from modes.prediction.checkpoint import restored_config, restored_model
 from modes.training.compose import model_inputs, needs_of, scale_predictions
 from utils.checkpoint import fold_checkpoints, load_checkpoint, result_folder
 from utils.config import Config
+from utils.precision import Precision
 from utils.trained_fold import TrainedFold
 
 # Spots that pass the models at a time: their tokens and the activations of the fusion take about 4 MB a spot.

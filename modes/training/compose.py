@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from datasets.batches import SlideBatch, SpotBatch
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from engine import Precision, Step
 from models.contract import ExpressionModel, ModelInputs, Needs, Prediction, Sizes
 from models.losses import GeneDMLLoss
 from models.patch_encoders.build import build_patch_encoder, find_weights
 from models.table import build_model, find_model
 from utils.config import Config
+from utils.precision import Precision
 from utils.trained_fold import OptimizationState
 
 Encode = Callable[[SpotBatch], Tensor | None]
@@ -78,7 +78,7 @@ def make_model(config: Config, *, feature_dim: int, token_dim: int, num_genes: i
     return build_model(config.MODEL, Sizes(feature_dim, token_dim, num_genes, config.DATA.num_neighbors))
 
 
-def make_step(model: ExpressionModel, config: Config, encode: Encode) -> Step:
+def make_step(model: ExpressionModel, config: Config, encode: Encode) -> Callable[[SpotBatch], dict[str, Tensor]]:
     """The training step: batch -> named loss terms."""
     make_loss = find_model(config.MODEL.name).loss
     assert make_loss is not None, "a closed form is fitted, not trained"

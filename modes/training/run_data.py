@@ -15,7 +15,6 @@ from datasets.layout import Layout
 from datasets.spots import SlideRecord, SpotStore, slide_of_row
 from datasets.targets import check_panel
 from datasets.tokens import CachedTokens, open_tokens
-from engine import Precision
 from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
 from modes.training.compose import (
     Encode,
@@ -29,6 +28,7 @@ from modes.training.memory import demand, tokens_of_spot
 from utils.cli import say
 from utils.config import Config
 from utils.files import load_names
+from utils.precision import Precision
 from utils.runs import generator_for
 
 

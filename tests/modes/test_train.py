@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import main
 from datasets.features.cache import CacheIdentity, write_cache
 from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec
@@ -134,6 +137,29 @@ def test_a_run_leaves_everything_it_promises(config):
     records = [json.loads(line) for line in log(run, 2).splitlines()]
     best = max(records, key=lambda record: record["validation/pcc_all"])
     assert json.loads((run / "fold_2/result.json").read_text())["epoch"] == best["epoch"]
+
+
+def test_the_way_from_the_command_to_the_optimiser_step_is_short(config, tmp_path, monkeypatch):
+    """A reader follows it on one page: main, the folds, the epochs of a fold, the batches of an epoch."""
+    ways = set()
+
+    def is_ours(path: Path) -> bool:
+        return path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in (".venv", "tests")
+
+    def remember(*_) -> None:
+        names = [frame.name for frame in traceback.extract_stack() if is_ours(Path(frame.filename))]
+        ways.add(tuple(names[names.index("main") :]))
+
+    data, logs = f"--data_dir {config.DATA.data_dir}", f"--log_path {config.GENERAL.log_path}"
+    flags = f"--mode train --config_name {tmp_path / 'tiny.yaml'} {data} {logs} --fold 0 --epochs 1 --device cpu --no_report"
+    monkeypatch.setattr(sys, "argv", ["main.py", *flags.split()])
+    hook = register_optimizer_step_pre_hook(remember)
+    try:
+        main.main()
+    finally:
+        hook.remove()
+    (way,) = ways
+    assert way[0] == "main" and way[-3:] == ("train", "train_fold", "train_one_epoch") and len(way) <= 5
 
 
 def test_a_fold_alone_equals_the_fold_after_others(config):
