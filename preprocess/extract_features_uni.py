@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so tha
 
 import argparse
 import shlex
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -31,7 +33,9 @@ from utils.cli import run, say
 from utils.config import LARGE, Config, Data, load_config
 from utils.devices import device_from
 from utils.files import safe_name
+from utils.flags import CommandLine, Flag, parse_names
 
+T = TypeVar("T")
 KINDS_OF_MODE = {
     "target": ("target",),
     "neighbor": ("neighbor",),
@@ -39,64 +43,78 @@ KINDS_OF_MODE = {
     "patch": ("patch",),
     "all": ("target", "neighbor", "token"),
 }
-KEY_OF_FLAG = {
-    "data_dir": "DATA.data_dir",
-    "encoder": "DATA.encoder",
-    "weights": "DATA.weights",
-    "num_n": "DATA.num_neighbors",
-}
-_TOKEN_FLAGS = {"dtype": "float16", "views": 8, "token_pool": 1}
+_TOKEN_FLAGS = ("views", "token_pool", "dtype")
 _SHARED_FLAGS = (
     *("config", "mode", "test_name", "num_n", "data_dir", "model_size", "encoder", "weights", "random_weights"),
     *("gpu", "device", "precision", "batch_size"),
 )  # of this command that a repairing command repeats
 
-
-def build_parser() -> argparse.ArgumentParser:
-    """The flags of an extraction."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config", help="configuration below config/, e.g. her2st/dml, or a YAML file")
-    parser.add_argument("--mode", choices=("internal", "external"), default="internal", help="default: internal")
-    parser.add_argument(
-        "--extract_mode",
-        choices=tuple(KINDS_OF_MODE),
-        required=True,
-        help="what to make; all: target, neighbor and token",
-    )
-    parser.add_argument("--test_name", help="external test set below <data_dir>/test")
-    parser.add_argument("--slides", help="only these, comma separated, e.g. A1,B2")
-    parser.add_argument("--overwrite", action="store_true", help="make caches again that are there")
-    parser.add_argument("--data_dir", help="folder of the data sets")
-    parser.add_argument("--num_n", type=int, help="neighbor tiles a side (default: of the configuration, 5)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.key=value", help="any configuration key")
-    _add_encoder_flags(parser.add_argument_group("encoder"))
-    token = parser.add_argument_group("token cache")
-    token.add_argument("--views", type=int, choices=VIEW_COUNTS, help="dihedral views of each patch (default: 8)")
-    token.add_argument("--token_pool", type=int, metavar="N", help="mean-pool N x N patch tokens (default: 1)")
-    token.add_argument("--dtype", choices=("float16", "float32"), help="of the tokens on disk (default: float16)")
-    return parser
-
-
-def _add_encoder_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--encoder", help="frozen patch encoder (default: uni)")
-    group.add_argument("--model_size", choices=("base", "large"), help="large: UNI2-h")
-    group.add_argument("--weights", help="file of the encoder's weights")
-    group.add_argument("--allow_download", action="store_true", help="ask the hub for weights that are not here")
-    group.add_argument("--random_weights", action="store_true", help="an untrained encoder, for trials")
-    group.add_argument("--gpu", type=int, help="index of the CUDA device")
-    group.add_argument("--device", help="any PyTorch device, e.g. cpu")
-    group.add_argument("--batch_size", type=int, help="images that pass the encoder at a time")
-    group.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: float32 on the CPU, bf16 on CUDA")
-    group.add_argument("--num_workers", type=int, default=default_workers(), help="threads that crop patches")
+MODES = {"internal": "a data set for training and its test", "external": "an external test set"}
+BOTH = tuple(MODES)
+# fmt: off
+SLIDES = (
+    Flag("config", BOTH, "configuration below config/, e.g. her2st/dml, or a YAML file", needed_by=("internal",)),
+    Flag("extract_mode", BOTH, "what to make; all: target, neighbor and token", choices=tuple(KINDS_OF_MODE),
+         needed_by=BOTH),
+    Flag("test_name", ("external",), "external test set, a folder below <data_dir>/test", needed_by=("external",)),
+    Flag("slides", BOTH, "only these, comma separated, e.g. A1,B2", kind=parse_names),
+    Flag("overwrite", BOTH, "make caches again that are there", kind=bool),
+    Flag("data_dir", BOTH, "folder of the data sets", "DATA.data_dir"),
+    Flag("num_n", BOTH, "neighbor tiles a side (default: of the configuration, 5)", "DATA.num_neighbors", int),
+    Flag("set", BOTH, "any configuration key", is_repeated=True, metavar="SECTION.key=value"),
+    Flag("num_workers", BOTH, "threads that crop patches (default: from the number of cores)", kind=int),
+)
+PATCH_ENCODER = (
+    Flag("encoder", BOTH, "frozen patch encoder (default: uni)", "DATA.encoder"),
+    Flag("model_size", BOTH, "large: UNI2-h", choices=("base", "large"), presets={"large": LARGE}),
+    Flag("weights", BOTH, "file of the patch encoder's weights", "DATA.weights"),
+    Flag("allow_download", BOTH, "ask the hub for weights that are not here", kind=bool),
+    Flag("random_weights", BOTH, "an untrained patch encoder, for trials", kind=bool),
+    Flag("gpu", BOTH, "index of the CUDA device", kind=int),
+    Flag("device", BOTH, "any PyTorch device, e.g. cpu"),
+    Flag("batch_size", BOTH, "images that pass the patch encoder at a time (default: 256 on CUDA, 32 on the CPU)", kind=int),
+    Flag("precision", BOTH, "default: auto, that is float32 on the CPU, bf16 on CUDA", choices=PRECISIONS),
+)
+TOKEN_CACHE = (
+    Flag("views", BOTH, "dihedral views of each patch (default: 8)", kind=int, choices=VIEW_COUNTS),
+    Flag("token_pool", BOTH, "mean-pool N x N patch tokens (default: 1)", kind=int, metavar="N"),
+    Flag("dtype", BOTH, "of the tokens on disk (default: float16)", choices=("float16", "float32")),
+)
+# fmt: on
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Read the command line, compose, extract."""
-    arguments = build_parser().parse_args(argv)
+def conflicts(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield a message for all flags that contradict each other, or that mean nothing."""
+    if arguments.model_size == "large" and arguments.encoder not in (None, "uni2-h"):
+        yield f"--model_size large means --encoder uni2-h, but --encoder {arguments.encoder} is given."
+    given = [f"--{flag}" for flag in _TOKEN_FLAGS if getattr(arguments, flag) is not None]
+    kinds = KINDS_OF_MODE.get(arguments.extract_mode)
+    if given and kinds and "token" not in kinds:
+        yield f"{', '.join(given)} shape the token cache, but --extract_mode is {arguments.extract_mode}."
+    if arguments.slides == []:
+        yield "--slides names no slide."
+    if arguments.num_workers is not None and arguments.num_workers < 0:
+        yield f"--num_workers should be 0 or more, found {arguments.num_workers}."
+
+
+COMMAND_LINE = CommandLine(
+    program="preprocess/extract_features_uni.py",
+    about=__doc__,
+    modes=MODES,
+    groups={"slides": SLIDES, "patch encoder": PATCH_ENCODER, "token cache": TOKEN_CACHE},
+    conflicts=conflicts,
+    default_mode="internal",
+)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Read the command line, compose, extract.
+
+    words: of the command line, without the program's name; those of this process by default.
+    Raises ValueError or FileNotFoundError for whatever the user can mend, with what is wrong and what to do.
+    """
+    arguments = COMMAND_LINE.parse(sys.argv[1:] if words is None else words)
     kinds = KINDS_OF_MODE[arguments.extract_mode]
-    _check_flags(arguments, kinds)
     config, spec = resolve(arguments)
     layout = Layout(
         config.DATA.data_dir,
@@ -105,8 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         patch_size=config.DATA.patch_size,
         num_neighbors=config.DATA.num_neighbors,
     )
-    requested = [name.strip() for name in arguments.slides.split(",") if name.strip()] if arguments.slides else None
-    slides = choose_slides(layout, requested, kinds)
+    slides = choose_slides(layout, arguments.slides, kinds)
     patch_encoder = encoder = None
     if kinds != ("patch",):
         patch_encoder = _build_patch_encoder(config, arguments)
@@ -115,39 +132,16 @@ def main(argv: list[str] | None = None) -> None:
             f"Encoder {patch_encoder.name} on {encoder.device} ({encoder.precision}), "
             f"weights {patch_encoder.weights_sha256[:12]}"
         )
-    variant = {flag: _given(arguments, flag, default) for flag, default in _TOKEN_FLAGS.items()}
     settings = ExtractionSettings(
         kinds=kinds,
-        num_workers=arguments.num_workers,
+        num_workers=_or_default(arguments.num_workers, default_workers()),
         command=_command(arguments),
         overwrite=arguments.overwrite,
-        views=variant["views"],
-        token_pool=variant["token_pool"],
-        token_dtype=variant["dtype"],
+        views=_or_default(arguments.views, ExtractionSettings.views),
+        token_pool=_or_default(arguments.token_pool, ExtractionSettings.token_pool),
+        token_dtype=_or_default(arguments.dtype, ExtractionSettings.token_dtype),
     )
     extract(layout, slides, patch_encoder, encoder, settings)
-
-
-def _check_flags(arguments: argparse.Namespace, kinds: tuple[str, ...]) -> None:
-    """Flags that would be ignored, or that contradict each other, are errors; all in one message."""
-    problems = []
-    if arguments.mode == "external" and arguments.test_name is None:
-        problems.append("--mode external needs --test_name, the folder below <data_dir>/test.")
-    if arguments.mode == "internal" and arguments.test_name is not None:
-        problems.append(f"--test_name {arguments.test_name} is for --mode external.")
-    if arguments.mode == "internal" and arguments.config is None:
-        problems.append("--mode internal needs --config, for example --config her2st/dml.")
-    if arguments.model_size == "large" and arguments.encoder not in (None, "uni2-h"):
-        problems.append(f"--model_size large means --encoder uni2-h, but --encoder {arguments.encoder} is given.")
-    given = [f"--{flag}" for flag in _TOKEN_FLAGS if getattr(arguments, flag) is not None]
-    if given and "token" not in kinds:
-        problems.append(f"{', '.join(given)} shape the token cache, but --extract_mode is {arguments.extract_mode}.")
-    if arguments.slides is not None and not arguments.slides.strip(", "):
-        problems.append("--slides names no slide.")
-    if arguments.num_workers < 0:
-        problems.append(f"--num_workers should be 0 or more, found {arguments.num_workers}.")
-    if problems:
-        raise ValueError("\n".join(problems))
 
 
 def resolve(arguments: argparse.Namespace) -> tuple[Config, DatasetSpec]:
@@ -155,9 +149,7 @@ def resolve(arguments: argparse.Namespace) -> tuple[Config, DatasetSpec]:
 
     An external set without --config takes the configuration of the data set whose models it is meant for.
     """
-    overrides = list(LARGE) if arguments.model_size == "large" else []
-    overrides += [f"{key}={v}" for flag, key in KEY_OF_FLAG.items() if (v := getattr(arguments, flag)) is not None]
-    overrides += arguments.set
+    overrides = COMMAND_LINE.overrides(arguments)
     if arguments.mode == "internal":
         config = load_config(arguments.config, overrides)
         return config, get_spec(config.DATA.type, config.DATA.data_dir)
@@ -192,25 +184,24 @@ def _patch_encoder_on(
         device,
         prefix_tokens=patch_encoder.spec.prefix_tokens,
         batch_size=arguments.batch_size,
-        precision=arguments.precision,
+        precision=_or_default(arguments.precision, "auto"),
     )
 
 
-def _given(arguments: argparse.Namespace, flag: str, default: object) -> object:
-    value = getattr(arguments, flag)
+def _or_default(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
 def _command(arguments: argparse.Namespace) -> str:
     """This command without the slides and kinds, to be completed in messages."""
-    parser, parts = build_parser(), ["python", "preprocess/extract_features_uni.py"]
+    parts = ["python", "preprocess/extract_features_uni.py"]
     for flag in _SHARED_FLAGS:
         value = getattr(arguments, flag)
         if value is True:
             parts.append(f"--{flag}")
-        elif value is not None and value is not False and (flag == "mode" or value != parser.get_default(flag)):
+        elif value is not None and value is not False:
             parts += [f"--{flag}", str(value)]
-    for override in arguments.set:
+    for override in arguments.set or ():
         parts += ["--set", override]
     return shlex.join(parts)
 

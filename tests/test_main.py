@@ -1,16 +1,26 @@
-"""The command line of main.py: a flag is read by the mode it is given to, or refused."""
+"""The command line of main.py: a flag is read by the mode it is given to, or refused; a mode is one call away."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
 
 import pytest
 
 import main
 from tests.command_line import call_main
+from utils.config import KEYS
 
+ROOT = Path(__file__).resolve().parents[1]
 RUN = ("--config_name", "demo/dml", "--device", "cpu")
 SLIDE = ("--image", "slide.png", "--out", "slide.h5ad")
+FLAGS = {flag.name: flag for flag in main.COMMAND_LINE.flags}
 
 
 def refused(mode: str, *flags: object) -> str:
@@ -20,30 +30,22 @@ def refused(mode: str, *flags: object) -> str:
 
 
 def test_every_flag_has_its_modes():
-    """A flag without an entry would be ignored by the modes that do not read it."""
-    flags = {action.dest for action in main.build_parser()._actions} - {"help", "mode"}
-    assert set(main.MODES_OF_FLAG) == flags
-    assert {mode for modes in main.MODES_OF_FLAG.values() for mode in modes} == set(main.MODES)
-    for flag, mode in main.INSTEAD:
-        assert mode not in main.MODES_OF_FLAG[flag], (flag, mode)
+    """A flag without a mode would be ignored by all, a hint for a mode that reads the flag would never be seen."""
+    assert len(FLAGS) == len(list(main.COMMAND_LINE.flags)), "a name is in the table twice"
+    for flag in FLAGS.values():
+        assert flag.modes and set(flag.modes) <= set(main.MODES), flag.name
+        assert set(flag.needed_by) <= set(flag.modes), flag.name
+        assert set(flag.instead) <= set(main.MODES) - set(flag.modes), flag.name
+        assert flag.key is None or flag.key.partition("=")[0] in KEYS, flag.name
+    assert {mode for flag in FLAGS.values() for mode in flag.modes} == set(main.MODES)
 
 
-@pytest.mark.parametrize("flag", main.MODES_OF_FLAG, ids="--{}".format)
+@pytest.mark.parametrize("flag", FLAGS, ids="--{}".format)
 def test_a_flag_that_a_mode_does_not_read_is_refused(flag):
-    value = {
-        **dict.fromkeys(
-            ("pitch_px", "pitch_um", "mpp", "min_tissue", "lambda_cld", "cld_t", "checkpoint_seconds"), "7"
-        ),
-        **dict.fromkeys(("k", "epochs", "batch_size", "slides_per_batch", "fixed_epochs", "num_workers"), "7"),
-        **dict.fromkeys(("seed", "exp_id", "gpu", "fold", "folds", "seeds"), "7"),
-        "protocol": "paper",
-        "model_size": "large",
-        "set": "LOSS.k=7",
-    }.get(flag, "word")
-    is_switch = next(action for action in main.build_parser()._actions if action.dest == flag).nargs == 0
-    for mode in set(main.MODES) - set(main.MODES_OF_FLAG[flag]):
-        message = refused(mode, f"--{flag}", *(() if is_switch else (value,)))
-        assert message.startswith(f"--{flag} is for --mode {main.MODES_OF_FLAG[flag][0]}"), message
+    is_switch = FLAGS[flag].kind is bool
+    for mode in set(main.MODES) - set(FLAGS[flag].modes):
+        message = refused(mode, f"--{flag}", *(() if is_switch else ("7",)))
+        assert f"--{flag} is for --mode {FLAGS[flag].modes[0]}" in message, message
 
 
 def test_all_unread_flags_are_named_at_once():
@@ -57,9 +59,9 @@ def test_all_unread_flags_are_named_at_once():
     assert "--mode predict finds the configuration in the checkpoint.\n--test_name is for" in message
 
 
-def test_a_default_that_is_written_out_is_not_refused():
-    left = call_main("--mode", "test", "--model_path", "nowhere", "--checkpoint_seconds", 60, "--device", "cpu")
-    assert "--model_path nowhere does not exist" in left.said
+def test_an_unread_flag_is_refused_whatever_its_value():
+    message = refused("test", "--model_path", "nowhere", "--checkpoint_seconds", 60, "--folds", 0, "--device", "cpu")
+    assert "--checkpoint_seconds is for --mode train." in message and "--folds is for --mode train;" in message
 
 
 @pytest.mark.parametrize(
@@ -82,3 +84,110 @@ def test_a_wrong_value_of_a_flag_is_not_blamed_on_another_flag():
     message = refused("train", *RUN, "--epochs", 0)
     assert re.match(r"command line: TRAINING\.epochs should be more than zero, found 0", message)
     assert "--set" not in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--epoch", "--epoch is no flag of main.py; did you mean --epochs?"),
+        ("--batch-size", "--batch-size is no flag of main.py; did you mean --batch_size?"),
+        ("-k", "-k is no flag of main.py; did you mean --k?"),
+        ("--lr", "--lr is no flag of main.py; --set TRAINING.learning_rate=VALUE sets that."),
+        ("--no_neighbor", "--no_neighbor is no flag of main.py; --set MODEL.use_neighbor=VALUE sets that."),
+        ("--normalize_fused", "--normalize_fused is no flag of main.py; --set LOSS.normalize_fused=VALUE sets that."),
+    ],
+)
+def test_an_unknown_flag_names_what_was_meant(flag, message):
+    assert refused("train", *RUN, flag, 7).splitlines() == [message]
+
+
+def test_text_is_text_although_yaml_would_read_a_number():
+    arguments = main.COMMAND_LINE.parse(["--mode", "train", "--config_name", "demo/dml", "--data_dir", "2021"])
+    assert main.load_config("demo/dml", main.COMMAND_LINE.overrides(arguments)).DATA.data_dir == "2021"
+
+
+def test_set_comes_last_and_wins():
+    words = ["--mode", "train", "--config_name", "skinst/dml", "--set", "LOSS.k=9", "--k", "3", "--model_size", "large"]
+    config = main.load_config("skinst/dml", main.COMMAND_LINE.overrides(main.COMMAND_LINE.parse(words)))
+    assert (config.LOSS.k, config.DATA.encoder, config.MODEL.global_depth) == (9, "uni2-h", 5)
+
+
+def test_the_help_of_a_mode_lists_what_it_reads_and_nothing_else():
+    for mode in main.MODES:
+        left = call_main("--mode", mode, "--help")
+        listed = set(re.findall(r"^  (?:-h, )?--(\w+)", left.said, flags=re.MULTILINE)) - {"help", "mode"}
+        assert left.status == 0
+        assert listed == {name for name, flag in FLAGS.items() if mode in flag.modes}, mode
+
+
+def test_without_a_mode_the_modes_are_listed():
+    shown, bare = call_main("--help"), call_main()
+    assert (shown.status, bare.status) == (0, 2) and bare.said.startswith("error: --mode is missing")
+    for said in (shown.said, bare.said):
+        assert re.findall(r"^  (\w+)  ", said, flags=re.MULTILINE) == list(main.MODES)
+        assert not re.findall(r"^  +--", said, flags=re.MULTILINE)
+    assert "found 'tran'; did you mean train?" in refused("tran")
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("train", ("--mode", "train", *RUN)),
+        ("test", ("--mode", "test", "--model_path", "nowhere", "--device", "cpu")),
+        (
+            "external_test",
+            ("--mode", "external_test", "--model_path", "nowhere", "--test_name", "x", "--device", "cpu"),
+        ),
+        ("predict", ("--mode", "predict", "--model_path", "nowhere", *SLIDE, "--device", "cpu")),
+        ("compare", ("--mode", "compare", "--runs", "nowhere")),
+        ("doctor", ("--mode", "doctor", *RUN)),
+        (
+            "convert",
+            (
+                "--mode",
+                "import_reference",
+                "--config_name",
+                "demo/dml",
+                "--model_path",
+                "no",
+                "--fold",
+                "0",
+                "--out",
+                "o",
+            ),
+        ),
+    ],
+)
+def test_main_calls_the_mode_itself(function, words, tmp_path, monkeypatch):
+    """From Python, too: `main.main([...])`. One frame lies between the program and the mode, which finds no data here."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        main.main(words)
+    frames = [frame.name for frame in traceback.extract_tb(caught.tb)]
+    assert frames[1:3] == ["main", function]
+
+
+def program(*words: str, **options: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "main.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_reader_that_goes_is_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with program("--help", stdout=writing) as process:
+        os.close(writing)
+        assert process.communicate()[1] == "stopped: whoever read the output has gone.\n"
+    assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into the process by /proc")
+def test_an_interrupt_while_libraries_are_imported(tmp_path):
+    words = ("--mode", "train", "--config_name", "demo/dml", "--data_dir", str(tmp_path))
+    with program(*words, stdout=subprocess.PIPE) as process:
+        maps, until = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+        while "libtorch" not in maps.read_text():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        said = "".join(process.communicate())
+    assert process.returncode == 130 and "interrupted: " in said and "Traceback" not in said

@@ -40,6 +40,10 @@ NOT_OURS = (
 )  # programs that pages may show beside ours
 PROGRAMS = [path for path in sorted((ROOT / "preprocess").glob("*.py")) if "__main__" in path.read_text()]
 OWN_TEST = {"your_data.md": "tests/modes/test_own_dataset.py"}  # configurations that a page makes itself
+TABLES = {
+    "main.py": main.COMMAND_LINE,
+    "preprocess/extract_features_uni.py": extract_features_uni.COMMAND_LINE,
+}  # the programs that have modes; the others have a parser each
 TINY = """
 GENERAL: {{log_path: {logs}}}
 DATA: {{type: demo, data_dir: {data}, patch_size: 64, num_neighbors: 3, num_genes: 24, encoder: efficientnet-lite0}}
@@ -106,20 +110,25 @@ def parse(monkeypatch) -> Callable[[str, list[str]], Parsed]:
     return parse_with
 
 
-def flags_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {option for action in parser._actions for option in action.option_strings if option not in ("-h", "--help")}
-
-
 def parser_of(script: str, parse) -> argparse.ArgumentParser:
     """The parser of a script, with a command line that holds whatever it requires."""
     needed = {
-        "main.py": ["--mode", "train"],
-        "preprocess/extract_features_uni.py": ["--extract_mode", "all"],
         "preprocess/prepare_visium.py": ["--source", "a", "--image", "b", "--name", "c"],
         "preprocess/select_genes.py": ["--type", "demo"],
         "preprocess/simulate_demo.py": [],
     }
     return parse(script, needed.get(script, ["--source", "a"])).parser
+
+
+def flags_of(script: str, parse) -> dict[str, str | None]:
+    """--flag -> its help."""
+    if script in TABLES:
+        return {
+            "--mode": "in the help of every mode",
+            **{f"--{flag.name}": flag.describe() for flag in TABLES[script].flags},
+        }
+    actions = parser_of(script, parse)._actions
+    return {text: action.help for action in actions for text in action.option_strings if text not in ("-h", "--help")}
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -145,24 +154,24 @@ def test_command_is_one_of_ours(command):
 
 @pytest.mark.parametrize("command", SCRIPTS, ids=str)
 def test_command_is_understood_by_its_program(command, parse):
-    """Flags exist, choices and configuration keys are valid, and what the mode requires is given."""
+    """Flags exist and are of the mode, values and configuration keys are valid, and what the mode requires is given."""
     script, arguments = command.words[1], command.words[2:]
     if "--help" in arguments:
+        with pytest.raises(SystemExit) as left:
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(arguments)
+        assert not left.value.code
         return
     if script.startswith("docs/"):
         assert set(re.findall(r"--\w+", command.line)) <= set(re.findall(r'"(--\w+)"', (ROOT / script).read_text()))
         return
-    found = parse(script, arguments).arguments
-    if script == "main.py":
-        missing = [name for name in needs_of_modes()[found.mode] if getattr(found, name) is None]
-        assert missing == []
-        main.check_flags(found)
-        if found.config_name and command.page not in OWN_TEST:
-            main.config_of(found)
-    if script == "preprocess/extract_features_uni.py":
-        extract_features_uni._check_flags(found, extract_features_uni.KINDS_OF_MODE[found.extract_mode])
-        if found.mode == "internal" and command.page not in OWN_TEST:
-            extract_features_uni.resolve(found)
+    if script not in TABLES:
+        parse(script, arguments)
+        return
+    found = TABLES[script].parse(arguments)
+    if script == "main.py" and found.config_name and command.page not in OWN_TEST:
+        load_config(found.config_name, main.COMMAND_LINE.overrides(found))
+    if script == "preprocess/extract_features_uni.py" and found.mode == "internal" and command.page not in OWN_TEST:
+        extract_features_uni.resolve(found)
 
 
 def test_commands_of_the_published_data_sets_are_in_the_readme():
@@ -301,7 +310,10 @@ def needs_of_modes() -> dict[str, list[str]]:
 
 def test_every_mode_is_documented_with_what_it_needs():
     needs = needs_of_modes()
-    assert set(needs) == set(main.MODES) == set(main.RUN_OF_MODE)
+    flags = list(main.COMMAND_LINE.flags)
+    assert {mode: sorted(names) for mode, names in needs.items()} == {
+        mode: sorted(flag.name for flag in flags if mode in flag.needed_by) for mode in main.MODES
+    }
     for mode, names in needs.items():
         for absent in names:
             values = {"runs": ["a", "b"], "fold": ["0"], "config_name": ["demo/dml"], "model_path": ["nowhere"]}
@@ -325,31 +337,45 @@ def test_every_flag_is_documented_and_no_other(heading, scripts, parse):
     tables = [row for row in rows(text) if row[0].startswith("`")]
     cells = [row[0] + (row[1] if row[0].endswith(".py`") else "") for row in tables]
     documented = {flag for cell in cells for flag in re.findall(r"(?<![\w-])--\w+", cell)}
-    existing = set().union(*(flags_of(parser_of(script, parse)) for script in scripts))
+    existing = set().union(*(flags_of(script, parse) for script in scripts))
     assert documented == existing
 
 
 @pytest.mark.parametrize("script", ["main.py", *(f"preprocess/{path.name}" for path in PROGRAMS)])
 def test_every_flag_has_a_help(script, parse):
-    actions = [action for action in parser_of(script, parse)._actions if action.option_strings]
-    assert [action.option_strings[0] for action in actions if not action.help] == []
+    assert [flag for flag, text in flags_of(script, parse).items() if not text] == []
 
 
 def test_the_help_lists_every_model(parse):
-    model = next(action for action in parser_of("main.py", parse)._actions if action.dest == "model")
-    assert all(re.search(rf"\b{name}\b", model.help) for name in MODELS)
+    text = flags_of("main.py", parse)["--model"]
+    assert all(re.search(rf"\b{name}\b", text) for name in MODELS)
+
+
+def test_every_flag_is_documented_with_the_modes_that_read_it():
+    table = [row for row in rows(section("commands.md", "main.py")) if row[0].startswith("`--") and len(row) == 4]
+    documented = {re.match(r"`--(\w+)", flag)[1]: modes for flag, _, _, modes in table}
+    assert documented.pop("mode") == "all" and len(documented) == len(table) - 1
+    found = {}
+    for flag, cell in documented.items():
+        named = set(re.findall(r"`(\w+)`", cell))
+        assert named <= set(main.MODES) and re.fullmatch(r"(all but )?`\w+`(, `\w+`)*", cell), cell
+        found[flag] = set(main.MODES) - named if cell.startswith("all but ") else named
+    assert found == {flag.name: set(flag.modes) for flag in main.COMMAND_LINE.flags}
+    extraction = section("commands.md", "preprocess/extract_features_uni.py")
+    of_one_mode = {f.name: f.modes for f in extract_features_uni.COMMAND_LINE.flags if len(f.modes) == 1}
+    listed = re.findall(r"^\| `--(\w+)` \| .*\(`(\w+)` only\)", extraction, flags=re.MULTILINE)
+    assert {name: (mode,) for name, mode in listed} == of_one_mode
 
 
 def test_flags_are_documented_with_their_key_and_its_default():
     values = load_defaults()
     text = (ROOT / "docs" / "commands.md").read_text()
-    named = re.findall(r"^\| `--(\w+)` \| .*\(`([A-Z]+\.\w+)`\) \| (.*) \|$", text, flags=re.MULTILINE)
-    assert len(named) >= len(main.KEY_OF_FLAG) - 1
+    named = re.findall(r"^\| `--(\w+)` \| .*\(`([A-Z]+\.\w+)`\) \|(.*)\| .* \|$", text, flags=re.MULTILINE)
+    keys = {flag.name: flag.key.partition("=")[0] for flag in main.COMMAND_LINE.flags if flag.key}
+    assert {flag: key for flag, key, _ in named} == keys
     for flag, key, default in named:
-        switch = main.SWITCHES.get(flag, "").partition("=")[0]
-        assert key in (main.KEY_OF_FLAG.get(flag), switch), flag
-        if default and default not in ("of the configuration", "looked for"):
-            assert yaml.safe_load(default.strip("`")) == values[key], flag
+        if default.strip() and default.strip() not in ("of the configuration", "looked for"):
+            assert yaml.safe_load(default.strip(" `")) == values[key], flag
 
 
 def load_defaults() -> dict[str, object]:

@@ -1,7 +1,8 @@
-"""What every command line of the project shares: exit statuses, progress bars, the choice of the device."""
+"""What every command line of the project shares: exit statuses, what is said, progress bars."""
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -20,13 +21,20 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     0 done; 2 wrong use, bad input, or a machine that lacks the disk or the memory for it (ValueError, OSError, MemoryError,
     RecursionError: one message, no traceback); 130 interrupted (everything finished so far is on the disk); 1 anything
-    else, with the traceback, since that is our fault.
+    else, with the traceback, since that is our fault, and without one if the reader of the output has gone (`| head`).
     """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_USE)
+    except BrokenPipeError:
+        print("stopped: whoever read the output has gone.", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes when it ends
+        sys.exit(1)
     except (OSError, MemoryError, RecursionError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(WRONG_USE)

@@ -1,6 +1,7 @@
 """Configuration: frozen dataclasses, filled by defaults < YAML < command line; an unknown key is an error.
 
-The defaults are the paper's values for HER2ST; a YAML file holds only what differs from them.
+The defaults are the paper's values for HER2ST. A YAML file may hold only what differs from them; those of the three data sets
+of the paper write all of its values out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,7 +114,8 @@ class Config:
         return dataclasses.asdict(self)
 
 
-SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+SECTIONS: dict[str, type] = typing.get_type_hints(Config)
+KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section))
 # --model_size large: UNI2-h features with the sizes of HER2ST, whatever the data set.
 LARGE = (
     "DATA.encoder=uni2-h",
@@ -124,6 +126,17 @@ _CHOICES = {
     "DATA.residence": ("auto", "device", "host"),
     "TRAINING.precision": ("auto", "float32", "bf16", "fp16"),
     "EVALUATION.protocol": ("clean", "paper"),
+}
+# What keys are called elsewhere, and were called as flags.
+_OTHER_NAMES = {
+    "lr": "TRAINING.learning_rate",
+    "lr_gamma": "TRAINING.lr_decay",
+    "lr_step_size": "TRAINING.lr_step_epochs",
+    "lambda": "LOSS.group_weight",
+    "num_clusters": "LOSS.k",
+    "no_instance_loss": "LOSS.instance_weight",
+    "no_neighbor": "MODEL.use_neighbor",
+    "no_global": "MODEL.use_global",
 }
 # Keys that earlier versions saved with a run, and the value with which it trained as every run does now.
 _REMOVED = {"TRAINING.compile": False, "LOSS.kmeans_init": "first"}
@@ -148,6 +161,11 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     values, problems = _flatten(_read(path), str(path))
     _override(values, overrides, problems)
     return _build(values, problems)
+
+
+def find_key(name: str) -> str | None:
+    """Return the key of that name without its section, or the one that is called so elsewhere; None if there is none."""
+    return _OTHER_NAMES.get(name) or next((key for key in KEYS if key.rpartition(".")[2] == name), None)
 
 
 def config_label(name_or_path: str | Path) -> str:
@@ -240,11 +258,10 @@ def _flatten(content: Mapping, source: str) -> tuple[dict[str, tuple[object, str
 
 
 def _build(values: Mapping[str, tuple[object, str]], problems: list[str]) -> Config:
-    known = {f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section)}
     sections: dict[str, dict[str, object]] = {name: {} for name in SECTIONS}
     for key, (value, source) in values.items():
-        if key not in known:
-            problems.append(f"{source}unknown key {brief(key)}{_nearest(key, known)}")
+        if key not in KEYS:
+            problems.append(f"{source}unknown key {brief(key)}{_nearest(key, KEYS)}")
             continue
         section, name = key.split(".", 1)
         try:
@@ -274,8 +291,11 @@ def _parsed(key: str, text: str, problems: list[str]) -> object:
         return text
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def _nearest(key: str, known: Collection[str]) -> str:
     """The closest valid key, also for a key without its section; all keys of the section when nothing is close."""
+    called = find_key(key.rpartition(".")[2])
+    if called in known:
+        return f"; did you mean {called!r}?"
     by_last_part = {name: name for name in known} | {name.split(".")[-1]: name for name in known}
     close = difflib.get_close_matches(key, sorted(by_last_part), n=1, cutoff=0.6)
     if close:

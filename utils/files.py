@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from utils.npy import strings_of_npy
 from utils.text import brief, shortened
 
@@ -206,6 +204,8 @@ def load_tensors(
     memory_map: leave the numbers of the tensors on disk until they are used (files in the old format are read anyway).
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
     """
+    import torch  # takes seconds, of which `--help` and a refused flag need none
+
     path = require_file(path, "Check the path.")
     with reading(path, what, remedy):
         try:

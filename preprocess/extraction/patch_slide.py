@@ -37,7 +37,7 @@ class PatchSlide:
             raise ValueError(
                 f"{self.path} holds patches of {self._patch_size} px around its spots and nothing else; the region at "
                 f"({x}, {y}) of {width} x {height} px needs the slide image. Put it into ST-imgs, or leave neighbor features "
-                "out (--no_neighbor)."
+                "out (--set MODEL.use_neighbor=false)."
             )
         return self._patches[row]
 

@@ -338,7 +338,7 @@ def test_the_size_is_announced_and_checked(data_dir, capsys, monkeypatch):
         (["--extract_mode", "target", "--mode", "external"], "--mode external needs --test_name"),
         (
             ["--extract_mode", "target", "--config", "demo/dml", "--test_name", "x"],
-            "--test_name x is for --mode external",
+            "--test_name is for --mode external.",
         ),
         (["--extract_mode", "target", "--config", "demo/dml", "--views", "1"], "--views shape the token cache"),
         (

@@ -9,26 +9,80 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.config import LARGE, SECTIONS, config_from_dict, load_config, read_config, save_config, with_overrides
+from utils.config import (
+    _OTHER_NAMES,
+    KEYS,
+    LARGE,
+    SECTIONS,
+    Config,
+    config_from_dict,
+    find_key,
+    load_config,
+    read_config,
+    save_config,
+    with_overrides,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_paper_values_are_the_defaults():
-    her2st, skinst, stnet = (load_config(f"{name}/dml") for name in ("her2st", "skinst", "stnet"))
-    assert (her2st.LOSS.k, skinst.LOSS.k, stnet.LOSS.k) == (18, 25, 90)
-    assert {c.LOSS.group_weight for c in (her2st, skinst, stnet)} == {0.8}
-    assert {c.LOSS.group_temperature for c in (her2st, skinst, stnet)} == {0.07}
-    assert (her2st.TRAINING.batch_size, skinst.TRAINING.batch_size, stnet.TRAINING.batch_size) == (512, 256, 512)
-    sizes = [
-        (c.MODEL.neighbor_heads, c.MODEL.neighbor_mlp_ratio, c.MODEL.neighbor_dropout) for c in (her2st, stnet, skinst)
-    ]
-    assert sizes == [(4, 4, 0.3), (8, 4, 0.3), (16, 1, 0.3)]
-    sizes = [
-        (c.MODEL.global_depth, c.MODEL.global_heads, c.MODEL.global_mlp_ratio, c.MODEL.global_dropout)
-        for c in (her2st, stnet, skinst)
-    ]
-    assert sizes == [(5, 8, 4, 0.3), (3, 8, 2, 0.1), (2, 16, 1, 0.1)]
+PAPER = {
+    "GENERAL.seed": 2021,
+    "DATA.patch_size": 224,
+    "DATA.num_neighbors": 5,
+    "DATA.num_genes": 250,
+    "DATA.encoder": "uni",
+    "MODEL.projection_dim": 512,
+    "MODEL.neighbor_depth": 4,
+    "MODEL.neighbor_dropout": 0.3,
+    "MODEL.fusion_heads": 1,
+    "MODEL.fusion_mlp_dim": 1024,
+    "MODEL.fusion_dropout": 0.1,
+    "MODEL.gene_dropout": 0.3,
+    "MODEL.gene_mlp_dim": 1024,
+    "MODEL.gene_mlp_dropout": 0.1,
+    "MODEL.predictor_dim": 1536,
+    "MODEL.predictor_dropout": 0.1,
+    "LOSS.instance_weight": 1.0,
+    "LOSS.instance_temperature": 0.07,
+    "LOSS.group_weight": 0.8,
+    "LOSS.group_temperature": 0.07,
+    "LOSS.normalize_fused": False,
+    "TRAINING.epochs": 200,
+    "TRAINING.patience": 20,
+    "TRAINING.learning_rate": 1e-4,
+    "TRAINING.lr_step_epochs": 20,
+    "TRAINING.lr_decay": 0.95,
+}
+OF_DATA_SET = (
+    *("DATA.type", "LOSS.k", "TRAINING.batch_size", "MODEL.neighbor_heads", "MODEL.neighbor_mlp_ratio"),
+    *("MODEL.global_depth", "MODEL.global_heads", "MODEL.global_mlp_ratio", "MODEL.global_dropout"),
+)
+PAPER_OF_DATA_SET = {
+    "her2st/dml": ("her2st", 18, 512, 4, 4.0, 5, 8, 4.0, 0.3),
+    "skinst/dml": ("skinst", 25, 256, 16, 1.0, 2, 16, 1.0, 0.1),
+    "stnet/dml": ("stnet", 90, 512, 8, 4.0, 3, 8, 2.0, 0.1),
+}
+
+
+def flat(content: dict) -> dict[str, object]:
+    return {f"{name}.{key}": value for name, section in content.items() for key, value in section.items()}
+
+
+@pytest.mark.parametrize("name", PAPER_OF_DATA_SET)
+def test_what_the_files_of_the_paper_say_is_what_the_paper_says_and_what_runs(name):
+    """Every setting of the paper is written out, and nothing else, so that the file alone can be read."""
+    paper = PAPER | dict(zip(OF_DATA_SET, PAPER_OF_DATA_SET[name], strict=True))
+    written = flat(yaml.safe_load((ROOT / "config" / f"{name}.yaml").read_text()))
+    assert written == paper
+    runs = flat(load_config(name).to_dict())
+    assert {key: runs[key] for key in paper} == paper
+    left_open = {key: value for key, value in flat(Config().to_dict()).items() if key not in paper}
+    assert {key: runs[key] for key in left_open} == left_open
+
+
+def test_the_defaults_are_the_values_for_her2st():
+    assert load_config("her2st/dml") == Config()
 
 
 def test_command_line_beats_yaml_beats_default(tmp_path):
@@ -87,6 +141,29 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
 def test_a_key_without_its_section_is_recognised():
     with pytest.raises(ValueError, match=r"unknown key 'k'; did you mean 'LOSS\.k'"):
         load_config("her2st/dml", ["k=3"])
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("TRAINING.lr=1", "TRAINING.learning_rate"),
+        ("LOSS.epochs=1", "TRAINING.epochs"),
+        ("LOSS.lambda=1", "LOSS.group_weight"),
+        ("MODEL.num_clusters=1", "LOSS.k"),
+    ],
+)
+def test_a_key_is_recognised_by_another_name_and_in_another_section(override, meant):
+    with pytest.raises(ValueError, match=rf"unknown key '{re.escape(override[:-2])}'; did you mean '{meant}'\?$"):
+        load_config("her2st/dml", [override])
+
+
+def test_other_names_lead_to_keys():
+    assert set(_OTHER_NAMES.values()) <= set(KEYS)
+    assert not {key.rpartition(".")[2] for key in KEYS} & set(_OTHER_NAMES)
+    assert (find_key("lr"), find_key("patience"), find_key("nothing")) == (
+        *("TRAINING.learning_rate", "TRAINING.patience"),
+        None,
+    )
 
 
 def test_unknown_configuration_lists_the_known_ones():
