@@ -256,7 +256,7 @@ def test_a_full_disk_at_the_end_of_a_slide_ends_the_run(data_dir, monkeypatch):
         true_fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=r"A1\.h5 cannot be written: there is no space left"):
         _run(data_dir, "target")
     assert _caches(data_dir) == [], "neither the slide that failed nor the one in work"
 
