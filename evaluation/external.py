@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from evaluation import aggregation
-from evaluation.fold_files import plain
 from evaluation.report.tables import Table, label, number
 from evaluation.slide_scores import SlideResult, score_slide, score_training_mean
 from utils.files import write_atomically, write_text
+from utils.runs import plain
 
 MEAN = "mean of folds"
 SCORES = ("pcc_all", "pcc_h", "pcc_highly_variable", "mse", "mae")

@@ -13,7 +13,6 @@ Undefined values are empty cells in CSV and null in JSON.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import pandas as pd
 
 from evaluation.metrics import METRIC_NAMES
 from utils.files import reading, require_file, write_atomically, write_text
-from utils.runs import read_epochs
+from utils.runs import plain, read_epochs
 from utils.text import brief
 
 _TABLES = ("per_gene_slide", "per_gene", "per_slide", "per_patient")
@@ -147,19 +146,6 @@ def read_genes(path: Path) -> list[str]:
     """One gene a line."""
     with reading(require_file(path, _RERUN), "a list of genes", remedy=_RERUN):
         return path.read_text(encoding="utf-8").split("\n")[:-1]
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON has it: dicts, lists, text and finite numbers; NaN and infinities become None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | np.ndarray | pd.Series):
-        return [plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from evaluation import aggregation
-from evaluation.fold_files import FoldRecord, plain, read_run
+from evaluation.fold_files import FoldRecord, read_run
 from evaluation.intervals import bootstrap_interval
+from utils.runs import plain
 
 HEADLINE = ("pcc_all", "pcc_h", "mse", "mae")
 DESCRIPTIONS = {

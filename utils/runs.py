@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import random
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,24 +122,25 @@ def commit_of(root: str | Path) -> str:
 
 def write_json(path: str | Path, content: object) -> None:
     """Write JSON atomically; NaN becomes null, so that every reader can read it."""
-    write_text(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
 
-def _plain(value: object) -> object:
+def plain(value: Any) -> Any:
+    """The value as JSON has it: dicts, lists, text and finite numbers; NaN and infinities become None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if hasattr(value, "tolist"):  # numbers and arrays of NumPy, columns of pandas
+        value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
 def write_epochs(path: Path, records: Iterable[Mapping[str, float]]) -> None:
     """Write `metrics.jsonl`, one line an epoch, whole: a crash can never leave half a line or an epoch too many."""
-    write_text(path, "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records))
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:

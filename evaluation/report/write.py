@@ -15,7 +15,7 @@ import pandas as pd
 
 from evaluation import aggregation
 from evaluation.comparison.write import write_comparison
-from evaluation.fold_files import FoldRecord, plain, read_run
+from evaluation.fold_files import FoldRecord, read_run
 from evaluation.report import figures, html
 from evaluation.report.drawing import draw_side_by_side
 from evaluation.report.fold_figures import Picture, figures_of, pcc_by_scale, write_figures
@@ -31,6 +31,7 @@ from evaluation.report.tables import (
 )
 from evaluation.summary import choice_of_epoch
 from utils.files import reading, require_file, write_text
+from utils.runs import plain
 
 __all__ = ["UNIT", "format_table", "write_comparison", "write_figures", "write_report", "write_summary"]
 
