@@ -15,7 +15,7 @@ from PIL import Image
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
-from preprocess.extract_features_uni import build_parser, resolve
+from preprocess.extract_features_uni import COMMAND_LINE, resolve
 from preprocess.prepare_visium import main, training_panel
 from preprocess.raw.space_ranger import read_outs
 from tests.checkpoints import fabricated_fold
@@ -260,7 +260,7 @@ def test_the_commands_said_for_a_run_make_the_features_it_was_trained_on(
     for kind in ("target", "neighbor"):
         command = f"Next: python preprocess/extract_features_uni.py {said.format(kind=kind, data=data)}"
         assert command in told, told
-        given = build_parser().parse_args(shlex.split(command)[3:])
+        given = COMMAND_LINE.parse(shlex.split(command)[3:])
         found = resolve(given)[0].DATA
         wanted = config.DATA
         assert (found.encoder, found.patch_size, found.num_neighbors) == (
