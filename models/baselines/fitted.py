@@ -182,7 +182,9 @@ def build_ridge(config: Model, sizes: Sizes) -> Ridge:
 def build_ridge_neighbor(config: Model, sizes: Sizes) -> Ridge:
     """Build the ridge regression on target feature and neighbor mean, unfitted; ValueError with neighbors switched off."""
     if not config.use_neighbor:
-        raise ValueError("ridge_neighbor without neighbors is ridge: use --model ridge, or drop MODEL.use_neighbor=false.")
+        raise ValueError(
+            "ridge_neighbor without neighbors is ridge: use --model ridge, or drop MODEL.use_neighbor=false."
+        )
     return _ridge(sizes, neighbor_dim=sizes.feature_dim)
 
 
