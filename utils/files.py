@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.npy import strings_of_npy
 from utils.text import brief, shortened
+from utils.untrusted.npy import strings_of_npy
 
-_IF_DAMAGED = "It may be damaged, or a file of another kind: compare it with where it came from."
+IF_DAMAGED = "It may be damaged, or a file of another kind: compare it with where it came from."
 _LOCKED = (
     "it is locked (in use by another process, or the file system has no locks)",
     "Wait until the other process has ended, or set HDF5_USE_FILE_LOCKING=FALSE.",
@@ -60,7 +60,7 @@ class UnwritableFile(OSError):
 
 
 @contextmanager
-def reading(path: str | Path, what: str, remedy: str = _IF_DAMAGED) -> Iterator[None]:
+def reading(path: str | Path, what: str, remedy: str = IF_DAMAGED) -> Iterator[None]:
     """Turn whatever a library raises about a user's file into one error: the file, what it is read as, why, and a remedy.
 
     what: the noun, for "... cannot be read as a table of counts".
@@ -196,7 +196,7 @@ def require_file(path: str | Path, hint: str) -> Path:
 
 
 def load_tensors(
-    path: str | Path, *, what: str = "a PyTorch file", remedy: str = _IF_DAMAGED, memory_map: bool = False
+    path: str | Path, *, what: str = "a PyTorch file", remedy: str = IF_DAMAGED, memory_map: bool = False
 ) -> object:
     """Read a `.pt` file with PyTorch's safe loader (tensors, numbers, strings, lists and dicts only) on the CPU.
 

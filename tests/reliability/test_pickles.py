@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from utils.files import load_names
-from utils.npy import strings_of_npy
+from utils.untrusted.npy import strings_of_npy
 
 NAMES = ["GNAS", "ERBB2", "GNAS", "ACTG1", "名前", "x" * 300]
 # An array of objects whose pointers are eight bytes of the file: unpickled by NumPy it ends in a SIGSEGV.
