@@ -140,8 +140,8 @@ def _sentence(error: Exception) -> str:
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for line in sys.stdin:
-        answer = problem_of(json.loads(line))
-        print(json.dumps(answer), flush=True)
+        sys.stdout.write(json.dumps(problem_of(json.loads(line))) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
