@@ -24,14 +24,17 @@ from torch import nn
 from benchmarks.bench_step import make_scene, section_lengths, whole_step
 from benchmarks.common import Report, begin, finish, flags, in_child, machine
 from models.layers.dropout import Dropout
+from modes.training.compose import make_encode, make_step
 from utils.cli import run
 from utils.devices import keep_freed_memory
 
 VARIANTS = {"as in a training": (True, True), "PyTorch's dropout": (False, True), "memory given back": (True, False)}
 
 
-def step_times(is_quick: bool, own_dropout: bool, keeps_memory: bool, steps: int) -> list[tuple[float, float]]:
-    """(seconds, processor seconds) of each step after a first one that warms up."""
+def step_times(
+    is_quick: bool, own_dropout: bool, keeps_memory: bool, steps: int
+) -> tuple[list[tuple[float, float]], float]:
+    """(seconds, processor seconds) of each step after a first one that warms up; and the first loss without dropout."""
     if keeps_memory:
         keep_freed_memory()
     scene = make_scene(argparse.Namespace(quick=is_quick), torch.device("cpu"))
@@ -39,16 +42,20 @@ def step_times(is_quick: bool, own_dropout: bool, keeps_memory: bool, steps: int
         for module in scene.model.modules():
             if isinstance(module, Dropout):
                 module.__class__ = nn.Dropout
-    scene.model.train()
     size, count = (10, 2) if is_quick else (32, 5)
-    step = whole_step(scene, scene.batch(size, section_lengths(scene, count)))
+    batch = scene.batch(size, section_lengths(scene, count))
+    scene.model.eval()
+    with torch.no_grad():
+        loss = float(make_step(scene.model, scene.config, make_encode(scene.encoder))(batch)["total"])
+    scene.model.train()
+    step = whole_step(scene, batch)
     step()
     times = []
     for _ in range(steps):
         wall, processor = time.perf_counter(), time.process_time()
         step()
         times.append((time.perf_counter() - wall, time.process_time() - processor))
-    return times
+    return times, loss
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -60,9 +67,12 @@ def main(argv: list[str] | None = None) -> Path:
     started_on = machine(device)
     rounds, steps = (1, 1) if arguments.quick else (arguments.rounds, arguments.steps)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
+    losses = set()
     for _ in range(rounds):
         for name, switches in VARIANTS.items():
-            found[name] += in_child(step_times, arguments.quick, *switches, steps).value
+            times, loss = in_child(step_times, arguments.quick, *switches, steps).value
+            found[name] += times
+            losses.add(loss)
     wall = {name: statistics.median(seconds for seconds, _ in times) for name, times in found.items()}
     processor = {name: statistics.median(seconds for _, seconds in times) for name, times in found.items()}
     best = "as in a training"
@@ -81,7 +91,7 @@ def main(argv: list[str] | None = None) -> Path:
             for name in VARIANTS
         ],
         notes=["Medians over all timed steps."],
-        extra={},
+        extra={"losses": sorted(losses)},
     )
     return finish(report, arguments, device, started_on)
 
