@@ -174,7 +174,7 @@ def losses_of(scene: Scene, size: int):
 
     def compute() -> Tensor:
         *scales, fused, gene, fused_cluster, gene_cluster = [unit(v) for v in vectors]
-        embeddings = Embeddings(dict(zip(SCALES, scales, strict=True)), fused, gene, fused_cluster, gene_cluster)
+        embeddings = Embeddings(dict(zip(SCALES, scales, strict=True)), gene, fused, fused_cluster, gene_cluster)
         prediction = Prediction(predicted, dict.fromkeys(SCALES, predicted), embeddings)
         return loss(prediction, expression)["total"]
 

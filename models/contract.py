@@ -18,12 +18,13 @@ class Needs:
     """Which inputs a model reads beside the pooled features of its spots, so that nothing else is loaded.
 
     tokens: all tokens of the target patches. neighbors: the features of the tiles around a spot. slides: the features of
-    all spots of a slide, which `encode_slides` turns into global tokens.
+    all spots of a slide, which `encode_slides` turns into global tokens. training_spots: what `remember` takes over.
     """
 
     tokens: bool = False
     neighbors: bool = False
     slides: bool = False
+    training_spots: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,23 +60,25 @@ class ModelInputs:
 class Embeddings:
     """Vectors of B spots that the alignment losses compare, each (B, P), float32.
 
-    scales: unit vectors of the scales there are, by name (`SCALES`). fused: mean of all fused tokens, *not* normalised.
-    gene: unit vector of the expression. fused_cluster, gene_cluster: unit vectors in which the spots are grouped.
+    scales: of the image, by the scales there are (`SCALES`). gene: of the expression. Both are unit vectors in Gene-DML.
+    Only of a model whose loss groups spots: fused, mean of all fused tokens, *not* normalised; fused_cluster and
+    gene_cluster, unit vectors in which the spots are grouped.
     """
 
     scales: dict[str, Tensor]
-    fused: Tensor
     gene: Tensor
-    fused_cluster: Tensor
-    gene_cluster: Tensor
+    fused: Tensor | None = None
+    fused_cluster: Tensor | None = None
+    gene_cluster: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Predicted expression of B spots, each (B, G) in the unit of the targets, float32.
 
-    fused is the prediction; scales are those of single scales, by name (`SCALES`), for a model that has them.
-    embeddings are there when the measured expression was given to a model that aligns with it.
+    fused is the prediction, NaN from a model that predicts nothing while it trains. scales are those of single scales, by
+    name (`SCALES`), for a model that has them. embeddings are there when the measured expression was given to a model that
+    aligns with it.
     """
 
     fused: Tensor
@@ -119,6 +122,14 @@ class ExpressionModel(nn.Module):
         lengths:        spots of each slide. rows: (B,) index into the R rows, None for all.
         returns:        (B, F), independent of the order of the spots. Memory grows linearly with the spots when no
                         gradient is asked for.
+        """
+        raise NotImplementedError
+
+    def remember(self, inputs: ModelInputs, expression: Tensor) -> None:
+        """Take over the training spots that the prediction is looked up in; only of a model with `needs.training_spots`.
+
+        Called in evaluation mode whenever the weights have changed, before anything is predicted. expression: (N, G) of
+        the same spots. What is taken over is part of the state dict.
         """
         raise NotImplementedError
 

@@ -87,26 +87,33 @@ class GlobalEncoder(nn.Module):
         return self.norm(tokens)
 
 
-class GeneEncoder(nn.Module):
-    """Expression of a spot to a vector of the width of the image tokens."""
+class ProjectionHead(nn.Module):
+    """LN(Dropout(W2 GELU(p) + b2) + p) with p = W1 x + b1, the head of BLEEP."""
 
-    def __init__(self, *, num_genes: int, dim: int, dropout: float, feed_forward: FeedForward) -> None:
+    def __init__(self, *, input_dim: int, dim: int, dropout: float) -> None:
         super().__init__()
-        self.projection = nn.Linear(num_genes, dim)
+        self.projection = nn.Linear(input_dim, dim)
         self.hidden = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
-        self.feed_forward = feed_forward
 
-    def embed(self, expression: Tensor) -> Tensor:
-        """LN(Dropout(W2 GELU(p) + b2) + p) with p = W1 e + b1; (B, G) to (B, P)."""
-        projected = self.projection(expression)
+    def forward(self, values: Tensor) -> Tensor:
+        """values: (B, D). Returns (B, P), not normalised to length 1."""
+        projected = self.projection(values)
         hidden = self.dropout(self.hidden(functional.gelu(projected)))
         return self.norm(hidden + projected)
 
+
+class GeneEncoder(ProjectionHead):
+    """Expression of a spot to a vector of the width of the image tokens: a projection head and a feed-forward."""
+
+    def __init__(self, *, num_genes: int, dim: int, dropout: float, feed_forward: FeedForward) -> None:
+        super().__init__(input_dim=num_genes, dim=dim, dropout=dropout)
+        self.feed_forward = feed_forward
+
     def forward(self, expression: Tensor) -> Tensor:
         """expression: (B, G) in the unit of the targets. Returns (B, P), not normalised."""
-        return self.feed_forward(self.embed(expression))
+        return self.feed_forward(super().forward(expression))
 
 
 class FusionEncoder(nn.Module):

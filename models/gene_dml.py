@@ -107,8 +107,8 @@ class GeneDML(ExpressionModel):
         gene = unit(self.gene_encoder(expression))
         return Embeddings(
             scales=scales,
-            fused=fused,
             gene=gene,
+            fused=fused,
             fused_cluster=unit(self.cluster_head(fused)),
             gene_cluster=unit(self.cluster_head(gene)),
         )

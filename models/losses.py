@@ -17,7 +17,7 @@ from utils.config import Loss
 def instance_loss(image: Tensor, gene: Tensor, temperature: float) -> Tensor:
     """Soft contrastive alignment of one image scale with the expression, for each spot.
 
-    image, gene: (B, P) unit vectors v and g of the same spots.
+    image, gene: (B, P) vectors v and g of the same spots.
     With L = g v^T / tau and Q = softmax over rows of (v v^T + g g^T) / (2 tau), entry i is half the cross entropy of
     row i of L with row i of Q plus half that of column i of L with column i of Q (those columns need not add up to 1).
     Gradients flow through Q as well. Returns (B,).
@@ -112,20 +112,27 @@ class GeneDMLLoss:
         return terms
 
     def _alignment(self, embeddings: Embeddings) -> dict[str, Tensor]:
-        terms = {}
-        if self.settings.instance_weight != 0:
+        terms, settings = {}, self.settings
+        if settings.instance_weight != 0:
             terms["instance"] = multi_scale_instance_loss(
-                embeddings.scales, embeddings.gene, self.settings.instance_temperature
+                embeddings.scales, embeddings.gene, settings.instance_temperature
             )
-        if self.settings.group_weight != 0:
+        if settings.group_weight != 0:
+            assert embeddings.fused is not None, "the model has no vectors to group spots in"
+            image_clusters, gene_clusters = self.clusters(embeddings)
             terms["group"] = group_loss(
-                unit(embeddings.fused) if self.settings.normalize_fused else embeddings.fused,
+                unit(embeddings.fused) if settings.normalize_fused else embeddings.fused,
                 embeddings.gene,
-                image_clusters=self.cluster(embeddings.fused_cluster),
-                gene_clusters=self.cluster(embeddings.gene_cluster),
-                temperature=self.settings.group_temperature,
+                image_clusters=image_clusters,
+                gene_clusters=gene_clusters,
+                temperature=settings.group_temperature,
             )
         return terms
+
+    def clusters(self, embeddings: Embeddings) -> tuple[Clusters, Clusters]:
+        """Group spots by their image and by their gene vectors."""
+        assert embeddings.fused_cluster is not None and embeddings.gene_cluster is not None
+        return self.cluster(embeddings.fused_cluster), self.cluster(embeddings.gene_cluster)
 
     def cluster(self, vectors: Tensor) -> Clusters:
         """Group the rows (B, P) of one modality as configured."""

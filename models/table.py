@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from models.baselines.bleep import bleep_loss, build_bleep
 from models.baselines.fitted import build_knn, build_mean, build_ridge, build_ridge_neighbor
 from models.baselines.spot_model import build_linear_probe, build_mlp
 from models.baselines.triplex import build_triplex, triplex_loss
@@ -38,6 +39,10 @@ def _features_and_neighbors(config: Model) -> Needs:
     return Needs(neighbors=config.use_neighbor)
 
 
+def _features_and_training_spots(config: Model) -> Needs:
+    return Needs(training_spots=True)
+
+
 def _all_scales(config: Model) -> Needs:
     return Needs(tokens=True, neighbors=config.use_neighbor, slides=config.use_global)
 
@@ -51,6 +56,7 @@ MODELS = {
     "knn": Row(build_knn, _features, loss=None),
     "mlp": Row(build_mlp, _features, loss=lambda settings: fused_loss),
     "linear_probe": Row(build_linear_probe, _features, loss=lambda settings: fused_loss),
+    "bleep": Row(build_bleep, _features_and_training_spots, loss=lambda settings: bleep_loss),
     "triplex": Row(build_triplex, _all_scales, loss=lambda settings: triplex_loss),
 }
 

@@ -16,20 +16,16 @@ from utils.config import Model
 MEMORY_BUDGET = 2**24
 
 
-class ClosedForm(ExpressionModel):
-    """A model without parameters. `fit` fills buffers, whose sizes may depend on the training data.
+class FittedModel(ExpressionModel):
+    """A model with buffers that training data fill, and whose sizes they may decide.
 
-    Its checkpoint loads with strict keys into a fresh, unfitted model: the free sizes come from the checkpoint. A child
-    registers its buffers and implements `_fit` (learn, report) and `_predict`; both see features (N, feature_dim).
+    Its checkpoint loads with strict keys into a model that has seen no data: the free sizes come from the checkpoint.
     """
 
     num_training_spots: Tensor
 
-    def __init__(self, *, feature_dim: int, num_genes: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.needs = Needs()
-        self.feature_dim = feature_dim
-        self.num_genes = num_genes
         self._fitted_shapes: dict[str, tuple[int | None, ...]] = {}
         self._register_fitted("num_training_spots", (), dtype=torch.int64)
 
@@ -37,6 +33,42 @@ class ClosedForm(ExpressionModel):
     def sized_at_load(self) -> set[str]:
         """Buffers with a free size; see the contract."""
         return {name for name, shape in self._fitted_shapes.items() if None in shape}
+
+    def _register_fitted(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype = torch.float32) -> None:
+        """Register a buffer; None in the shape is a size that only the training data decide (0 until then)."""
+        self._fitted_shapes[name] = shape
+        self.register_buffer(name, torch.zeros([size or 0 for size in shape], dtype=dtype))
+
+    def _store(self, **values: Tensor | float | int) -> None:
+        for name, value in values.items():
+            buffer = getattr(self, name)
+            setattr(self, name, torch.as_tensor(value, dtype=buffer.dtype, device=buffer.device).clone())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        """Take the free sizes of the buffers from the checkpoint; torch then reports every other difference."""
+        for name, shape in self._fitted_shapes.items():
+            incoming = state_dict.get(prefix + name)
+            if isinstance(incoming, Tensor) and _fits(incoming.shape, shape):
+                setattr(self, name, getattr(self, name).new_empty(incoming.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_is_fitted(self) -> None:
+        if int(self.num_training_spots) == 0:
+            raise ValueError(
+                f"This {type(self).__name__} baseline has not been fitted. Call fit() with the training spots, or "
+                "load a checkpoint of a finished run (--model_path)."
+            )
+
+
+class ClosedForm(FittedModel):
+    """A model without parameters, fitted once. A child registers its buffers and implements `_fit` (learn, report) and
+    `_predict`; both see features (N, feature_dim)."""
+
+    def __init__(self, *, feature_dim: int, num_genes: int) -> None:
+        super().__init__()
+        self.needs = Needs()
+        self.feature_dim = feature_dim
+        self.num_genes = num_genes
 
     @torch.no_grad()
     def fit(
@@ -67,11 +99,7 @@ class ClosedForm(ExpressionModel):
 
         Always float32: under autocast a retrieval would confuse near neighbors. Raises ValueError before `fit`.
         """
-        if int(self.num_training_spots) == 0:
-            raise ValueError(
-                f"This {type(self).__name__} baseline has not been fitted. Call fit() with the training spots, or "
-                "load a checkpoint of a finished run (--model_path)."
-            )
+        self._check_is_fitted()
         features = self._features(inputs)
         with torch.autocast(device_type=features.device.type, enabled=False):
             return Prediction(fused=self._predict(features))
@@ -84,24 +112,6 @@ class ClosedForm(ExpressionModel):
 
     def _predict(self, features: Tensor) -> Tensor:
         raise NotImplementedError
-
-    def _register_fitted(self, name: str, shape: tuple[int | None, ...], dtype: torch.dtype = torch.float32) -> None:
-        """Register a buffer; None in the shape is a size that only the training data decide (0 until then)."""
-        self._fitted_shapes[name] = shape
-        self.register_buffer(name, torch.zeros([size or 0 for size in shape], dtype=dtype))
-
-    def _store(self, **values: Tensor | float | int) -> None:
-        for name, value in values.items():
-            buffer = getattr(self, name)
-            setattr(self, name, torch.as_tensor(value, dtype=buffer.dtype, device=buffer.device).clone())
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        """Take the free sizes of the buffers from the checkpoint; torch then reports every other difference."""
-        for name, shape in self._fitted_shapes.items():
-            incoming = state_dict.get(prefix + name)
-            if isinstance(incoming, Tensor) and _fits(incoming.shape, shape):
-                setattr(self, name, getattr(self, name).new_empty(incoming.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_training_data(self, features: Tensor, expression: Tensor, patients: list, slides: list | None) -> None:
         problems = []

@@ -114,9 +114,10 @@ def make_predict(
 
 def batch_clusters(model: ExpressionModel, config: Config, encode: Encode, batch: SpotBatch) -> tuple[Tensor, Tensor]:
     """(B,) clusters of a batch by its fused and by its gene vectors, as the instance-group loss forms them."""
-    loss, embeddings = GeneDMLLoss(config.LOSS), _forward(model, encode, batch).embeddings
+    embeddings = _forward(model, encode, batch).embeddings
     assert embeddings is not None, "the model groups spots (`groups_spots`)"
-    return loss.cluster(embeddings.fused_cluster).labels.cpu(), loss.cluster(embeddings.gene_cluster).labels.cpu()
+    image, gene = GeneDMLLoss(config.LOSS).clusters(embeddings)
+    return image.labels.cpu(), gene.labels.cpu()
 
 
 def _forward(model: ExpressionModel, encode: Encode, batch: SpotBatch) -> Prediction:

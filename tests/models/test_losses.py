@@ -162,7 +162,7 @@ def random_prediction(count: int = 12) -> tuple[Prediction, Tensor]:
     torch.manual_seed(5)
     *scales, gene, fused_cluster, gene_cluster = unit(torch.randn(6, count, 8)).unbind()
     fused = 3 * torch.randn(count, 8)
-    embeddings = Embeddings(dict(zip(SCALES, scales, strict=True)), fused, gene, fused_cluster, gene_cluster)
+    embeddings = Embeddings(dict(zip(SCALES, scales, strict=True)), gene, fused, fused_cluster, gene_cluster)
     predicted, *of_scales = torch.randn(4, count, 5).unbind()
     return Prediction(predicted, dict(zip(SCALES, of_scales, strict=True)), embeddings), torch.randn(count, 5)
 

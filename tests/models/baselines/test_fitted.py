@@ -311,6 +311,7 @@ def test_flags_tell_the_loop_what_a_model_reads():
         "knn": (False, False, False, True),
         "linear_probe": (False, False, False, False),
         "mlp": (False, False, False, False),
+        "bleep": (False, False, False, False),
         "triplex": (True, True, True, False),
         "gene_dml": (True, True, True, False),
     }

@@ -100,7 +100,7 @@ def test_on_cuda_the_share_is_right():
     assert abs((found == 0).double().mean().item() - 0.3) < 0.005
 
 
-@pytest.mark.parametrize("name", ["gene_dml", "triplex", "mlp"])
+@pytest.mark.parametrize("name", ["gene_dml", "triplex", "bleep", "mlp"])
 def test_every_dropout_of_the_models_is_ours(name):
     config = with_overrides(Config(), [f"MODEL.name={name}", "MODEL.projection_dim=32"])
     model = build_model(config.MODEL, Sizes(32, 32, num_genes=5, num_neighbors=5))
