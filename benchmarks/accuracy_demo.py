@@ -41,6 +41,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ridge_neighbor": ("ridge on patch and neighbor mean", ("MODEL.name=ridge_neighbor",)),
     "knn": ("retrieval (knn)", ("MODEL.name=knn",)),
     "mlp": ("perceptron on the patch", ("MODEL.name=mlp",)),
+    "bleep": ("BLEEP on the patch", ("MODEL.name=bleep",)),
     "triplex": ("TRIPLEX-style", ("MODEL.name=triplex",)),
     "no_group_loss": ("without the group loss", ("LOSS.group_weight=0",)),
     "no_instance_loss": ("without the instance loss", ("LOSS.instance_weight=0",)),

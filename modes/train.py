@@ -17,7 +17,7 @@ from modes.prediction.summary import finish_run
 from modes.training.checkpoints import FoldCheckpoints
 from modes.training.clusters import write_clusters
 from modes.training.compose import Optimization, groups_spots, is_closed_form, make_predict, make_step, open_layout
-from modes.training.fold import fit_closed_form, new_model, start_folder, untrained_fold
+from modes.training.fold import fit_closed_form, new_model, remember_training_spots, start_folder, untrained_fold
 from modes.training.resume import check_continues, check_started_folds
 from modes.training.run_data import RunData, find_folds, open_run_data
 from modes.training.split import Split, prepare_split
@@ -107,6 +107,8 @@ def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds
             record: dict[str, float] = {"epoch": epoch, **{f"train/{term}": value for term, value in terms.items()}}
             record["learning_rate"] = float(scheduler.get_last_lr()[0])
             scheduler.step()
+            if model.needs.training_spots:
+                remember_training_spots(model, run_data, split, expression)
             record |= scores_of_epoch(run_data, split, predict)
             is_better = progress.add(record, score_name)
             board.add(record)

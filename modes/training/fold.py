@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from datasets.field_of_view import field_of_view
 from models.baselines.spot_model import ClosedForm
 from models.contract import ExpressionModel, ModelInputs
 from modes.training.checkpoints import FoldCheckpoints
-from modes.training.compose import is_closed_form, make_model
+from modes.training.compose import is_closed_form, make_model, model_inputs
 from modes.training.run_data import RunData
 from modes.training.split import Split
 from utils.files import write_text
@@ -68,6 +71,17 @@ def new_model(run_data: RunData, split: Split) -> ExpressionModel:
         rows = run_data.store.rows_of(split.record.train_slides)
         model.start_at_mean(split.targets[rows].mean(dim=0))
     return model.to(run_data.device)
+
+
+def remember_training_spots(model: ExpressionModel, run_data: RunData, split: Split, expression: Tensor) -> None:
+    """Hand the training spots to a model that predicts by looking them up, as its present weights see them.
+
+    expression: (R, G) targets on the device, as for the batches.
+    """
+    rows = run_data.store.rows_of(split.record.train_slides)
+    batch = run_data.maker.spots(rows, torch.zeros_like(rows), expression, with_slides=False)
+    assert batch.expression is not None
+    model.eval().remember(model_inputs(batch, run_data.encode, None), batch.expression)
 
 
 def fit_closed_form(run_data: RunData, split: Split, folder: Path) -> None:

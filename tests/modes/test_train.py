@@ -278,7 +278,7 @@ def test_the_paper_protocol_takes_the_panel_file_and_the_test_fold(config):
     assert (run / "fold_0/genes.txt").read_text().split() == load_names(layout.panel_path)
 
 
-@pytest.mark.parametrize("model", ["mean", "ridge", "ridge_neighbor", "knn", "mlp", "triplex"])
+@pytest.mark.parametrize("model", ["mean", "ridge", "ridge_neighbor", "knn", "mlp", "bleep", "triplex"])
 def test_every_baseline_goes_the_same_way(config, model):
     run = train(with_(config, MODEL={"name": model}, TRAINING={"epochs": 2}), options(folds=[0]))
     result = json.loads((run / "fold_0/result.json").read_text())
