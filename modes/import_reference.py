@@ -19,9 +19,10 @@ from modes.training.split import record_of
 from utils.checkpoint import load_weights, save_checkpoint
 from utils.cli import say
 from utils.config import Config, save_config, with_overrides
-from utils.files import load_names, load_tensors, write_text
+from utils.files import load_names, write_text
 from utils.runs import write_json
 from utils.trained_fold import PatchEncoderRecord, Progress, SplitRecord, TrainedFold
+from utils.untrusted.tensors import load_tensors
 
 
 @dataclass(frozen=True)

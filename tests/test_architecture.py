@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("utils", "models", "datasets", "evaluation", "engine", "preprocess", "modes", "main")
 MAY_IMPORT = {
     "utils": {"utils"},
-    "models": {"models", "utils.config", "utils.devices", "utils.files", "utils.text"},
+    "models": {"models", "utils.config", "utils.devices", "utils.files", "utils.text", "utils.untrusted"},
     "datasets": {"datasets", "utils"},
     "evaluation": {"evaluation", "utils"},
     "engine": {"utils"},

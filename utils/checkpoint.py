@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.files import load_tensors, write_atomically
+from utils.files import reading, write_atomically
+from utils.text import brief
 from utils.trained_fold import TrainedFold
+from utils.untrusted.tensors import check_tensors, load_tensors
 
 SCHEMA = 1
 _CONTINUE = "Go on with it: the command of the training, with --resume."
@@ -26,19 +28,25 @@ def load_checkpoint(path: str | Path, *, memory_map: bool = False) -> TrainedFol
 
     memory_map: leave the weights on disk until they are used.
     """
-    content = load_tensors(path, memory_map=memory_map)
+    content = load_tensors(path, what="a checkpoint", memory_map=memory_map)
     if not isinstance(content, dict) or "schema" not in content:
         raise ValueError(
             f"{path} is not a checkpoint of this program (no 'schema' entry). A checkpoint of the published code is "
             "converted with: python main.py --mode import_reference --model_path FILE --config_name ... --out FILE"
         )
-    if content["schema"] != SCHEMA:
-        raise ValueError(f"{path} has checkpoint schema {content['schema']}, this program reads {SCHEMA}.")
-    return TrainedFold.from_dict(content, str(path))
+    schema = content["schema"]
+    if type(schema) is not int or schema != SCHEMA:
+        raise ValueError(f"{path} has checkpoint schema {brief(schema)}, this program reads {SCHEMA}.")
+    with reading(path, "a checkpoint"):
+        return TrainedFold.from_dict(content, str(path))
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Fill `model` strictly; ValueError names the first differences of the architecture."""
+    """Fill `model` strictly.
+
+    source: the file they are from, which is compared with its checksums.
+    Raises ValueError for a damaged file, for numbers that are not finite, and with the first differences of the architecture.
+    """
     expected, found = model.state_dict(), dict(weights)
     differences = [f"lacks {name}" for name in expected if name not in found]
     differences += [f"has unknown {name}" for name in found if name not in expected]
@@ -52,6 +60,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: 
         raise ValueError(
             f"{source} does not fit the model of its configuration ({len(differences)} differences): {listed}"
         )
+    check_tensors(source, found)
     model.load_state_dict(found)
 
 

@@ -6,11 +6,9 @@ import errno
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,28 +191,6 @@ def require_file(path: str | Path, hint: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist. {hint}")
     return path
-
-
-def load_tensors(
-    path: str | Path, *, what: str = "a PyTorch file", remedy: str = IF_DAMAGED, memory_map: bool = False
-) -> object:
-    """Read a `.pt` file with PyTorch's safe loader (tensors, numbers, strings, lists and dicts only) on the CPU.
-
-    what, remedy: see `reading`.
-    memory_map: leave the numbers of the tensors on disk until they are used (files in the old format are read anyway).
-    Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
-    """
-    import torch  # takes seconds, of which `--help` and a refused flag need none
-
-    path = require_file(path, "Check the path.")
-    with reading(path, what, remedy):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=memory_map and zipfile.is_zipfile(path))
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds Python objects, not only tensors, and is not read: files from elsewhere are not trusted to "
-                f"run code. Save a state dict alone: torch.save(model.state_dict(), ...). ({reason_of(error)[0]})"
-            ) from error
 
 
 def load_names(path: str | Path) -> list[str]:

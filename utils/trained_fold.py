@@ -10,7 +10,19 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from utils.config import Config, config_from_dict
+from utils.text import brief
 
+_KINDS = {
+    "model": dict,
+    "epoch": int,
+    "progress": dict,
+    "config": dict,
+    "config_name": str,
+    "genes": list,
+    "encoder": dict,
+    "fold": dict,
+    "training_mean": Tensor,
+}
 Record = TypeVar("Record", "Progress", "SplitRecord", "PatchEncoderRecord", "OptimizationState")
 
 
@@ -157,6 +169,7 @@ class TrainedFold:
         """Read what `to_dict` gave, now or in an earlier version; ValueError names what `source` lacks."""
         required = ("model", "config", "genes", "encoder", "fold", "epoch", "progress", "config_name", "training_mean")
         _require(content, required, source)
+        _check_kinds(content, source)
         return cls(
             weights=content["model"],
             epoch=content["epoch"],
@@ -176,6 +189,17 @@ class TrainedFold:
     def without_weights(self) -> TrainedFold:
         """The fold without what is large, off its file, which may be replaced meanwhile."""
         return replace(self, weights={}, optimization=None, training_mean=self.training_mean.clone())
+
+
+def _check_kinds(content: Mapping[str, Any], source: str) -> None:
+    """Whether the entries are of their kinds, so that nothing later stumbles over them; ValueError names the first."""
+    for name, kind in _KINDS.items():
+        if not isinstance(content[name], kind) or isinstance(content[name], bool):
+            raise ValueError(f"{source}: {name} should be a {kind.__name__}, found {brief(content[name])}.")
+    for name, kind in (("model", Tensor), ("genes", str)):
+        entries = content[name].values() if isinstance(content[name], dict) else content[name]
+        if wrong := [entry for entry in entries if not isinstance(entry, kind)]:
+            raise ValueError(f"{source}: {name} should hold {kind.__name__}s only, found {brief(wrong[0])}.")
 
 
 def _require(content: Mapping[str, Any], names: list[str] | tuple[str, ...], source: str) -> None:

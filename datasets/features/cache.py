@@ -17,8 +17,9 @@ import h5py
 import numpy as np
 import torch
 
-from utils.files import load_tensors, write_atomically
+from utils.files import write_atomically
 from utils.runs import VERSION
+from utils.untrusted.tensors import load_tensors
 
 SCHEMA_VERSION = 1
 DATASET_OF_KIND = {"target": "features", "neighbor": "features", "token": "tokens", "patch": "patches"}

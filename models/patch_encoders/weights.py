@@ -19,7 +19,8 @@ from torch import Tensor
 
 from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, create_encoder, empty_encoder
 from models.patch_encoders.table import PATCH_ENCODERS, TIMM_PREFIX, patch_encoder_spec
-from utils.files import load_tensors, reading
+from utils.files import reading
+from utils.untrusted.tensors import check_tensors, load_tensors
 
 # Of this repository, then of the folder that a program was started in.
 WEIGHT_FOLDERS = (Path(__file__).resolve().parents[2] / "weights", Path("weights"))
@@ -169,6 +170,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         # Mapping the file spares a second copy of several GB.
         state = load_tensors(path, what=what, remedy=remedy, memory_map=True)
     if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
+        check_tensors(path, state)
         return state
     found = f"a {type(state).__name__}"
     if isinstance(state, dict):

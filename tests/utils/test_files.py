@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.files import load_names, load_tensors, require_file, safe_name, sha256, write_atomically, write_text
+from utils.files import load_names, require_file, safe_name, sha256, write_atomically, write_text
+from utils.untrusted.tensors import load_tensors
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
