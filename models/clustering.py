@@ -85,7 +85,7 @@ def cosine_similarity(points: Tensor) -> Tensor:
 
 
 def cut_eigenvectors(similarity: Tensor, k: int) -> Tensor:
-    """The first k eigenvectors (ascending) of the normalised Laplacian, as generalised ones, [0, 0] scaled to 1; (N, k).
+    """Find the first k eigenvectors (ascending) of the normalised Laplacian, as generalised ones, [0, 0] scaled to 1; (N, k).
 
     A spot that resembles no other has degree zero; its row is left zero.
     """

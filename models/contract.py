@@ -86,7 +86,7 @@ class Prediction:
     embeddings: Embeddings | None = None
 
     def by_scale(self) -> dict[str, Tensor]:
-        """Everything that is predicted, by name, the fused prediction first."""
+        """Give everything that is predicted, by name, the fused prediction first."""
         return {FUSED: self.fused, **self.scales}
 
 
@@ -116,7 +116,7 @@ class ExpressionModel(nn.Module):
     def encode_slides(
         self, slide_features: Tensor, grid_xy: Tensor, lengths: list[int], rows: Tensor | None = None
     ) -> Tensor:
-        """Global token of the spots `rows` of several whole slides; only of a model with `needs.slides`.
+        """Encode the global tokens of the spots `rows` of several whole slides; only of a model with `needs.slides`.
 
         slide_features: (R, F), all spots of the slides one after the other; grid_xy: (R, 2) integer (x, y).
         lengths:        spots of each slide. rows: (B,) index into the R rows, None for all.
@@ -134,7 +134,7 @@ class ExpressionModel(nn.Module):
         raise NotImplementedError
 
     def output_heads(self) -> list[nn.Module]:
-        """The heads that predict expression, fused first; none for a model without such heads."""
+        """Give the heads that predict expression, fused first; none for a model without such heads."""
         return []
 
     @property

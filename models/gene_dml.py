@@ -64,7 +64,7 @@ class GeneDML(ExpressionModel):
         self.needs = Needs(tokens=True, neighbors=neighbor_encoder is not None, slides=global_encoder is not None)
 
     def output_heads(self) -> list[nn.Module]:
-        """The heads that predict expression, fused first."""
+        """Give the heads that predict expression, fused first."""
         return [self.fused_predictor, *self.scale_predictors.values()]
 
     def encode_slides(

@@ -62,7 +62,7 @@ MODELS = {
 
 
 def find_model(name: str) -> Row:
-    """The row of a model. Raises ValueError with the nearest name and all others if there is none."""
+    """Find the row of a model. Raises ValueError with the nearest name and all others if there is none."""
     if name in MODELS:
         return MODELS[name]
     raise ValueError(f"{unknown('model', name, MODELS)} (--model, MODEL.name).")

@@ -42,7 +42,7 @@ class Moments:
     products: Tensor
 
     def without(self, part: Moments) -> Moments:
-        """The moments of the spots that are here but not in `part`, which must be a subset."""
+        """Give the moments of the spots that are here but not in `part`, which must be a subset."""
         assert part.count < self.count, "a fold must leave at least one training spot"
         return Moments(
             count=self.count - part.count,
@@ -98,14 +98,14 @@ def _rows_of_each(labels: Sequence[Hashable]) -> tuple[Tensor, ...]:
 
 
 def complement(rows: Tensor, count: int) -> Tensor:
-    """The row numbers in range(count) that are not in `rows`, ascending."""
+    """Give the row numbers in range(count) that are not in `rows`, ascending."""
     is_left = torch.ones(count, dtype=torch.bool)
     is_left[rows] = False
     return is_left.nonzero().squeeze(1)
 
 
 def moments(features: Tensor, expression: Tensor) -> Moments:
-    """Sums over the rows of features (N, D) and expression (N, G)."""
+    """Sum over the rows of features (N, D) and expression (N, G)."""
     return Moments(
         count=features.shape[0],
         features=features.sum(dim=0),
@@ -116,7 +116,7 @@ def moments(features: Tensor, expression: Tensor) -> Moments:
 
 
 def principal_components(sums: Moments, max_components: int) -> PrincipalComponents:
-    """The leading principal components of the spots in `sums`, largest variance first.
+    """Find the leading principal components of the spots in `sums`, largest variance first.
 
     returns: at most min(max_components, spots - 1, D) components, fewer when the features span fewer directions
              (`RELATIVE_VARIANCE_FLOOR`); none when all spots are equal.
@@ -131,7 +131,7 @@ def principal_components(sums: Moments, max_components: int) -> PrincipalCompone
 
 
 def component_products(sums: Moments, components: PrincipalComponents) -> Tensor:
-    """Z^T (Y - mean Y), (C, G): with orthogonal scores Z all that a ridge needs besides `components.squares`."""
+    """Multiply Z^T (Y - mean Y), (C, G): with orthogonal scores Z all that a ridge needs besides `components.squares`."""
     centred = sums.products - torch.outer(sums.features, sums.expression / sums.count)
     return components.directions.T @ centred
 
@@ -146,7 +146,7 @@ def ridge_coefficients(sums: Moments, components: PrincipalComponents, alpha: fl
 
 
 def alpha_grid(components: PrincipalComponents, ratios: Sequence[float]) -> list[float]:
-    """Penalties as multiples of the mean of Z^T Z's diagonal, so that the grid fits features of any scale."""
+    """Give penalties as multiples of the mean of Z^T Z's diagonal, so that the grid fits features of any scale."""
     scale = float(components.squares.mean()) if len(components.squares) else 1.0
     return [ratio * scale for ratio in ratios]
 
@@ -159,7 +159,7 @@ def ridge_inner_errors(
     max_components: int,
     alphas: Sequence[float],
 ) -> Tensor:
-    """Mean squared error of every held-out part under every penalty, (folds, alphas).
+    """Measure the mean squared error of every held-out part under every penalty, (folds, alphas).
 
     Components, means and coefficients of a fold come from its training part alone.
     """
@@ -180,7 +180,7 @@ def ridge_inner_errors(
 def retrieve(
     queries: Tensor, bank: Tensor, bank_expression: Tensor, counts: Sequence[int], temperature: float, budget: int
 ) -> list[Tensor]:
-    """Weighted mean expression of the nearest bank spots by cosine, for several numbers of neighbors at once.
+    """Average the expression, weighted, of the nearest bank spots by cosine, for several numbers of neighbors at once.
 
     queries (B, C) and bank (N, C) are unit rows; bank_expression (N, G). The weight of a neighbor is
     exp(cosine / temperature), normalised over the neighbors used.
@@ -217,7 +217,7 @@ def retrieval_inner_errors(
     temperature: float,
     budget: int,
 ) -> Tensor:
-    """Mean squared error of every held-out part for every number of neighbors, (folds, counts)."""
+    """Measure the mean squared error of every held-out part for every number of neighbors, (folds, counts)."""
     errors = torch.empty(len(folds.held_out), len(counts), dtype=torch.float64)
     for index, rows in enumerate(folds.held_out):
         sums = total.without(moments(features[rows], expression[rows]))

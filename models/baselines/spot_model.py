@@ -152,7 +152,7 @@ def _float64(values: Tensor) -> Tensor:
 
 
 def neighbor_mean(neighbor_features: Tensor, neighbor_is_valid: Tensor) -> Tensor:
-    """Mean over the valid neighbors, float32 (N, D) from (N, 25, D) and (N, 25); zero for a spot that has none.
+    """Average the valid neighbors, float32 (N, D) from (N, 25, D) and (N, 25); zero for a spot that has none.
 
     The middle tile, which is the spot's own patch, counts as one of them. Taken in chunks: the features may be float16
     and large, and a float32 copy of all of them would not fit.
@@ -177,7 +177,7 @@ class FeatureRegressor(ExpressionModel):
         self.head = head
 
     def output_heads(self) -> list[nn.Module]:
-        """The head that predicts expression."""
+        """Give the head that predicts expression."""
         return [self.head]
 
     def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:

@@ -36,6 +36,7 @@ class CrossAttention(nn.Module):
     """One query per spot asks the tokens of one scale; pre-norm on both sides."""
 
     def __init__(self, *, dim: int, heads: int, dropout: float) -> None:
+        """Raises ValueError if the heads do not divide the width."""
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(
@@ -98,7 +99,7 @@ class Triplex(ExpressionModel):
         self.needs = Needs(tokens=True, neighbors=neighbor_encoder is not None, slides=global_encoder is not None)
 
     def output_heads(self) -> list[nn.Module]:
-        """The heads that predict expression."""
+        """Give the heads that predict expression."""
         return list(self.heads.values())
 
     def encode_slides(

@@ -87,7 +87,7 @@ def attend_looped(query: Tensor, key: Tensor, value: Tensor, *, query_lengths: l
 def attend_padded(
     query: Tensor, key: Tensor, value: Tensor, *, query_padding: Padding, padding: Padding, is_spot: list[Tensor]
 ) -> Tensor:
-    """The same as `attend_looped` in one call for each group of slides; is_spot (slides, width) hides the padded keys."""
+    """Do the same as `attend_looped` in one call for each group of slides; is_spot (slides, width) hides the padded keys."""
     parts = zip(query_padding.pad(query), padding.pad(key), padding.pad(value), is_spot, strict=True)
     attended = [
         attend(*(rows.transpose(1, 2) for rows in heads_last), key_is_valid=is_valid).transpose(1, 2)
@@ -111,7 +111,8 @@ class SlidePacking:
         padded: bool | None = None,
     ) -> None:
         """lengths: spots of each slide, all at least 1. rows: indices into all spots, any order, repeats allowed; on
-        the host nothing has to wait for the device. padded: few padded calls (default on CUDA) or a loop over slides."""
+        the host nothing has to wait for the device. padded: few padded calls (default on CUDA) or a loop over slides.
+        Raises ValueError for a slide without spots."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"Every slide of a batch needs at least one spot, but the slides hold {lengths} spots.")
         self.lengths = list(lengths)

@@ -25,7 +25,8 @@ class Attention(nn.Module):
     bias_index: Tensor
 
     def __init__(self, *, dim: int, heads: int, dropout: float, grid_side: int | None = None) -> None:
-        """dim: width, a multiple of heads. grid_side: side of the square of tokens that gets the relative bias."""
+        """dim: width, a multiple of heads. grid_side: side of the square of tokens that gets the relative bias.
+        Raises ValueError if the heads do not divide the width."""
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(
@@ -88,7 +89,7 @@ class TransformerLayer(nn.Module):
         return tokens + self.feed_forward(self.feed_forward_norm(tokens))
 
     def forward_packed(self, rows: Tensor, packing: SlidePacking) -> Tensor:
-        """The same layer over whole slides, each spot attending to all spots of its own slide.
+        """Apply the same layer to whole slides, each spot attending to all spots of its own slide.
 
         rows:    (R, D), the slides of `packing` one after the other.
         returns: (R, D), or (B, D) in the order of `packing.rows` when the packing asks for certain rows only: keys

@@ -125,7 +125,7 @@ def build_patch_encoder(
     random_weights: bool = False,
     search: Sequence[Path] = WEIGHT_FOLDERS,
 ) -> PatchEncoder:
-    """The frozen encoder `name`, verified, on the CPU.
+    """Build the frozen encoder `name`, verified, on the CPU.
 
     weights:        the weight file (.safetensors, .bin, .pth, .pt); without it see `find_weights` for the order
     allow_download: ask the hub when the file is nowhere else
@@ -146,7 +146,7 @@ def build_patch_encoder(
 
 
 def random_patch_encoder(spec: PatchEncoderSpec, seed: int = RANDOM_SEED) -> PatchEncoder:
-    """An encoder with the random initial weights of timm; the random state of the caller is left as it was."""
+    """Build an encoder with the random initial weights of timm; the random state of the caller is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = create_encoder(spec)

@@ -77,7 +77,7 @@ class PatchEncoderSpec:
             object.__setattr__(self, "pooled_dim", self.dim)
 
     def num_tokens(self, image_size: int | tuple[int, int]) -> int:
-        """T for images of image_size x image_size px, or (height, width). Needs no weights.
+        """Count the tokens T for images of image_size x image_size px, or (height, width). Needs no weights.
 
         ValueError if the encoder does not take images of that size.
         """
@@ -88,7 +88,7 @@ class PatchEncoderSpec:
         return probe(self, height, width).tokens[1]
 
     def check_size(self, height: int, width: int) -> None:
-        """ValueError unless the encoder takes images of height x width px."""
+        """Raise ValueError unless the encoder takes images of height x width px."""
         if self.input_rule == "multiple":
             is_allowed = min(height, width) > 0 and height % self.stride == 0 and width % self.stride == 0
             near_height, near_width = (max(1, round(side / self.stride)) * self.stride for side in (height, width))
@@ -120,7 +120,7 @@ class TimmModel(nn.Module):
 
 
 def empty_encoder(spec: PatchEncoderSpec) -> TimmModel:
-    """The full timm model on the meta device: tensors with names and shapes, without memory and values."""
+    """Build the full timm model on the meta device: tensors with names and shapes, without memory and values."""
     import timm
 
     # Even there the initialisation of a large transformer takes seconds, and this family of timm can leave it out.
@@ -130,7 +130,7 @@ def empty_encoder(spec: PatchEncoderSpec) -> TimmModel:
 
 
 def create_encoder(spec: PatchEncoderSpec, skip_init: bool = False) -> TimmModel:
-    """The full timm model, without pretrained weights, on the current default device, in evaluation mode."""
+    """Build the full timm model, without pretrained weights, on the current default device, in evaluation mode."""
     import timm
 
     arguments: dict[str, Any] = dict(spec.arguments)  # of any model of timm
@@ -149,7 +149,7 @@ def remove_unused_layers(spec: PatchEncoderSpec, encoder: TimmModel) -> TimmMode
 
 
 def encode(spec: PatchEncoderSpec, encoder: TimmModel, images: Tensor) -> Tokens:
-    """Tokens and pooled feature of normalised images (B, 3, H, W)."""
+    """Encode normalised images (B, 3, H, W)."""
     features = encoder.forward_features(images)
     tokens = _as_tokens(spec, encoder, features)
     if spec.pooling == "class":
@@ -191,7 +191,7 @@ class Shapes:
 
 @lru_cache(maxsize=64)
 def probe(spec: PatchEncoderSpec, height: int, width: int) -> Shapes:
-    """Shapes that an encoder gives for an image of height x width px.
+    """Find the shapes that an encoder gives for an image of height x width px.
 
     Runs the true model on the meta device, where tensors have shapes and no values: a second of time, no
     memory, and no formula per architecture that could be wrong. ValueError if the model refuses the size.

@@ -199,7 +199,7 @@ PATCH_ENCODERS: dict[str, PatchEncoderSpec] = {row.name: row for row in _ROWS}
 
 
 def patch_encoder_spec(name: str) -> PatchEncoderSpec:
-    """The row of an encoder; "base" and "large" are the two model sizes; "timm:<model name>" any model of timm.
+    """Find the row of an encoder; "base" and "large" are the two model sizes; "timm:<model name>" any model of timm.
 
     ValueError for an unknown name, with the known ones.
     """

@@ -30,7 +30,7 @@ NAMES_SHOWN = 3
 
 
 def environment_variable(name: str) -> str:
-    """The variable that may name the weight file of an encoder: uni2-h -> GENE_DML_WEIGHTS_UNI2_H."""
+    """Name the variable that may name the weight file of an encoder: uni2-h -> GENE_DML_WEIGHTS_UNI2_H."""
     return f"{COMMON_VARIABLE}_{re.sub(r'[^A-Z0-9]', '_', name.upper())}"
 
 
@@ -41,7 +41,7 @@ def find_weights(
     allow_download: bool = False,
     search: Sequence[Path] = WEIGHT_FOLDERS,
 ) -> Path:
-    """The weight file of an encoder. Reads nothing, so it can be asked before long work starts.
+    """Find the weight file of an encoder. Reads nothing, so it can be asked before long work starts.
 
     Order: the explicit file `weights`; `<folder>/<name>.<suffix>` or `<folder>/<name>/<published file>` for the folders of
     `search`; the file named by the variable of `environment_variable(name)`; the folder named by GENE_DML_WEIGHTS; the
@@ -77,7 +77,7 @@ def find_weights(
 
 
 def how_to_get(spec: PatchEncoderSpec) -> str:
-    """Where the weight file comes from and where it goes, with the command."""
+    """Say where the weight file comes from and where it goes, with the command."""
     target = Path("weights") / _stem(spec)
     put = f"put a file you have at {target}<suffix> (one of {', '.join(SUFFIXES)}) or name it with --weights FILE"
     if spec.package is not None:
@@ -149,7 +149,7 @@ def _download(spec: PatchEncoderSpec) -> Path:
 
 
 def state_sha256(state: dict[str, Tensor]) -> str:
-    """Hash over names, types, shapes and values of a state dict on the CPU."""
+    """Hash names, types, shapes and values of a state dict on the CPU."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().contiguous()
@@ -159,7 +159,7 @@ def state_sha256(state: dict[str, Tensor]) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name. ValueError if the file is damaged or holds anything but tensors by name."""
+    """Read the tensors of a weight file by name. Raises ValueError if it is damaged or holds anything else."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: weight files end in {', '.join(SUFFIXES)}, found '{path.suffix}'.")
     what, remedy = "a weight file of a patch encoder", "Is it complete? Get it again."
@@ -179,7 +179,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_patch_encoder(spec: PatchEncoderSpec, path: Path) -> TimmModel:
-    """The full timm model of a row with the weights of a file: every key, every shape, float32.
+    """Build the full timm model of a row with the weights of a file: every key, every shape, float32.
 
     ValueError names the file, the first differing keys and the encoder that the file would fit.
     """

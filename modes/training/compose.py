@@ -24,7 +24,7 @@ Encode = Callable[[SpotBatch], Tensor | None]
 
 
 def open_layout(config: Config, test_name: str | None = None) -> Layout:
-    """The data folder that the configuration names; with `test_name` the external set below it."""
+    """Find the data folder that the configuration names; with `test_name` the external set below it."""
     spec = get_spec(test_name or config.DATA.type, config.DATA.data_dir)
     return Layout(
         config.DATA.data_dir,
@@ -36,32 +36,32 @@ def open_layout(config: Config, test_name: str | None = None) -> Layout:
 
 
 def needs_of(config: Config) -> Needs:
-    """The inputs of the configured model. Raises ValueError for an unknown name."""
+    """Say which inputs the configured model reads. Raises ValueError for an unknown name."""
     return find_model(config.MODEL.name).needs(config.MODEL)
 
 
 def is_closed_form(config: Config) -> bool:
-    """Whether the configured model is fitted once, without epochs. Raises ValueError for an unknown name."""
+    """Tell whether the configured model is fitted once, without epochs. Raises ValueError for an unknown name."""
     return find_model(config.MODEL.name).loss is None
 
 
 def groups_spots(config: Config) -> bool:
-    """Whether the training groups the spots of each batch into LOSS.k clusters."""
+    """Tell whether the training groups the spots of each batch into LOSS.k clusters."""
     return find_model(config.MODEL.name).groups_spots and config.LOSS.group_weight != 0
 
 
 def find_patch_encoder_weights(config: Config) -> Path:
-    """The file of the encoder's weights; FileNotFoundError says how to get it. Reads nothing."""
+    """Find the file of the patch encoder's weights; FileNotFoundError says how to get it. Reads nothing."""
     return find_weights(config.DATA.encoder, config.DATA.weights)
 
 
 def make_patch_encoder(config: Config, device: torch.device) -> nn.Module:
-    """The frozen patch encoder, on the device."""
+    """Build the frozen patch encoder, on the device."""
     return build_patch_encoder(config.DATA.encoder, config.DATA.weights).to(device)
 
 
 def make_encode(encoder: nn.Module | None) -> Encode:
-    """batch -> target tokens (B, T, D): those of the cache, or the frozen encoder on the batch's turned patches."""
+    """Make the function batch -> target tokens (B, T, D): those of the cache, or of the frozen encoder on turned patches."""
 
     def encode(batch: SpotBatch) -> Tensor | None:
         if batch.target_tokens is not None or batch.patches is None:
@@ -74,12 +74,12 @@ def make_encode(encoder: nn.Module | None) -> Encode:
 
 
 def make_model(config: Config, *, feature_dim: int, token_dim: int, num_genes: int) -> ExpressionModel:
-    """The model of the configuration for features of `feature_dim` and target tokens of `token_dim`."""
+    """Build the model of the configuration for features of `feature_dim` and target tokens of `token_dim`."""
     return build_model(config.MODEL, Sizes(feature_dim, token_dim, num_genes, config.DATA.num_neighbors))
 
 
 def make_step(model: ExpressionModel, config: Config, encode: Encode) -> Callable[[SpotBatch], dict[str, Tensor]]:
-    """The training step: batch -> named loss terms."""
+    """Make the training step: batch -> named loss terms."""
     make_loss = find_model(config.MODEL.name).loss
     assert make_loss is not None, "a closed form is fitted, not trained"
     loss = make_loss(config.LOSS)
@@ -94,7 +94,7 @@ def make_step(model: ExpressionModel, config: Config, encode: Encode) -> Callabl
 def make_predict(
     model: ExpressionModel, config: Config, encode: Encode, precision: Precision
 ) -> Callable[[SlideBatch], dict[str, Tensor]]:
-    """slide -> {scale: (N, G) float32 on the CPU}: the global encoder over the whole slide, the rest in chunks."""
+    """Make the function slide -> {scale: (N, G) float32 on the CPU}: global tokens of the whole slide, the rest in chunks."""
 
     def predict(slide: SlideBatch) -> dict[str, Tensor]:
         model.eval()
@@ -113,7 +113,7 @@ def make_predict(
 
 
 def batch_clusters(model: ExpressionModel, config: Config, encode: Encode, batch: SpotBatch) -> tuple[Tensor, Tensor]:
-    """(B,) clusters of a batch by its fused and by its gene vectors, as the instance-group loss forms them."""
+    """Group a batch, (B,) clusters each, by its fused and by its gene vectors, as the instance-group loss forms them."""
     embeddings = _forward(model, encode, batch).embeddings
     assert embeddings is not None, "the model groups spots (`groups_spots`)"
     image, gene = GeneDMLLoss(config.LOSS).clusters(embeddings)
@@ -130,7 +130,7 @@ def _forward(model: ExpressionModel, encode: Encode, batch: SpotBatch) -> Predic
 
 
 def model_inputs(batch: SpotBatch, encode: Encode, global_tokens: Tensor | None) -> ModelInputs:
-    """What a model is called with: the batch, its target tokens from `encode`, and global tokens (B, F) if it needs them."""
+    """Put together what a model is called with; global_tokens (B, F) if it needs them."""
     return ModelInputs(
         target_features=batch.target_features,
         target_tokens=encode(batch),
@@ -141,7 +141,7 @@ def model_inputs(batch: SpotBatch, encode: Encode, global_tokens: Tensor | None)
 
 
 def scale_predictions(prediction: Prediction) -> dict[str, Tensor]:
-    """{scale: (B, G) float32 on the CPU} of the scales that the model has, the fused prediction first."""
+    """Bring to the CPU, {scale: (B, G) float32}, the scales that the model has, the fused prediction first."""
     return {scale: values.float().cpu() for scale, values in prediction.by_scale().items()}
 
 
@@ -155,6 +155,7 @@ class Optimization:
 
     @classmethod
     def of(cls, model: nn.Module, config: Config, precision: Precision) -> Optimization:
+        """Start Adam and its schedule for the parameters of a model."""
         training = config.TRAINING
         # Fused: the same update in one pass over the weights.
         fused = precision.device.type in ("cpu", "cuda")
@@ -163,6 +164,7 @@ class Optimization:
         return cls(optimizer, scheduler, precision)
 
     def state(self) -> OptimizationState:
+        """Give what a checkpoint holds, by reference."""
         return OptimizationState(
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
@@ -170,6 +172,7 @@ class Optimization:
         )
 
     def load_state(self, state: OptimizationState) -> None:
+        """Take over what a checkpoint held."""
         self.optimizer.load_state_dict(state.optimizer)
         self.scheduler.load_state_dict(state.scheduler)
         if state.scaler and self.precision.scaler.is_enabled():
