@@ -22,7 +22,7 @@ import pandas as pd
 
 from datasets.known_sets import SPECS
 from datasets.layout import Layout
-from datasets.tables.counts import read_counts, read_gene_names, round_ids
+from datasets.tables.counts import gene_names, read_counts, round_ids
 from datasets.tables.slide_table import check_spots, read_both
 from preprocess.raw.files import files_below, find_file
 from preprocess.raw.gene_map import WHERE, is_ensembl, read_gene_map, symbols_of, with_genes
@@ -73,9 +73,7 @@ def all_genes(
     """The genes of all sections together, as symbols, sorted. Raises ValueError if they are Ensembl ids without a map."""
     names: set[str] = set()
     for slide in slides:
-        names |= set(
-            read_gene_names(find_file(files, counts_name(slide), f"Slide {slide}, counts ({slide}_stdata.tsv.gz)"))
-        )
+        names |= set(gene_names(find_file(files, counts_name(slide), f"Slide {slide}, counts ({slide}_stdata.tsv.gz)")))
     genes = sorted(set(symbols_of(sorted(names), gene_map)))
     unmapped = [gene for gene in genes if is_ensembl(gene)]
     if unmapped and gene_map is None and not keep_ensembl:

@@ -9,11 +9,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.text import brief, shortened
+from utils.text import LONGEST_NAME, brief, checked_names, is_plain, shortened, some
 from utils.untrusted.npy import strings_of_npy
 
 IF_DAMAGED = "It may be damaged, or a file of another kind: compare it with where it came from."
@@ -205,14 +206,19 @@ def load_names(path: str | Path) -> list[str]:
         names = strings_of_npy(path.read_bytes())
         if not names or not all(names):
             raise ValueError(f"{path} should hold names, found {'an empty one' if names else 'none'}.")
-        return names
+        if len(set(names)) < len(names):
+            twice = [name for name, times in Counter(names).items() if times > 1]
+            raise ValueError(f"{path} should hold distinct names, found more than once: {some(twice)}.")
+        return checked_names(names, "genes", path)
 
 
 def safe_name(name: str, what: str) -> str:
     """Return `name` if it can be one path component; names of slides and test sets may not leave the data folder."""
     name = str(name)
-    if not name or name.startswith(".") or any(character in name for character in "/\\\0"):
+    is_long = len(name.encode(errors="replace")) > LONGEST_NAME
+    if is_long or not is_plain(name) or name.startswith(".") or "/" in name or "\\" in name:
         raise ValueError(
-            f"{what} {brief(name)} is not a plain name: it must not be empty, start with a dot or contain a slash."
+            f"{what} {brief(name)} is not a plain name: it must not be empty, start with a dot or contain a slash, a control "
+            f"character or blanks around it, and have at most {LONGEST_NAME} letters."
         )
     return name

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Collection, Hashable, Sequence
+from pathlib import Path
 
 import yaml
 
 _MOST_VALUES = 1_000_000  # of a YAML text
+LONGEST_NAME = 200
+NOT_PLAIN = f"empty, have blanks around them, hold control characters or are longer than {LONGEST_NAME} letters"
+_CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\ufeff\ud800-\udfff"
+_PLAIN = re.compile(rf"[^\s{_CONTROL}](?:[^{_CONTROL}]*[^\s{_CONTROL}])?")
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 2, 80, 80, 40
 
@@ -33,6 +39,25 @@ def some(names: Sequence[object], shown: int = 5) -> str:
     """The first few names and how many there are in all, for a message."""
     text = ", ".join(str(name) for name in list(names)[:shown])
     return text if len(names) <= shown else f"{text}, ... ({len(names)} in all)"
+
+
+def checked_names(names: Sequence[object], what: str, source: str | Path) -> list[str]:
+    """Return names (of genes, spots, slides) as they are, if files, lines and columns can be made of them.
+
+    what: the noun, for "genes".  source: the file they are from.
+    Raises ValueError with the first of those that are empty, begin or end with a blank, hold a line break, a byte order
+    mark or another control character, or are longer than `LONGEST_NAME`.
+    """
+    plain = [str(name) for name in names]
+    wrong = [brief(name) for name in plain if not is_plain(name)]
+    if wrong:
+        raise ValueError(f"{source}: {what} with names that are {NOT_PLAIN}: {some(wrong)}. Correct these names.")
+    return plain
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is not empty, of sane length, and without control characters or blanks around it."""
+    return len(name) <= LONGEST_NAME and _PLAIN.fullmatch(name) is not None
 
 
 def unknown(what: str, name: str, known: Collection[str]) -> str:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
-import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 from anndata import AnnData
 from scipy import sparse
 
-from utils.files import require_file
-from utils.text import some
+from datasets.tables.count_files import parquet_genes, parquet_spots, read_parquet, read_text, text_genes, text_spots
+from datasets.tables.h5ad import read_h5ad, read_names
+from utils.files import reading, require_file
+from utils.text import checked_names, shortened, some
 
-_SPOT_ID = re.compile(r"^(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)$")
+_SPOT_ID = re.compile(r"(-?\d{1,9}(?:\.\d{1,30})?)x(-?\d{1,9}(?:\.\d{1,30})?)", re.ASCII)
 GREATEST_COUNT = 2**31 - 1
-_LINES_AT_ONCE = 64  # of a text table
+_WHAT = "a table of counts"
+_REMEDY = "It may be damaged or no table of counts: take the original file again."
+
+Matrix: TypeAlias = np.ndarray | sparse.csr_matrix
 
 
 def read_counts(path: str | Path, genes: Sequence[str] | None = None) -> AnnData:
@@ -31,29 +32,33 @@ def read_counts(path: str | Path, genes: Sequence[str] | None = None) -> AnnData
     genes:   read only these, in this order (much faster for parquet); None = all.
     returns: AnnData, X (N, G) csr int32 raw counts, obs_names = spot ids "XxY" rounded, var_names = genes.
     Raises FileNotFoundError, or one ValueError that names the file and everything that is wrong: no table, duplicated
-    spots or genes, ids that are no "XxY", missing genes, NaN, negative, non-integer or non-numeric counts.
+    spots or genes, ids that are no "XxY", missing genes, names that are not plain, NaN, negative, non-integer or
+    non-numeric counts.
     """
-    path = require_file(path, "It should hold the raw counts of a slide, spots x genes.")
-    try:
+    path = _required(path)
+    with reading(path, _WHAT, remedy=_REMEDY):
+        table: tuple[Matrix | pa.Table, list[str], list[str]]
         if path.name.endswith(".parquet"):
-            table = _read_parquet(path, genes)
+            table = read_parquet(path, genes)
         elif path.name.endswith(".h5ad"):
-            table = _read_h5ad(path, genes)
+            data = read_h5ad(path)
+            table = data.X, data.obs_names.tolist(), data.var_names.tolist()
         else:
-            table = _read_text(path)
-    except (pa.ArrowException, OSError, EOFError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a readable table of counts (truncated?): {str(error).splitlines()[0]}"
-        ) from error
-    return check_counts(*table, source=str(path), genes=genes)
+            table = read_text(path)
+        return check_counts(*table, source=str(path), genes=genes)
 
 
 def check_counts(
-    matrix: object, spots: Sequence[str], columns: Sequence[str], *, source: str, genes: Sequence[str] | None = None
+    matrix: Matrix | pa.Table,
+    spots: Sequence[str],
+    columns: Sequence[str],
+    *,
+    source: str,
+    genes: Sequence[str] | None = None,
 ) -> AnnData:
-    """Counts from anywhere, checked; see `read_counts`. `source` names them in the message.
+    """Check counts from anywhere; see `read_counts`, for the errors, too. `source` names them in the message.
 
-    matrix: (N, M) dense, sparse, or a pyarrow Table; spots: N ids; columns: M genes.
+    matrix: (N, M) dense, sparse (as `checked_sparse` gives it), or a pyarrow Table; spots: N ids; columns: M genes.
     """
     problems = []
     ids, wrong = round_ids(spots)
@@ -68,208 +73,93 @@ def check_counts(
     if genes is not None and (missing := sorted(set(genes) - set(columns))):
         problems.append(f"genes asked for but not there: {some(missing)}")
     if not problems:
+        checked_names(columns, "genes", source)
         if genes is not None:
             chosen = pd.Index(columns).get_indexer(list(genes))
             matrix = matrix.select(chosen.tolist()) if isinstance(matrix, pa.Table) else matrix[:, chosen]
             columns = list(genes)
-        matrix, problems = _checked(matrix, ids, columns)
+        compressed, problems = _checked(matrix, ids, columns)
     if problems:
         raise ValueError(
             f"{source}: {'; '.join(problems)}. Expected raw counts, spots x genes; correct or replace the file."
         )
-    return AnnData(matrix, obs=pd.DataFrame(index=ids), var=pd.DataFrame(index=columns))
-
-
-def read_gene_names(path: str | Path) -> list[str]:
-    """The genes of a table of text, without reading the counts."""
-    path = require_file(path, "It should hold the raw counts of a slide, spots x genes.")
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rb") as file:
-            header, first = file.readline(), file.readline()
-        return _text_columns(path, header, first)[1:]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable table of counts (truncated?): {error}") from error
-
-
-def spot_names(path: str | Path) -> list[str]:
-    """The spot ids of a table of counts as they are written, in its order, without taking the counts apart."""
-    path = require_file(path, "It should hold the raw counts of a slide, spots x genes.")
-    try:
-        if path.name.endswith(".parquet"):
-            file = pa.parquet.ParquetFile(path)
-            index = _index_columns(file.schema_arrow)
-            return file.read(columns=index[:1]).column(0).to_pylist() if index else []
-        if path.name.endswith(".h5ad"):
-            data = anndata.read_h5ad(path, backed="r")
-            data.file.close()
-            return data.obs_names.tolist()
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
-            file.readline()
-            separator = _separator(path).encode()
-            return [line.partition(separator)[0].decode().strip('"') for line in file if line.strip()]
-    except (pa.ArrowException, OSError, EOFError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a readable table of counts (truncated?): {str(error).splitlines()[0]}. Take the original file "
-            "again."
-        ) from error
+    return AnnData(compressed, obs=pd.DataFrame(index=ids), var=pd.DataFrame(index=columns))
 
 
 def gene_names(path: str | Path) -> list[str]:
-    """Names of the genes of a table of counts, in its order; of parquet and text only the header is read."""
-    path = require_file(path, "It should hold the raw counts of a slide, spots x genes.")
-    if path.name.endswith(".h5ad"):
-        return list(read_counts(path).var_names)
-    if not path.name.endswith(".parquet"):
-        return read_gene_names(path)
-    try:
-        schema = pa.parquet.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable table of counts: {str(error).splitlines()[0]}") from error
-    index = _index_columns(schema)
-    return [name for name in schema.names if name not in index]
+    """Read the names of the genes of a table of counts, in its order, without the counts.
+
+    Raises FileNotFoundError, or ValueError naming the file if they cannot be read or are no plain names.
+    """
+    path = _required(path)
+    with reading(path, _WHAT, remedy=_REMEDY):
+        if path.name.endswith(".h5ad"):
+            names = read_names(path, "var")
+        else:
+            names = parquet_genes(path) if path.name.endswith(".parquet") else text_genes(path)
+        return checked_names(names, "genes", str(path))
+
+
+def spot_names(path: str | Path) -> list[str]:
+    """Read the spot ids of a table of counts as they are written, in its order, without taking the counts apart.
+
+    Raises FileNotFoundError, or ValueError naming the file if they cannot be read.
+    """
+    path = _required(path)
+    with reading(path, _WHAT, remedy=_REMEDY):
+        if path.name.endswith(".h5ad"):
+            return read_names(path, "obs")
+        return parquet_spots(path) if path.name.endswith(".parquet") else text_spots(path)
+
+
+def _required(path: str | Path) -> Path:
+    return require_file(path, "It should hold the raw counts of a slide, spots x genes.")
 
 
 def round_ids(spots: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Spot ids in the form "round(x)xround(y)", and those that are no "XxY"."""
+    """Return spot ids in the form "round(x)xround(y)", and those that are no "XxY" of at most nine digits each."""
     ids, wrong = [], []
     for spot in map(str, spots):
-        match = _SPOT_ID.match(spot)
+        match = _SPOT_ID.fullmatch(spot)
         if match is None:
-            wrong.append(spot)
+            wrong.append(shortened(spot, 80))
             ids.append(spot)
         else:
             ids.append(f"{round(float(match[1]))}x{round(float(match[2]))}")
     return ids, wrong
 
 
-Table = tuple[object, list[str], list[str]]  # values (dense, sparse or a pyarrow Table of columns), spots, genes
+def wrong_counts(values: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Return what is wrong with numbers that should be counts, each with a bool for every one of them (K,) that is so.
 
-
-def _read_parquet(path: Path, genes: Sequence[str] | None) -> Table:
-    file = pa.parquet.ParquetFile(path, memory_map=True, pre_buffer=False)  # many short columns: no read-ahead
-    names, index = file.schema_arrow.names, _index_columns(file.schema_arrow)
-    if not index:
-        raise ValueError(f"{path} has no column of spot ids; write it with the ids as the index of the table.")
-    columns = [name for name in names if name not in index]
-    if genes is not None:
-        wanted = set(genes)
-        columns = [name for name in columns if name in wanted]
-    table = file.read(columns=index[:1] + columns)
-    return table.select(columns), table.column(index[0]).to_pylist(), columns
-
-
-def _index_columns(schema: pa.Schema) -> list[str]:
-    """Columns that hold the spot ids: the index of pandas, or, without one, the first column of text."""
-    listed = (schema.pandas_metadata or {}).get("index_columns", [])
-    index = [name for name in listed if isinstance(name, str) and name in schema.names]
-    return index or [field.name for field in schema if _is_text(field.type)][:1]
-
-
-def _read_text(path: Path) -> Table:
-    """Tab or comma separated text; the header may leave out the name of the first column, as R writes it."""
-    opener = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rb") as file:
-        content = file.read()
-    header, _, body = content.replace(b"\r\n", b"\n").partition(b"\n")
-    names = _text_columns(path, header, body.partition(b"\n")[0])
-    width, separator = len(names), _separator(path)
-    plain = _read_plain_integers(body, separator.encode(), width)
-    if plain is not None:
-        return *plain, names[1:]
-    table = pa.csv.read_csv(
-        pa.BufferReader(body),
-        read_options=pa.csv.ReadOptions(column_names=[str(i) for i in range(width)], block_size=max(len(body), 1)),
-        parse_options=pa.csv.ParseOptions(delimiter=separator),
-        convert_options=pa.csv.ConvertOptions(column_types={"0": pa.string()}),
-    )
-    return table.select(range(1, width)), table.column(0).to_pylist(), names[1:]
-
-
-def _separator(path: Path) -> str:
-    return "," if ".csv" in path.suffixes else "\t"
-
-
-def _text_columns(path: Path, header: bytes, first_row: bytes) -> list[str]:
-    """Names of all columns, that of the ids included, checked against the first row."""
-    separator = _separator(path)
-    names = [name.strip('"') for name in header.decode().rstrip("\r\n").split(separator)]
-    if not first_row.strip():
-        raise ValueError(f"{path} holds no spots: it ends after its first line.")
-    width = first_row.decode().count(separator) + 1
-    if width == len(names) + 1:
-        names = ["", *names]
-    if width != len(names) or width < 2:
-        raise ValueError(
-            f"{path}: the header names {len(names)} columns, the first row has {width}, separated by {separator!r}. "
-            "Expected a row of genes, then one row a spot: its id and the counts."
-        )
-    return names
-
-
-def _read_plain_integers(body: bytes, separator: bytes, width: int) -> tuple[np.ndarray, list[str]] | None:
-    """Values and ids of a table of plain integers, several times faster than a general reader of text.
-
-    The digits of all cells are added up place by place. None if a cell is anything but one to nine digits: then the
-    general reader takes over, which also finds out what is wrong.
+    Asked before they are narrowed to 32 bits, which makes 3e9 a negative number.
     """
-    lines = body.removesuffix(b"\n").split(b"\n")
-    spots, blocks = [], []
-    for start in range(0, len(lines), _LINES_AT_ONCE):
-        rows = [line.partition(separator) for line in lines[start : start + _LINES_AT_ONCE]]
-        spots += [row[0].decode().strip('"') for row in rows]
-        text = np.frombuffer(separator.join(row[2] for row in rows) + separator, dtype=np.uint8)
-        ends = np.flatnonzero(text == separator[0])
-        lengths = np.diff(ends, prepend=-1) - 1
-        digits = text - np.uint8(ord("0"))  # below "0" wraps around to large numbers
-        if any(row[2].count(separator) != width - 2 for row in rows) or lengths.min() < 1 or lengths.max() > 9:
-            return None
-        if np.count_nonzero(digits > 9) != len(ends):
-            return None
-        values = digits[ends - 1].astype(np.int32)
-        for place in range(1, lengths.max()):
-            longer = np.flatnonzero(lengths > place)
-            values[longer] += digits[ends[longer] - 1 - place] * np.int32(10**place)
-        blocks.append(values.reshape(len(rows), width - 1))
-    return np.concatenate(blocks), spots
-
-
-def _read_h5ad(path: Path, genes: Sequence[str] | None) -> Table:
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path} is not a readable .h5ad file (truncated?).")
-    data = anndata.read_h5ad(path)
-    if genes is not None and data.var_names.is_unique:
-        data = data[:, [gene for gene in genes if gene in data.var_names]]
-    return data.X, data.obs_names.tolist(), data.var_names.tolist()
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _checked(matrix: object, spots: list[str], genes: list[str]) -> tuple[sparse.csr_matrix | None, list[str]]:
-    """The counts as csr int32, or the reasons why they are none."""
-    if isinstance(matrix, pa.Table):
-        matrix, problems = _numeric(matrix, spots, genes)
-        if problems:
-            return None, problems
-    compressed = sparse.csr_matrix(matrix)
-    values = compressed.data
-    problems = []
-    for what, is_wrong in (
+    kinds = (
         ("missing counts (NaN)", np.isnan(values)),
         ("negative counts", values < 0),
         ("counts that are no integers", np.isfinite(values) & (values != np.round(values))),
         (f"counts above {GREATEST_COUNT}", values > GREATEST_COUNT),
-    ):
-        if is_wrong.any():
-            rows = np.repeat(np.arange(len(spots)), np.diff(compressed.indptr))[is_wrong]
-            column = compressed.indices[is_wrong][0]
-            example = (
-                f"{values[is_wrong][0]:g} for gene {genes[column]}" if "NaN" not in what else f"gene {genes[column]}"
-            )
-            ids = [spots[row] for row in dict.fromkeys(rows.tolist())]
-            problems.append(f"{what} ({example}) in spots {some(ids)}")
+    )
+    return [(what, is_wrong) for what, is_wrong in kinds if is_wrong.any()]
+
+
+def _checked(
+    matrix: Matrix | pa.Table, spots: list[str], genes: Sequence[str]
+) -> tuple[sparse.csr_matrix | None, list[str]]:
+    """The counts as csr int32, or the reasons why they are none."""
+    if isinstance(matrix, pa.Table):
+        matrix, problems = _numeric(matrix, spots, genes)
+        if matrix is None:
+            return None, problems
+    compressed = sparse.csr_matrix(matrix)
+    values = compressed.data
+    problems = []
+    for what, is_wrong in wrong_counts(values):
+        rows = np.repeat(np.arange(len(spots)), np.diff(compressed.indptr))[is_wrong]
+        gene = f"gene {genes[compressed.indices[is_wrong][0]]}"
+        example = gene if "NaN" in what else f"{values[is_wrong][0]:g} for {gene}"
+        ids = [spots[row] for row in dict.fromkeys(rows.tolist())]
+        problems.append(f"{what} ({example}) in spots {some(ids)}")
     if problems:
         return None, problems
     compressed = compressed.astype(np.int32)
@@ -277,10 +167,9 @@ def _checked(matrix: object, spots: list[str], genes: list[str]) -> tuple[sparse
     return compressed, []
 
 
-def _numeric(table: pa.Table, spots: list[str], genes: list[str]) -> tuple[np.ndarray | None, list[str]]:
+def _numeric(table: pa.Table, spots: list[str], genes: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
     """Columns of one type as a dense matrix; text or empty cells become problems that name gene and spots."""
     problems = []
-    kinds = {kind for kind in table.schema.types}
     for position, kind in enumerate(table.schema.types):
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
             column = table.column(position).to_pandas()
@@ -290,8 +179,16 @@ def _numeric(table: pa.Table, spots: list[str], genes: list[str]) -> tuple[np.nd
             problems.append(f"non-numeric counts ({found} for gene {genes[position]}) in spots {some(where)}")
     if problems:
         return None, [some(problems, shown=3)] if len(problems) > 3 else problems
-    dtype = np.int32 if all(pa.types.is_integer(kind) and kind.bit_width <= 32 for kind in kinds) else np.float64
-    dense = np.empty((table.num_rows, table.num_columns), dtype=dtype)
+    dense = np.empty((table.num_rows, table.num_columns), dtype=_dtype_of(table))
     for position, column in enumerate(table.itercolumns()):
         dense[:, position] = column.to_numpy()
     return dense, []
+
+
+def _dtype_of(table: pa.Table) -> type:
+    """int32 where every number of every column fits; float64 for those that have to be looked at first."""
+    fits = all(
+        pa.types.is_integer(field.type) and field.type.bit_width <= 32 and field.type != pa.uint32()
+        for field in table.schema
+    )
+    return np.int32 if fits and not any(column.null_count for column in table.itercolumns()) else np.float64

@@ -154,5 +154,5 @@ def require_enough_genes(available: int, num_genes: int) -> None:
 
 
 def _dense(counts: np.ndarray | sparse.spmatrix) -> np.ndarray:
-    array = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
+    array = counts if isinstance(counts, np.ndarray) else counts.toarray()
     return array.astype(np.float64)

@@ -6,17 +6,16 @@ Space Ranger names rows before columns (`pxl_row_in_fullres` is y, `pxl_col_in_f
 
 from __future__ import annotations
 
-import gzip
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from datasets.tables.slide_table import spot_ids
-from utils.files import require_file
-from utils.text import some
+from datasets.tables.slide_table import GREATEST_COORDINATE, spot_ids
+from utils.files import reading, require_file
+from utils.text import checked_names, some
+from utils.untrusted.text import cells_of, text_of
 
 SPACE_RANGER_COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
 _SPACE_RANGER, _SPOT_TABLE, _PIXELS = "Space Ranger positions", "spot table", "pixel positions"
@@ -25,7 +24,6 @@ _COLUMNS = {  # of each kind: x, y in full-resolution px, and the integer grid (
     _SPOT_TABLE: (("pixel_x", "pixel_y"), ("x", "y")),
     _PIXELS: (("x", "y"), None),
 }
-_GZIP = b"\x1f\x8b"
 _ID_COLUMNS = ("barcode", "spot_id", "id", "spot")
 EXPECTED = (
     "Expected comma or tab separated: Space Ranger's tissue_positions.csv or tissue_positions_list.csv; a spot table with "
@@ -82,10 +80,11 @@ def read_positions(path: str | Path) -> Positions:
         if not flag.isin([0, 1]).all():
             problems.append(f"in_tissue should be 0 or 1, found {some(sorted(set(table['in_tissue'].astype(str))))}")
         in_tissue = flag.to_numpy() == 1
-    ids, grid = [], None
+    ids: list[str] = []
+    grid = None
     if not problems:
         grid = None if grid_columns is None else np.rint(numbers[list(grid_columns)].to_numpy()).astype(np.int64)
-        ids = _ids(table, numbers, kind)
+        ids = _ids(table, numbers, path)
         problems += _repeated("spots", ids)
         problems += [] if grid is None else _repeated("grid positions", [f"({x}, {y})" for x, y in grid.tolist()])
     if problems:
@@ -95,18 +94,12 @@ def read_positions(path: str | Path) -> Positions:
 
 def _read_table(path: Path) -> pd.DataFrame:
     """The table with lower-case column names; those of Space Ranger or x, y are supplied where there is no header."""
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if content[:2] == _GZIP else content).decode("utf-8-sig")
-        first = text.partition("\n")[0]
+    with reading(path, "a table of spot positions", remedy=EXPECTED):
+        text = text_of(path)
+        first = text.partition("\n")[0].rstrip("\r")
         separator = "\t" if "\t" in first else ","
-        cells = [cell.strip().strip('"') for cell in first.rstrip("\r").split(separator)]
-        names = _names_without_header(cells)
-        table = pd.read_csv(io.StringIO(text), sep=separator, header=None if names else 0, dtype=str, names=names)
-    except (UnicodeDecodeError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is no text file ({error}). {EXPECTED}") from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ValueError(f"{path} is not a readable table: {error}. {EXPECTED}") from error
+        names = _names_without_header([cell.strip().strip('"') for cell in first.split(separator)])
+        table = cells_of(text, separator, names)
     table.columns = [str(name).strip().lower() for name in table.columns]
     return table
 
@@ -139,17 +132,19 @@ def _numbers(table: pd.DataFrame, columns: list[str]) -> tuple[pd.DataFrame, lis
     numbers = table[columns].apply(pd.to_numeric, errors="coerce").astype(np.float64)
     problems = []
     for name in columns:
-        wrong = np.flatnonzero(~np.isfinite(numbers[name].to_numpy()))
+        values = numbers[name].to_numpy()
+        wrong = np.flatnonzero(~(np.abs(values) <= GREATEST_COORDINATE))
         if len(wrong):
-            problems.append(f"{name} is missing or no number in {some([f'spot {row + 1}' for row in wrong])}")
+            what = "missing or no number" if np.isnan(values[wrong]).any() else f"beyond {GREATEST_COORDINATE:,}"
+            problems.append(f"{name} is {what} in {some([f'spot {row + 1}' for row in wrong])}")
     return numbers, problems
 
 
-def _ids(table: pd.DataFrame, numbers: pd.DataFrame, kind: str) -> list[str]:
+def _ids(table: pd.DataFrame, numbers: pd.DataFrame, path: Path) -> list[str]:
     """The file's own ids where it has a column of them, else "XxY" of the grid or, without a grid, of the pixels."""
     named = next((name for name in _ID_COLUMNS if name in table.columns), None)
     if named is not None:
-        return table[named].astype(str).tolist()
+        return checked_names(table[named].tolist(), "spots", str(path))
     return spot_ids(numbers["x"].to_numpy(), numbers["y"].to_numpy())
 
 

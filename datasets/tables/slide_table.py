@@ -13,12 +13,14 @@ from anndata import AnnData
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
 from datasets.tables.counts import read_counts
-from utils.files import require_file
-from utils.text import some
+from utils.files import reading, require_file
+from utils.text import shortened, some
+from utils.untrusted.text import cells_of, text_of
 
 T = TypeVar("T")
 
 SPOT_COLUMNS = ("x", "y", "pixel_x", "pixel_y")
+GREATEST_COORDINATE = 10**9  # of an array or an image
 
 
 def load_slide(layout: Layout, slide: str, genes: Sequence[str] | None = None) -> AnnData:
@@ -63,13 +65,14 @@ def read_spots(path: str | Path) -> pd.DataFrame:
 
     returns: table indexed by "round(x)xround(y)", in the order of the file.
     Raises FileNotFoundError, or one ValueError naming the file and everything that is wrong: missing columns, values
-    that are no numbers, duplicated ids.
+    that are no numbers or beyond any array and image, duplicated ids.
     """
     path = require_file(path, "It should list the spots of a slide, tab separated: x, y, pixel_x, pixel_y.")
-    try:
-        table = pd.read_csv(path, sep="\t")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable tab separated table: {error}") from error
+    with reading(path, "a tab separated table of spots"):
+        table = cells_of(text_of(path), "\t").reset_index(drop=True)
+    for name in table.columns.difference(SPOT_COLUMNS):
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        table[name] = table[name] if numbers.isna().any() else numbers
     return check_spots(table, str(path))
 
 
@@ -84,10 +87,14 @@ def check_spots(table: pd.DataFrame, source: str) -> pd.DataFrame:
     numbers = table.loc[:, list(SPOT_COLUMNS)].apply(pd.to_numeric, errors="coerce")
     problems = []
     for name in SPOT_COLUMNS:
-        wrong = np.flatnonzero(~np.isfinite(numbers[name].to_numpy(dtype=np.float64)))
-        if len(wrong):
-            where = [f"row {row + 2} ({table['x'].iloc[row]}x{table['y'].iloc[row]})" for row in wrong]
-            problems.append(f"{name} is missing or no number in {some(where)}")
+        values = numbers[name].to_numpy(dtype=np.float64)
+        for what, is_wrong in (
+            ("missing or no number", ~np.isfinite(values)),
+            (f"beyond {GREATEST_COORDINATE:,}", np.isfinite(values) & (np.abs(values) > GREATEST_COORDINATE)),
+        ):
+            wrong = np.flatnonzero(is_wrong)
+            where = [f"row {row + 2} ({shortened(f'{table.x.iloc[row]}x{table.y.iloc[row]}', 60)})" for row in wrong]
+            problems += [f"{name} is {what} in {some(where)}"] if where else []
     if not len(table):
         problems.append("no spots in it")
     if not problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import h5py
 from utils.files import IF_DAMAGED, UnreadableFile, reading
 
 _SCRIPT = Path(__file__).with_name("walk_hdf5.py")
-_SECONDS = 10.0
+_SECONDS = 6.0
 
 
 class _Walker:
@@ -24,14 +25,19 @@ class _Walker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
+        self._lock, self._owner = threading.Lock(), os.getpid()
 
     def problem_of(self, path: Path) -> str | None:
         """What is wrong with the structure of a file, or None."""
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._process = _started()
-            answer = _answer(self._process, path)
+            # A fork of this process must not talk to that of its parent.
+            if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+                self._process, self._owner = _started(), os.getpid()
+            try:
+                answer = _answer(self._process, path)
+            except BaseException:  # of Ctrl-C, too: its answer must not be taken for that about the next file
+                self._process.kill()
+                raise
             if answer is not None:
                 return json.loads(answer)
             self._process.kill()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MEMORY = 4 << 30  # bytes of address space
 _MOST_OBJECTS = 1_000_000
 _MOST_EXPANSION = 1100  # deflate makes a kilobyte of zeros of one byte
+_GIVEN_UP = 60  # seconds
 _ROWS = 1 << 16  # strings read at a time
 
 
@@ -140,8 +142,10 @@ def _sentence(error: Exception) -> str:
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for line in sys.stdin:
+        signal.alarm(_GIVEN_UP)  # whoever asked may be gone
         sys.stdout.write(json.dumps(problem_of(json.loads(line))) + "\n")
         sys.stdout.flush()
+        signal.alarm(0)
 
 
 if __name__ == "__main__":

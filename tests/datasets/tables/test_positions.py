@@ -37,7 +37,7 @@ def test_compressed(tmp_path):
     (tmp_path / "tissue_positions_list.csv.gz").write_bytes(gzip.compress(SPOTS.encode()))
     assert len(read_positions(tmp_path / "tissue_positions_list.csv.gz")) == 3
     (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(SPOTS.encode())[:-9])
-    with pytest.raises(ValueError, match=r"cut.csv.gz is no text file"):
+    with pytest.raises(ValueError, match=r"cut.csv.gz cannot be read as a table of spot positions"):
         read_positions(tmp_path / "cut.csv.gz")
 
 
@@ -77,7 +77,7 @@ def test_lists_of_pixels(tmp_path, text, ids):
         ),
         ("x,y\n1,\n2,b\n", r"y is missing or no number in spot 1, spot 2"),
         ("x,y\n", "no spots in it"),
-        ("", "not a readable table|has the columns"),
+        ("", "cannot be read as a table of spot positions"),
         ("barcode,x,y\na,1,2\na,3,4\n", "spots listed twice: a"),
         (HEADER + SPOTS.replace("CCC-1,0,0,4", "CCC-1,0,0,2"), r"grid positions listed twice: \(2, 0\)"),
         (HEADER + SPOTS.replace("CCC-1,0", "CCC-1,yes"), "in_tissue should be 0 or 1, found .*yes"),
@@ -94,5 +94,5 @@ def test_missing_file_and_binary(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.csv does not exist. Expected comma or tab"):
         read_positions(tmp_path / "none.csv")
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ValueError, match="no text file"):
+    with pytest.raises(ValueError, match="cannot be read as a table of spot positions"):
         read_positions(tmp_path / "b.csv")

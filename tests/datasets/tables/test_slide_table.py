@@ -145,10 +145,10 @@ def test_files_of_different_slides_have_no_spot_in_common(tmp_path):
 def test_missing_and_unreadable_files(tmp_path):
     layout = written(tmp_path)
     layout.spots_path("A1").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"A1_selection\.tsv is not a readable tab separated table"):
+    with pytest.raises(ValueError, match=r"A1_selection\.tsv cannot be read as a tab separated table"):
         read_spots(layout.spots_path("A1"))
     layout.spots_path("A1").write_text("")
-    with pytest.raises(ValueError, match="is not a readable tab separated table"):
+    with pytest.raises(ValueError, match="cannot be read as a tab separated table"):
         read_spots(layout.spots_path("A1"))
     layout.spots_path("A1").unlink()
     with pytest.raises(FileNotFoundError, match=r"A1_selection\.tsv does not exist\. It should list the spots"):

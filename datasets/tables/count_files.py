@@ -1,0 +1,130 @@
+"""Tables of counts in parquet and in text, taken apart but not yet checked; to be called inside `reading`."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from utils.untrusted.text import first_lines, unpacked_bytes
+
+_HEXADECIMAL = re.compile(rb"[\t,] *[-+]?0[xX][^\t,\n]*")  # Arrow takes it for a number
+
+
+def read_parquet(path: Path, genes: Sequence[str] | None) -> tuple[pa.Table, list[str], list[str]]:
+    """Read the columns of counts (only those of `genes`), the spots and the genes."""
+    # Many short columns: no read-ahead.
+    file = pa.parquet.ParquetFile(path, memory_map=True, pre_buffer=False, page_checksum_verification=True)
+    index = _index_columns(file.schema_arrow)
+    if not index:
+        raise ValueError(f"{path} has no column of spot ids; write it with the ids as the index of the table.")
+    columns = [name for name in file.schema_arrow.names if name not in index]
+    if genes is not None:
+        wanted = set(genes)
+        columns = [name for name in columns if name in wanted]
+    table = file.read(columns=index[:1] + columns)
+    return table.select(columns), table.column(index[0]).to_pylist(), columns
+
+
+def parquet_genes(path: Path) -> list[str]:
+    """Read the names of the genes from the schema."""
+    schema = pa.parquet.read_schema(path)
+    index = _index_columns(schema)
+    return [name for name in schema.names if name not in index]
+
+
+def parquet_spots(path: Path) -> list[str]:
+    """Read the column of spot ids alone; none where there is no such column."""
+    file = pa.parquet.ParquetFile(path, page_checksum_verification=True)
+    index = _index_columns(file.schema_arrow)
+    return [str(name) for name in file.read(columns=index[:1]).column(0).to_pylist()] if index else []
+
+
+def _index_columns(schema: pa.Schema) -> list[str]:
+    """Columns that hold the spot ids: the index of pandas, or, without one, the first column of text."""
+    listed = (schema.pandas_metadata or {}).get("index_columns", [])
+    index = [name for name in listed if isinstance(name, str) and name in schema.names]
+    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    return index or texts[:1]
+
+
+def read_text(path: Path) -> tuple[np.ndarray | pa.Table, list[str], list[str]]:
+    """Read tab or comma separated text; the header may leave out the name of the first column, as R writes it."""
+    header, _, body = unpacked_bytes(path).replace(b"\r\n", b"\n").partition(b"\n")
+    names, separator = _columns(path, header, body.partition(b"\n")[0]), _separator(path)
+    values, spots = _integers(body, separator, len(names) - 1)
+    if values is not None:
+        return values, spots, names[1:]
+    if found := _HEXADECIMAL.search(body):
+        raise ValueError(f"{path} holds {found[0][1:].decode().strip()!r} where a count was expected.")
+    table = pa.csv.read_csv(
+        pa.BufferReader(body),
+        read_options=pa.csv.ReadOptions(column_names=[str(i) for i in range(len(names))], block_size=max(len(body), 1)),
+        parse_options=pa.csv.ParseOptions(delimiter=separator),
+        convert_options=pa.csv.ConvertOptions(column_types={"0": pa.string()}, true_values=[], false_values=[]),
+    )
+    return table.select(range(1, len(names))), table.column(0).to_pylist(), names[1:]
+
+
+def text_genes(path: Path) -> list[str]:
+    """Read the names of the genes from the first line."""
+    header, first_row = first_lines(path, 2)
+    return _columns(path, header, first_row)[1:]
+
+
+def text_spots(path: Path) -> list[str]:
+    """Read the first column."""
+    separator = _separator(path).encode()
+    lines = unpacked_bytes(path).split(b"\n")[1:]
+    return [line.partition(separator)[0].decode().strip('"') for line in lines if line.strip()]
+
+
+def _separator(path: Path) -> str:
+    return "," if ".csv" in path.suffixes else "\t"
+
+
+def _columns(path: Path, header: bytes, first_row: bytes) -> list[str]:
+    """Names of all columns, that of the ids included, checked against the first row."""
+    separator = _separator(path)
+    names = [name.strip('"') for name in header.decode().rstrip("\r\n").split(separator)]
+    if not first_row.strip():
+        raise ValueError(f"{path} holds no spots: it ends after its first line.")
+    width = first_row.decode().count(separator) + 1
+    if width == len(names) + 1:
+        names = ["", *names]
+    if width != len(names) or width < 2:
+        raise ValueError(
+            f"{path}: the header names {len(names)} columns, the first row has {width}, separated by {separator!r}. "
+            "Expected a row of genes, then one row a spot: its id and the counts."
+        )
+    return names
+
+
+def _integers(body: bytes, separator: str, width: int) -> tuple[np.ndarray | None, list[str]]:
+    """Values (N, width) int32 and N ids of rows of plain integers, several times faster than a general reader of text.
+
+    No values if a cell is anything else: then the general reader takes over, which also finds out what is wrong.
+    """
+    spots: list[str] = []
+
+    def rows() -> Iterator[str]:
+        for line in body.removesuffix(b"\n").split(b"\n"):
+            spot, _, counts = line.decode().partition(separator)
+            spots.append(spot.strip('"'))
+            yield counts
+
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error"
+        )  # other versions of NumPy warn where they cut 1.5 to 1, and where there are no rows
+        try:
+            values = np.loadtxt(rows(), dtype=np.int32, delimiter=separator, comments=None, ndmin=2)
+        except (ValueError, Warning):
+            return None, []
+    return (values if values.shape == (len(spots), width) else None), spots  # empty rows are left out

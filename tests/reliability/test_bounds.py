@@ -1,0 +1,72 @@
+"""Bounds: what a file claims is compared with what it is before it is taken; nothing crashes, hangs or fills the memory."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from datasets.tables.counts import gene_names, read_counts, spot_names
+from datasets.tables.positions import read_positions
+from datasets.tables.slide_table import read_spots
+from utils.untrusted import text
+
+
+@pytest.fixture
+def h5ad(tmp_path) -> Path:
+    counts = sparse.csr_matrix(np.ones((300, 40), np.float32))
+    obs, var = pd.DataFrame(index=[f"{i}x1" for i in range(300)]), pd.DataFrame(index=[f"GENE{i}" for i in range(40)])
+    anndata.AnnData(counts, obs=obs, var=var).write_h5ad(tmp_path / "A1.h5ad")
+    return tmp_path / "A1.h5ad"
+
+
+@pytest.mark.parametrize("bytes_more", [1, -1, -4000])
+def test_a_byte_too_many_or_too_few_is_noticed(h5ad, bytes_more):
+    content = h5ad.read_bytes()
+    middle = len(content) // 2
+    changed = content[:middle] + bytes(max(bytes_more, 0)) + content[middle + max(-bytes_more, 0) :]
+    h5ad.write_bytes(changed)
+    with pytest.raises(ValueError, match=r"A1\.h5ad cannot be read.*(it is truncated|bytes were inserted or appended)"):
+        read_counts(h5ad)
+
+
+def test_a_locked_file_is_not_called_damaged(h5ad):
+    with open(h5ad, "rb+") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"it is locked \(in use by another process.*HDF5_USE_FILE_LOCKING"):
+            read_counts(h5ad)
+    assert read_counts(h5ad).n_obs == 300
+
+
+def test_text_that_unpacks_to_more_than_a_table_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "MOST_BYTES", 10_000)
+    path = tmp_path / "s.tsv.gz"
+    path.write_bytes(gzip.compress(b"\tA\n" + b"1x1\t0\n" * 10_000))
+    for read in (read_counts, spot_names, read_spots, read_positions):
+        with pytest.raises(ValueError, match=r"s\.tsv\.gz cannot be read as .*it holds more than 10,000 bytes"):
+            read(path)
+
+
+def test_a_line_without_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "LONGEST_LINE", 1000)
+    path = tmp_path / "s.tsv"
+    path.write_bytes(b"A\t" * 2000)
+    for read in (read_counts, gene_names, spot_names, read_spots, read_positions):
+        with pytest.raises(ValueError, match=r"s\.tsv cannot be read as .*longer than 1,000 characters"):
+            read(path)
+
+
+@pytest.mark.parametrize("read", [read_counts, gene_names, spot_names, read_spots, read_positions])
+def test_damage_in_a_compressed_table_is_an_error_with_its_name(tmp_path, read):
+    path = tmp_path / "s.tsv.gz"
+    content = bytearray(gzip.compress(("\tA\n" + "".join(f"{i}x1\t{i * 7919 % 1000}\n" for i in range(999))).encode()))
+    content[15:17] = b"\xff\xff"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"s\.tsv\.gz cannot be read as "):
+        read(path)

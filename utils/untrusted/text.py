@@ -1,0 +1,75 @@
+"""Tables of text from elsewhere, compressed or not, read with bounds: a file of a few megabytes may unpack to gigabytes."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+from typing import IO
+
+import pandas as pd
+
+MOST_BYTES = 1 << 29  # of a table when it is unpacked
+LONGEST_LINE = 1 << 24
+_GZIP = b"\x1f\x8b"
+_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
+
+
+def open_unpacked(path: Path) -> gzip.GzipFile | IO[bytes]:
+    """Open a file for reading, without its compression if its name or its first bytes say that it has one."""
+    with open(path, "rb") as file:
+        is_packed = path.suffix == ".gz" or file.read(2) == _GZIP
+    return gzip.open(path, "rb") if is_packed else open(path, "rb")
+
+
+def unpacked_bytes(path: Path) -> bytes:
+    """Read a whole file, without its compression and without a byte order mark.
+
+    Raises ValueError if it holds more than `MOST_BYTES`; whatever gzip raises. To be called inside `reading`.
+    """
+    with open_unpacked(path) as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it holds more than {MOST_BYTES:,} bytes, which is no table of one slide")
+    if content.find(b"\n", 0, LONGEST_LINE) < 0 and len(content) > LONGEST_LINE:
+        raise ValueError(f"its first line is longer than {LONGEST_LINE:,} characters")
+    return content.removeprefix(_MARK)
+
+
+def first_lines(path: Path, count: int) -> list[bytes]:
+    """Read the first lines of a file without the rest, as `unpacked_bytes` does; empty where there are fewer."""
+    with open_unpacked(path) as file:
+        lines = [file.readline(LONGEST_LINE + 1) for _ in range(count)]
+    if any(len(line) > LONGEST_LINE for line in lines):
+        raise ValueError(f"one of its first lines is longer than {LONGEST_LINE:,} characters")
+    return [line.removeprefix(_MARK) if number == 0 else line for number, line in enumerate(lines)]
+
+
+def text_of(path: Path) -> str:
+    """Read a file of UTF-8 text, as `unpacked_bytes` does. Raises ValueError if it is none, or holds a NUL."""
+    text = unpacked_bytes(path).decode("utf-8")
+    if "\0" in text:
+        raise ValueError(f"line {text.count(chr(10), 0, text.index(chr(0))) + 1} holds a NUL character")
+    return text
+
+
+def cells_of(text: str, separator: str | None = None, names: list[str] | None = None) -> pd.DataFrame:
+    """Take a table of text apart: every cell as text, "" where a row has fewer.
+
+    separator: None = tab where the first line has one, else comma.  names: of the columns where no header names them.
+    Raises ValueError (of pandas, too) where it is no table, or a column is named twice.
+    """
+    first = text.partition("\n")[0]
+    separator = separator or ("\t" if "\t" in first else ",")
+    header = [cell.strip().strip('"').lower() for cell in first.rstrip("\r").split(separator)]
+    if names is None and (twice := sorted({name for name in header if name and header.count(name) > 1})):
+        raise ValueError(f"the column {twice[0]!r} is there twice")
+    table = pd.read_csv(
+        io.StringIO(text),
+        sep=separator,
+        header=0 if names is None else None,
+        names=names,
+        dtype=str,
+        keep_default_na=False,
+    )
+    return table.fillna("")
