@@ -159,9 +159,7 @@ def fast_path(setting: Setting, choice: str, epochs: int, device_name: str) -> d
     device = torch.device(device_name)
     layout = setting.layout
     store = open_store(layout, list(setting.slides))
-    source = open_tokens(
-        layout, store, device, choice=choice, residence="auto", num_workers=2, config_name="her2st/dml"
-    )
+    source = open_tokens(layout, store, device, choice=choice, residence="auto", num_workers=2)
     maker = BatchMaker(store, source, device)
     expression = torch.randn(setting.rows, GENES, device=device)
     generator = torch.Generator().manual_seed(SEED)

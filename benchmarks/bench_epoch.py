@@ -114,7 +114,7 @@ def demo_trainers(folder: Path, arguments: argparse.Namespace, device: torch.dev
     trainers = {}
     for name, choice in (("encoder in every step", "online"), ("token cache", "cache")):
         config = load_config("demo/dml", [*overrides, f"DATA.tokens={choice}"])
-        layout = open_layout(config)
+        layout = open_layout(config, "demo/dml")
         slides = layout.slides_on_disk()
         run_data = open_run_data(config, "demo/dml", layout, slides, device)
         if tiny:

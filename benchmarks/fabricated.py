@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from datasets.features.cache import CacheIdentity, write_cache
-from datasets.features.reader import load_store
+from datasets.features.reader import FeatureReader
 from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
@@ -129,7 +129,8 @@ def fabricate(
 
 def open_store(layout: Layout, slides: Sequence[str]) -> SpotStore:
     """The fabricated sections through the loader of the project."""
-    return load_store(layout, slides, encoder=ENCODER, sha256=None, config_name="her2st/dml")
+    reader = FeatureReader(layout, ENCODER)
+    return reader.read_features(reader.read_tables(slides))
 
 
 def chosen_sections(count: int) -> dict[str, int]:

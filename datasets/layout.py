@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets.spec import SPEC_FILE, DatasetSpec
+from utils.commands import extraction_command
 from utils.files import safe_name
 from utils.text import some
 
@@ -13,7 +15,6 @@ SPOT_SUFFIX = "_selection.tsv"
 PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".btf")
 SCANNER_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide", ".qptiff")
 IMAGE_SUFFIXES = frozenset(PLAIN_SUFFIXES + SCANNER_SUFFIXES)
-KINDS = ("target", "neighbor", "token", "patch")
 
 
 class Layout:
@@ -24,6 +25,7 @@ class Layout:
     test_name: name of an external set; default the spec's own name if it is external.
     patch_size, num_neighbors: they name the folders of the caches.
     root: the folder itself, where it lies elsewhere (a download in the documented layout).
+    extraction: spells the command that `repair` gives, with the configuration of whoever opens the folder.
     """
 
     def __init__(
@@ -35,16 +37,35 @@ class Layout:
         patch_size: int = 224,
         num_neighbors: int = 5,
         root: str | Path | None = None,
+        extraction: Callable[..., str] = extraction_command,
     ):
         self.data_dir = Path(data_dir)
         self.spec = spec
         if test_name is None and spec.external:
             test_name = spec.name
         self.name = safe_name(test_name or spec.name, "Data set")
+        self.is_external = bool(test_name)
         inside = Path("test") / self.name if test_name else Path(self.name)
         self.root = Path(root) if root is not None else self.data_dir / inside
         self.patch_size = patch_size
         self.num_neighbors = num_neighbors
+        self._extraction = extraction
+
+    def repair(self, kind: str, slides: str | None = None, encoder: str | None = None, overwrite: bool = False) -> str:
+        """Spell the command that makes features where this folder keeps them. Ask only when something is wrong.
+
+        kind: as for `cache_path`, or "all".  slides: comma separated, None for all.  overwrite: what is there, too.
+        """
+        return self._extraction(
+            kind,
+            slides,
+            encoder,
+            overwrite,
+            data_dir=self.data_dir,
+            test_name=self.name if self.is_external else None,
+            patch_size=self.patch_size,
+            num_neighbors=self.num_neighbors,
+        )
 
     @property
     def counts_dir(self) -> Path:
@@ -185,6 +206,10 @@ class Layout:
                 f"No complete slide of {self.name} in {self.root}: {len(found)} have counts.{detail} {self._prepare_hint()}"
             )
         return usable
+
+    def patients_on_disk(self) -> dict[str, str]:
+        """Find the patient of each slide that can be used, sorted by slide. Raises as `slides_on_disk`."""
+        return {slide: self.spec.patient_of(slide) for slide in self.slides_on_disk()}
 
     def incomplete_slides(self) -> dict[str, list[str]]:
         """Expected or found slides that cannot be used, with what each lacks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from datasets.batches import goes_to_device
 from datasets.features.cache import CacheIdentity, read_features, verify_cache
-from datasets.features.reader import extraction_command
 from datasets.features.token_store import TokenStore
 from datasets.images.geometry import NUM_VIEWS, dihedral_views, patch_corner
 from datasets.images.slides import open_slide
@@ -79,25 +79,28 @@ def open_tokens(
     choice: str,
     residence: str,
     num_workers: int,
-    config_name: str,
     reserve: int = 0,
 ) -> CachedTokens | CutPatches:
-    """The token caches if every slide has one (choice "auto" or "cache"), else the patches (choice "online").
+    """Open the token caches if every slide has one (choice "auto" or "cache"), else the patches (choice "online").
 
-    reserve: bytes of device memory to leave free, see `goes_to_device`.
+    residence: where they are held, see `goes_to_device`.  num_workers: threads that read tokens.
+    reserve: bytes of device memory to leave free.
     All caches are verified against the spots and the encoder of the features. The choice is printed.
+    Raises FileNotFoundError for caches that are missing though they were chosen, ValueError for those that do not fit.
     """
     missing = [slide.name for slide in store.slides if not layout.cache_path("token", slide.name).exists()]
     if choice == "cache" and missing:
         raise FileNotFoundError(
             f"DATA.tokens=cache: slides {', '.join(missing[:5])} have no token cache. Run: "
-            f"{extraction_command(layout, 'token', ','.join(missing), store.encoder.name, config_name)}"
+            f"{layout.repair('token', ','.join(missing), store.encoder.name)}"
         )
     if choice == "online" or missing:
-        say("Target tokens: the frozen encoder runs in every step (a token cache makes an epoch many times faster: "
-            f"{extraction_command(layout, 'token', None, store.encoder.name, config_name)})")  # fmt: skip
-        return CutPatches(_all_patches(layout, store.slides, config_name), device, residence, reserve)
-    identity = _verify_tokens(layout, store, config_name)
+        say(
+            "Target tokens: the frozen encoder runs in every step (a token cache makes an epoch many times faster: "
+            f"{layout.repair('token', None, store.encoder.name)})"
+        )
+        return CutPatches(_all_patches(layout, store.slides), device, residence, reserve)
+    identity = _verify_tokens(layout, store)
     tokens = TokenStore(
         [layout.cache_path("token", slide.name) for slide in store.slides],
         num_threads=num_workers or 1,
@@ -111,10 +114,10 @@ def open_tokens(
     return CachedTokens(tokens, device, residence, reserve)
 
 
-def _verify_tokens(layout: Layout, store: SpotStore, config_name: str) -> CacheIdentity:
+def _verify_tokens(layout: Layout, store: SpotStore) -> CacheIdentity:
     problems, identity = [], None
     for slide in store.slides:
-        expected = {"kind": "token", "encoder": store.encoder.name, "patch_size": layout.patch_size}
+        expected: dict[str, object] = {"kind": "token", "encoder": store.encoder.name, "patch_size": layout.patch_size}
         if store.encoder.sha256 != "unknown":
             expected["encoder_sha256"] = store.encoder.sha256
         try:
@@ -123,7 +126,7 @@ def _verify_tokens(layout: Layout, store: SpotStore, config_name: str) -> CacheI
                 expected,
                 list(slide.table.obs_names),
                 slide.table.obsm["center"],
-                repair=extraction_command(layout, "token", slide.name, store.encoder.name, config_name, overwrite=True),
+                repair=partial(layout.repair, "token", slide.name, store.encoder.name, overwrite=True),
             )
         except ValueError as error:
             problems.append(str(error))
@@ -133,18 +136,16 @@ def _verify_tokens(layout: Layout, store: SpotStore, config_name: str) -> CacheI
     return identity
 
 
-def _all_patches(layout: Layout, slides: Sequence[SlideRecord], config_name: str) -> Tensor:
+def _all_patches(layout: Layout, slides: Sequence[SlideRecord]) -> Tensor:
     """(R, P, P, 3) uint8: from the patch cache where a slide has one, else cut from its image, decoded once."""
     size = layout.patch_size
     patches = torch.empty((slides[-1].stop, size, size, 3), dtype=torch.uint8)
     for slide in progress(slides, description="patches", unit="slide", leave=False):
         path = layout.cache_path("patch", slide.name)
         if path.exists():
-            command = extraction_command(layout, "patch", slide.name, None, config_name, overwrite=True)
+            repair = partial(layout.repair, "patch", slide.name, overwrite=True)
             centers = slide.table.obsm["center"]
-            verify_cache(
-                path, {"kind": "patch", "patch_size": size}, list(slide.table.obs_names), centers, repair=command
-            )
+            verify_cache(path, {"kind": "patch", "patch_size": size}, list(slide.table.obs_names), centers, repair)
             found = read_features(path)
         else:
             found = cut_patches(layout, slide)
@@ -153,8 +154,11 @@ def _all_patches(layout: Layout, slides: Sequence[SlideRecord], config_name: str
 
 
 def cut_patches(layout: Layout, slide: SlideRecord) -> np.ndarray:
-    """(N, P, P, 3) uint8 patches centred on the spots, white outside the image."""
+    """Cut the patches centred on the spots: (N, P, P, 3) uint8, white outside the image.
+
+    Raises FileNotFoundError where the slide has no image, ValueError where it cannot be decoded.
+    """
     size = layout.patch_size
     corners = patch_corner(slide.table.obsm["center"], size)
-    with open_slide(layout.image_path(slide.name)) as image:
+    with open_slide(slide.image or layout.image_path(slide.name)) as image:
         return np.stack([image.read_region(int(x), int(y), size, size) for x, y in corners])

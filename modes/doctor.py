@@ -56,7 +56,7 @@ def examine(config: Config, question: Question) -> Findings:
     device = check_device(question.gpu, question.device, findings)
     if question.model_path is None:
         findings.attempt("run", lambda: check_run(question.run_dir, config, question.resume))
-    layout = findings.attempt("data", lambda: open_layout(config, question.test_name))
+    layout = findings.attempt("data", lambda: open_layout(config, question.config_name, question.test_name))
     if layout is None:
         return findings
     slides = check_slides(layout, findings)
@@ -64,13 +64,13 @@ def examine(config: Config, question: Question) -> Findings:
     have_features = False
     if records:
         before = findings.count(PROBLEM)
-        check_features(config, question.config_name, layout, records, findings)
+        check_features(config, layout, records, findings)
         have_features = findings.count(PROBLEM) == before
         check_shared_tissue(config, layout, slides, findings)
         check_fields_of_view(layout, slides, findings)
     spec = check_patch_encoder_files(config, layout, slides, have_features, findings)
     if records and question.test_name is None and question.model_path is None:
-        _check_training(config, question, layout, records, findings)
+        _check_training(config, question, layout, slides, records, findings)
     if records and spec is not None:
         _check_sizes(config, question, layout, records, spec, device, findings)
     if question.model_path is not None:
@@ -79,13 +79,18 @@ def examine(config: Config, question: Question) -> Findings:
 
 
 def _check_training(
-    config: Config, question: Question, layout: Layout, records: Sequence[SlideRecord], findings: Findings
+    config: Config,
+    question: Question,
+    layout: Layout,
+    slides: Sequence[str],
+    records: Sequence[SlideRecord],
+    findings: Findings,
 ) -> None:
-    """Genes, folds, and clusters against the batches of each fold."""
+    """Genes, folds, and clusters against the batches of each fold; records: of those slides whose tables fit."""
     check_panel(config, layout, [record.name for record in records], findings)
-    folds = findings.attempt("folds", lambda: _folds(config, layout, question.fold, findings))
-    if folds and len(records) == len(layout.slides_on_disk()):
-        findings.attempt("clusters", lambda: check_clusters(config, layout, records, folds))
+    folds = findings.attempt("folds", lambda: _folds(config, layout, slides, question.fold, findings))
+    if folds and len(records) == len(slides):
+        findings.attempt("clusters", lambda: check_clusters(config, records, folds))
 
 
 def _check_sizes(
@@ -99,7 +104,7 @@ def _check_sizes(
 ) -> None:
     """What the slides need of disk and memory."""
     spots, slides = records[-1].stop, [record.name for record in records]
-    check_token_cache(config, question.config_name, layout, spots, slides, spec, findings)
+    check_token_cache(config, layout, spots, slides, spec, findings)
     if device is None:
         return
     online = needs_of(config).tokens and runs_encoder(config, layout, slides)
@@ -115,9 +120,9 @@ def _check_sizes(
             check_memory(need, device, findings)
 
 
-def _folds(config: Config, layout: Layout, wanted: int | None, findings: Findings) -> list[Fold]:
+def _folds(config: Config, layout: Layout, slides: Sequence[str], wanted: int | None, findings: Findings) -> list[Fold]:
     """The folds that can be run, said with their patients."""
-    folds, notices = possible_folds(layout)
+    folds, notices = possible_folds(layout.spec, {slide: layout.spec.patient_of(slide) for slide in slides})
     for notice in notices:
         findings.warning("folds", notice)
     names = ", ".join(f"{fold.index} ({fold.name})" for fold in folds)

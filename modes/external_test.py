@@ -51,7 +51,7 @@ def external_test(
     """Test a run on <data_dir>/test/<test_name>; returns the folder with the results, <run>/external/<test_name>."""
     checkpoints, fold_notes = chosen_checkpoints(model_path, fold)
     members = load_members(checkpoints, overrides, device)
-    layout = external_layout(members[0].config, test_name)
+    layout = external_layout(members[0], test_name)
     test = open_test(members, layout, device, fold_notes)
     folder = run_folder(members, model_path, fold) / "external" / layout.name
     notes = warnings_of(test)
@@ -169,7 +169,7 @@ def parts_of(test: ExternalTest, record: SlideRecord) -> Iterator[Part]:
 
     if test.encoder is not None:
         plan = plan_for(test.members[0], ("token",))
-        with open_slide(test.layout.image_path(record.name)) as slide:
+        with open_slide(record.image or test.layout.image_path(record.name)) as slide:
             centers = record.table.obsm["center"]
             for rows, tokens, _ in encoded_parts(slide, centers, test.encoder, plan, default_workers(), size):
                 yield rows, tokens, neighbors(rows)

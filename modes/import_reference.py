@@ -48,14 +48,15 @@ def convert(config: Config, source: Source, out: str) -> Path:
     path = _new_file(Path(out), source.fold)
     content = load_tensors(source.path)
     weights = import_reference(_state_dict(content, source.path))
-    layout = open_layout(config)
+    layout = open_layout(config, source.config_name)
     genes = load_names(layout.panel_path)
     spec = patch_encoder_spec(config.DATA.encoder)
     _check_sizes(weights, spec, genes, source.path, layout)
     model = make_model(config, feature_dim=spec.pooled_dim, token_dim=spec.dim, num_genes=len(genes))
     load_weights(model, weights, source.path)
-    (fold,), _ = find_folds(config, layout, [source.fold])
-    split = record_of(fold, layout, config.EVALUATION.protocol, "test")
+    patient_of_slide = layout.patients_on_disk()
+    (fold,), _ = find_folds(config, layout, patient_of_slide, [source.fold])
+    split = record_of(fold, patient_of_slide, config.EVALUATION.protocol, "test")
     trained = TrainedFold(
         weights=weights,
         epoch=0,

@@ -64,7 +64,7 @@ def _test_checkpoint(
             f"the configuration is for {data_type}, {checkpoint} was trained on {config.DATA.type}. Give the configuration "
             f"of the run, or leave --config_name out. Slides of other data sets: --mode external_test."
         )
-    layout = open_layout(config)
+    layout = open_layout(config, trained.config_name)
     missing = sorted(set(split.test_slides) - set(layout.slides_on_disk()))
     if missing:
         raise FileNotFoundError(

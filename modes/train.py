@@ -47,15 +47,14 @@ def train(config: Config, options: TrainOptions) -> Path:
     """Train and test the folds, write the summary; returns the run folder."""
     if options.device.type == "cpu":
         keep_freed_memory()
-    layout = open_layout(config)
+    config_file = options.config_file or options.config_name
+    layout = open_layout(config, config_file)
     run_dir = Path(config.GENERAL.log_path) / options.config_name / options.run_name
     check_run(run_dir, config, options.resume)
-    folds, notices = find_folds(config, layout, options.folds)
-    patients = sorted(
-        {p for fold in folds for p in (*fold.test_patients, *fold.train_patients, *fold.validation_patients)}
-    )
-    slides = [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in patients]
-    run_data = open_run_data(config, options.config_file or options.config_name, layout, slides, options.device, folds)
+    patient_of_slide = layout.patients_on_disk()
+    folds, notices = find_folds(config, layout, patient_of_slide, options.folds)
+    # Every fold splits all patients on disk into training, validation and test.
+    run_data = open_run_data(config, config_file, layout, list(patient_of_slide), options.device, folds)
     check_started_folds(run_dir, run_data)
     open_run(run_dir, config, options.resume)
     say(f"Run folder: {run_dir}")

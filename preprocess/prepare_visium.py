@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from datasets.features.reader import extraction_command
 from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec, read_spec
@@ -46,6 +45,7 @@ from preprocess.raw.space_ranger import (
 )
 from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.cli import run, say
+from utils.commands import extraction_command
 from utils.config import Data, load_config
 from utils.files import load_names, require_file, safe_name, write_atomically, write_text
 from utils.text import some
@@ -257,7 +257,7 @@ def say_next(layout: Layout, panel: TrainingPanel) -> None:
 
 def next_extraction(layout: Layout, panel: TrainingPanel, kind: str) -> str:
     trained = panel.trained
-    if trained is None:
+    if trained is None or panel.config_name is None:
         config = "" if panel.type in SPECS else " --config CONFIG"
         return (
             f"python preprocess/extract_features_uni.py --mode external --extract_mode {kind} --test_name {layout.name} "
@@ -268,8 +268,15 @@ def next_extraction(layout: Layout, panel: TrainingPanel, kind: str) -> str:
     except (ValueError, FileNotFoundError):  # of a run made elsewhere
         default = None
     encoder = None if trained.encoder == default else trained.encoder
-    sized = Layout(layout.data_dir, layout.spec, patch_size=trained.patch_size, num_neighbors=trained.num_neighbors)
-    return extraction_command(sized, kind, None, encoder, panel.config_name)
+    return extraction_command(
+        kind,
+        encoder=encoder,
+        data_dir=layout.data_dir,
+        test_name=layout.name,
+        patch_size=trained.patch_size,
+        num_neighbors=trained.num_neighbors,
+        config_name=panel.config_name,
+    )
 
 
 def training_panel(

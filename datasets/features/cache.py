@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -125,20 +126,26 @@ def _to_attribute(value: object) -> object:
 
 
 @contextmanager
-def opened(path: str | Path, repair: str | None = None) -> Iterator[h5py.File]:
-    """A cache opened for reading; a missing or damaged file is an error with the command that repairs it."""
+def opened(path: str | Path, repair: Callable[[], str] | None = None) -> Iterator[h5py.File]:
+    """Open a cache for reading.
+
+    repair: spells the command that makes it again; asked only when something is wrong.
+    Raises FileNotFoundError or, also while the caller reads, ValueError for a damaged file, with that command.
+    """
     path = Path(path)
-    repair = (
-        repair or f"python preprocess/extract_features_uni.py --slides {path.stem} --overwrite (with its other flags)"
-    )
+    repair = repair or partial(_usual_repair, path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. Run:\n{repair}")
+        raise FileNotFoundError(f"{path} does not exist. Run:\n{repair()}")
     try:
         with h5py.File(path, "r") as file:
             yield file
     except _READ_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is truncated or no cache of ours ({reason}). Re-run:\n{repair}") from error
+        raise ValueError(f"{path} is truncated or no cache of ours ({reason}). Re-run:\n{repair()}") from error
+
+
+def _usual_repair(path: Path) -> str:
+    return f"python preprocess/extract_features_uni.py --slides {path.stem} --overwrite (with its other flags)"
 
 
 def read_identity(path: str | Path) -> CacheIdentity:
@@ -147,12 +154,13 @@ def read_identity(path: str | Path) -> CacheIdentity:
         return identity_of(file, path)
 
 
-def identity_of(file: h5py.File, path: str | Path, repair: str | None = None) -> CacheIdentity:
+def identity_of(file: h5py.File, path: str | Path, repair: Callable[[], str] | None = None) -> CacheIdentity:
+    """Read what an opened cache says about itself. Raises ValueError if it is of another schema version."""
     found = file.attrs.get("schema_version")
     if found != SCHEMA_VERSION:
         raise ValueError(
             f"{path} is a cache of schema version {found}, this program reads version {SCHEMA_VERSION}. "
-            f"Re-run:\n{repair or 'its extraction with --overwrite'}"
+            f"Re-run:\n{repair() if repair else 'its extraction with --overwrite'}"
         )
     values = {field.name: _from_attribute(file.attrs[field.name]) for field in dataclasses.fields(CacheIdentity)}
     values["image_size"] = tuple(int(length) for length in values["image_size"])
@@ -165,12 +173,16 @@ def _from_attribute(value: object) -> object:
 
 
 def verify_cache(
-    path: str | Path, expected: Mapping[str, object], spot_ids: Sequence[str], centers: np.ndarray, repair: str
+    path: str | Path,
+    expected: Mapping[str, object],
+    spot_ids: Sequence[str],
+    centers: np.ndarray,
+    repair: Callable[[], str],
 ) -> CacheIdentity:
     """Check a cache against what it should have been made from, before its first number is used.
 
     expected: fields of CacheIdentity with the values they must have.  spot_ids (N,), centers (N, 2): the spots of the
-    slide, in order.  repair: the command that makes the cache again.
+    slide, in order.  repair: spells the command that makes the cache again.
     Returns what the cache says about itself. Raises FileNotFoundError, or one ValueError with every difference found.
     """
     with opened(path, repair) as file:
@@ -187,10 +199,10 @@ def verify_cache(
         if rows != len(file["spot_id"]):
             problems.append(f"it holds {rows} rows for {len(file['spot_id'])} spots and is damaged")
     if len(problems) == 1:
-        raise ValueError(f"{path} cannot be used: {problems[0]}. Re-run:\n{repair}")
+        raise ValueError(f"{path} cannot be used: {problems[0]}. Re-run:\n{repair()}")
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
-        raise ValueError(f"{path} cannot be used, for {len(problems)} reasons:\n{listed}\nRe-run:\n{repair}")
+        raise ValueError(f"{path} cannot be used, for {len(problems)} reasons:\n{listed}\nRe-run:\n{repair()}")
     return identity
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from anndata import AnnData
 
 from datasets.features.cache import read_identity, verify_cache
-from datasets.features.reader import FeatureReader, extraction_command
+from datasets.features.reader import FeatureReader
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from datasets.tables.counts import gene_names, round_ids, spot_names
@@ -117,19 +118,14 @@ def check_panel(config: Config, layout: Layout, slides: Sequence[str], findings:
     findings.ok("genes", f"{layout.panel_path} lists {len(panel)} genes, measured on every slide.")
 
 
-def check_features(
-    config: Config, config_name: str, layout: Layout, records: Sequence[SlideRecord], findings: Findings
-) -> str | None:
+def check_features(config: Config, layout: Layout, records: Sequence[SlideRecord], findings: Findings) -> str | None:
     """Features and token caches against spots, images and each other. Returns the SHA-256 of the weights they are of."""
     needs, encoder = needs_of(config), config.DATA.encoder
-    reader = FeatureReader(layout, encoder, None, config_name)
-    kinds = ("target", "neighbor") if needs.neighbors else ("target",)
-    missing = {kind: _without(layout, kind, records) for kind in kinds}
+    reader = FeatureReader(layout, encoder, with_neighbors=needs.neighbors)
+    missing = {kind: _without(layout, kind, records) for kind in reader.kinds}
     problems = [
         f"{len(slides)} of {len(records)} slides have no {kind} features: {some(slides, 12)}. Run: "
-        + extraction_command(
-            layout, kind, None if len(slides) == len(records) else ",".join(slides), encoder, config_name
-        )
+        + layout.repair(kind, None if len(slides) == len(records) else ",".join(slides), encoder)
         for kind, slides in missing.items()
         if slides
     ]
@@ -137,13 +133,15 @@ def check_features(
         if any(record.name in slides for slides in missing.values()):
             continue
         try:
-            reader.verify(record.name, record.table, needs.neighbors)
+            reader.verify(record.name, record.table)
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
     findings.problems("features", problems)
     if not problems:
         origin = f"weights {reader.sha256[:12]}" if reader.sha256 else "published files, which do not say which weights"
-        findings.ok("features", f"{' and '.join(kinds)} features of {encoder} for {len(records)} slides ({origin}).")
+        findings.ok(
+            "features", f"{' and '.join(reader.kinds)} features of {encoder} for {len(records)} slides ({origin})."
+        )
     if needs.tokens:
         _check_tokens(layout, records, reader, findings)
     return reader.sha256
@@ -161,10 +159,10 @@ def _check_tokens(layout: Layout, records: Sequence[SlideRecord], reader: Featur
     expected = {"kind": "token", "encoder": reader.encoder, "patch_size": layout.patch_size}
     expected |= {"encoder_sha256": reader.sha256} if reader.sha256 else {}
     for record in cached:
-        command = extraction_command(layout, "token", record.name, reader.encoder, reader.config_name, overwrite=True)
+        repair = partial(layout.repair, "token", record.name, reader.encoder, overwrite=True)
         path, table = layout.cache_path("token", record.name), record.table
         try:
-            verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair=command)
+            verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair)
         except ValueError as error:
             problems.append(str(error))
     findings.problems("tokens", problems)
@@ -173,7 +171,7 @@ def _check_tokens(layout: Layout, records: Sequence[SlideRecord], reader: Featur
         findings.warning(
             "tokens",
             f"{len(missing)} of {len(records)} slides have no token cache ({some(missing, 12)}), so that of the others is not "
-            f"used either. Run: {extraction_command(layout, 'token', ','.join(missing), reader.encoder, reader.config_name)}",
+            f"used either. Run: {layout.repair('token', ','.join(missing), reader.encoder)}",
         )
     elif cached and not problems:
         identity = read_identity(layout.cache_path("token", cached[0].name))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from datasets.features.encoding import VIEW_COUNTS
-from datasets.features.reader import extraction_command
 from datasets.layout import Layout
 from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
 from modes.checks.findings import Findings
@@ -57,7 +56,6 @@ def check_device(gpu: int | None, device: str | None, findings: Findings) -> tor
 
 def check_token_cache(
     config: Config,
-    config_name: str,
     layout: Layout,
     spots: int,
     slides: Sequence[str],
@@ -74,7 +72,7 @@ def check_token_cache(
         f"without token caches the encoder runs in every step. A cache of {views} views would take {gigabytes(nbytes)}, "
         f"{gigabytes(free)} are free in {layout.root}"
     )
-    command = extraction_command(layout, "token", None, spec.name, config_name)
+    command = layout.repair("token", None, spec.name)
     if nbytes > free:
         findings.warning(
             "tokens",

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.features.reader import extraction_command
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
@@ -90,7 +89,7 @@ def check_same_patch_encoder(fold: TrainedFold, run_data: RunData, checkpoint: P
         raise ValueError(
             f"{checkpoint} was trained on features of {made.name} (weights {made.sha256[:12]}...), the features in "
             f"{run_data.layout.root} are of {found.name} ({found.sha256[:12]}...). Extract those of the checkpoint's encoder, "
-            f"with its weights: {extraction_command(run_data.layout, 'all', None, made.name, run_data.config_name, True)}"
+            f"with its weights: {run_data.layout.repair('all', None, made.name, overwrite=True)}"
         )
 
 
@@ -114,7 +113,7 @@ def write_slide(
     layout: Layout, record: SlideRecord, result: SlideResult, path: Path, provenance: dict[str, object]
 ) -> None:
     """The prediction `.h5ad` of one measured slide, with a down-scaled image where the image is at hand."""
-    image, scale = thumbnail(layout, record)
+    image, scale = thumbnail(record)
     write_prediction(
         path,
         slide=record.name,
@@ -147,13 +146,14 @@ def provenance_of(fold: TrainedFold, checkpoint: Path) -> dict[str, object]:
     }
 
 
-def thumbnail(layout: Layout, record: SlideRecord) -> tuple[np.ndarray | None, float]:
-    """(image, its pixels per full-resolution pixel); (None, 1) where only features are at hand."""
-    try:
-        path = layout.image_path(record.name)
-    except FileNotFoundError:
+def thumbnail(record: SlideRecord) -> tuple[np.ndarray | None, float]:
+    """Scale the slide's image down: (image, its pixels per full-resolution pixel); (None, 1) where there is none.
+
+    Raises ValueError where the image cannot be decoded.
+    """
+    if record.image is None:
         return None, 1.0
-    with open_slide(path) as slide:
+    with open_slide(record.image) as slide:
         return slide.thumbnail(THUMBNAIL_PX)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from datasets.features.patch_encoder import BatchedPatchEncoder
-from datasets.features.reader import load_store
+from datasets.features.reader import FeatureReader
 from datasets.field_of_view import compare_fields_of_view, field_of_view
 from datasets.known_sets import get_spec, leaking_slides
 from datasets.layout import Layout
@@ -18,6 +19,7 @@ from datasets.tokens import CachedTokens, open_tokens
 from modes.prediction.encode import open_patch_encoder
 from modes.prediction.ensemble import Member, field_of_view_of, shared_genes
 from utils.cli import say
+from utils.commands import extraction_command
 from utils.config import Config
 from utils.files import safe_name
 from utils.text import some
@@ -39,19 +41,29 @@ class ExternalTest:
     tokens: CachedTokens | None
     encoder: BatchedPatchEncoder | None  # where there is no token cache
     fold_notes: list[str]
+    left_out: str | None  # on slides that cannot be used
 
     @property
     def config(self) -> Config:
         return self.members[0].config
 
 
-def external_layout(config: Config, test_name: str) -> Layout:
-    """<data_dir>/test/<test_name>, or, for the name of a training set that is prepared as such, its own folder."""
-    data = config.DATA
+def external_layout(member: Member, test_name: str) -> Layout:
+    """Find <data_dir>/test/<test_name>, or, for the name of a training set that is prepared as such, its own folder.
+
+    Raises ValueError for a data set that is not known, and for the one that the fold was trained on.
+    """
+    data = member.config.DATA
     spec = get_spec(safe_name(test_name, "Test set"), data.data_dir)
-    sizes = {"patch_size": data.patch_size, "num_neighbors": data.num_neighbors}
-    external = Layout(data.data_dir, spec, test_name=test_name, **sizes)
-    internal = Layout(data.data_dir, spec, **sizes)
+    open_folder = partial(
+        Layout,
+        data.data_dir,
+        spec,
+        patch_size=data.patch_size,
+        num_neighbors=data.num_neighbors,
+        extraction=partial(extraction_command, config_name=member.fold.config_name),
+    )
+    external, internal = open_folder(test_name=test_name), open_folder()
     if spec.external or external.root.is_dir() or not internal.root.is_dir():
         return external
     if test_name == data.type:
@@ -65,26 +77,19 @@ def external_layout(config: Config, test_name: str) -> Layout:
 def open_test(members: list[Member], layout: Layout, device: torch.device, fold_notes: list[str]) -> ExternalTest:
     """Find the genes that can be scored; read and verify counts, spots and features of the slides.
 
-    Raises ValueError / FileNotFoundError as `load_store`, and if no gene of the panel is measured.
+    Raises ValueError / FileNotFoundError for whatever cannot be used, and if no gene of the panel is measured.
     """
-    slides = layout.slides_on_disk()
+    slides, left_out = layout.slides_on_disk(), layout.left_out_note()
     genes, missing = measured_genes(layout, slides, shared_genes(members))
     member, made = members[0], members[0].fold.encoder
-    store = load_store(
-        layout,
-        slides,
-        encoder=made.name,
-        sha256=None if made.sha256 == "unknown" else made.sha256,
-        config_name=member.fold.config_name,
-        with_neighbors=member.needs.neighbors,
-        hold_neighbors=False,
-        genes=genes,
-    )
+    sha256 = None if made.sha256 == "unknown" else made.sha256
+    reader = FeatureReader(layout, made.name, sha256, with_neighbors=member.needs.neighbors)
+    store = reader.read_features(reader.read_tables(slides, genes), hold_neighbors=False)
     tokens, encoder = None, None
     if member.needs.tokens:
         tokens = cached_tokens(member, layout, store, device)
         encoder = None if tokens else open_patch_encoder(member, device)
-    return ExternalTest(members, layout, store, genes, missing, device, tokens, encoder, fold_notes)
+    return ExternalTest(members, layout, store, genes, missing, device, tokens, encoder, fold_notes, left_out)
 
 
 def measured_genes(layout: Layout, slides: Sequence[str], panel: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -114,7 +119,6 @@ def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torc
         choice="cache",
         residence="host",  # each token is read once for each fold
         num_workers=config.DATA.num_workers,
-        config_name=member.fold.config_name,
     )
     pool, trained = source.store.identity.token_pool, member.fold.encoder.token_pool
     if pool != trained:
@@ -128,8 +132,7 @@ def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torc
 def warnings_of(test: ExternalTest) -> list[str]:
     """What a reader of the scores must know before them: what was left out, leaks, fields of view, features of no origin."""
     layout, config = test.layout, test.config
-    left_out = layout.left_out_note()
-    notes = [*test.fold_notes, *([left_out] if left_out else [])]
+    notes = [*test.fold_notes, *([test.left_out] if test.left_out else [])]
     patients = {patient for member in test.members for patient in member.fold.split.fitted_patients}
     slides = {record.name: record.patient for record in test.store.slides}
     leaks = leaking_slides(config.DATA.type, patients, slides)

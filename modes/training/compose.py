@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from models.contract import ExpressionModel, ModelInputs, Needs, Prediction, Siz
 from models.losses import GeneDMLLoss
 from models.patch_encoders.build import build_patch_encoder, find_weights
 from models.table import build_model, find_model
+from utils.commands import extraction_command
 from utils.config import Config
 from utils.precision import Precision
 from utils.trained_fold import OptimizationState
@@ -23,8 +25,11 @@ from utils.trained_fold import OptimizationState
 Encode = Callable[[SpotBatch], Tensor | None]
 
 
-def open_layout(config: Config, test_name: str | None = None) -> Layout:
-    """Find the data folder that the configuration names; with `test_name` the external set below it."""
+def open_layout(config: Config, config_name: str, test_name: str | None = None) -> Layout:
+    """Find the data folder that the configuration names; with `test_name` the external set below it.
+
+    config_name: of its file, for the commands in messages.  Raises ValueError for a data set that is not known.
+    """
     spec = get_spec(test_name or config.DATA.type, config.DATA.data_dir)
     return Layout(
         config.DATA.data_dir,
@@ -32,6 +37,7 @@ def open_layout(config: Config, test_name: str | None = None) -> Layout:
         test_name=test_name,
         patch_size=config.DATA.patch_size,
         num_neighbors=config.DATA.num_neighbors,
+        extraction=partial(extraction_command, config_name=config_name),
     )
 
 

@@ -37,7 +37,7 @@ def check_started_folds(run_dir: Path, run_data: RunData) -> None:
 
     Raises ValueError that names each change, the folds it concerns, and what to do.
     """
-    folds = {fold.index: fold for fold in possible_folds(run_data.layout)[0]}
+    folds = {fold.index: fold for fold in possible_folds(run_data.layout.spec, run_data.store.patients)[0]}
     panel = load_names(run_data.layout.panel_path) if run_data.config.EVALUATION.protocol == "paper" else None
     changes: dict[str, list[str]] = {}
     for folder in sorted(run_dir.glob("fold_*")):
@@ -114,7 +114,7 @@ def _changed_data(started: Started, run_data: RunData, fold: Fold | None) -> lis
         ("test", then.test_patients, then.test_slides, fold.test_patients),
     ):
         changes += _changed_list(f"{name} patients", sorted(patients), sorted(now))
-        changes += _changed_list(f"{name} slides", sorted(slides), slides_of(run_data.layout, now))
+        changes += _changed_list(f"{name} slides", sorted(slides), slides_of(run_data.store.patients, now))
     encoder = {"name": run_data.store.encoder.name, "sha256": run_data.store.encoder.sha256}
     changes += _changed_values("encoder", started.encoder, encoder)
     tokens = {"token_pool": run_data.token_pool, **run_data.token_source}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
-from datasets.features.reader import load_store
+from datasets.features.reader import FeatureReader
 from datasets.folds import Fold, available_folds, make_folds, with_validation
 from datasets.layout import Layout
+from datasets.spec import DatasetSpec
 from datasets.spots import SlideRecord, SpotStore, slide_of_row
 from datasets.targets import check_panel
 from datasets.tokens import CachedTokens, open_tokens
@@ -73,13 +74,16 @@ class RunData:
         return source.store.identity.token_pool if isinstance(source, CachedTokens) else 1
 
 
-def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> tuple[list[Fold], list[str]]:
-    """The folds that can be run with the slides on disk, inner validation patient included (clean protocol).
+def find_folds(
+    config: Config, layout: Layout, patient_of_slide: Mapping[str, str], wanted: Sequence[int] | None
+) -> tuple[list[Fold], list[str]]:
+    """Find the folds that can be run with the slides on disk, inner validation patient included (clean protocol).
 
+    patient_of_slide: `Layout.patients_on_disk`.
     Returns them and one sentence for each thing that is left out, which is also said; ValueError when a wanted fold
     cannot be run.
     """
-    folds, notices = possible_folds(layout)
+    folds, notices = possible_folds(layout.spec, patient_of_slide)
     left_out = layout.left_out_note()
     notices += [left_out] if left_out else []
     for notice in notices:
@@ -98,17 +102,19 @@ def find_folds(config: Config, layout: Layout, wanted: Sequence[int] | None) -> 
     return folds, notices
 
 
-def possible_folds(layout: Layout) -> tuple[list[Fold], list[str]]:
-    """The folds that the slides on disk allow, and one sentence for each thing that is left out."""
-    spec = layout.spec
-    on_disk = sorted({spec.patient_of(slide) for slide in layout.slides_on_disk()})
+def possible_folds(spec: DatasetSpec, patient_of_slide: Mapping[str, str]) -> tuple[list[Fold], list[str]]:
+    """Find the folds that the slides allow, and one sentence for each thing that is left out.
+
+    Raises ValueError as `datasets.folds.available_folds`.
+    """
+    on_disk = sorted(set(patient_of_slide.values()))
     folds = make_folds(list(spec.patients) or on_disk, spec.fold_scheme, spec.num_folds, spec.fold_seed)
     return available_folds(folds, on_disk)
 
 
-def slides_of(layout: Layout, patients: Sequence[str]) -> list[str]:
-    """Slides on disk of the patients, sorted."""
-    return [slide for slide in layout.slides_on_disk() if layout.spec.patient_of(slide) in set(patients)]
+def slides_of(patient_of_slide: Mapping[str, str], patients: Sequence[str]) -> list[str]:
+    """Choose the slides of the patients, in the order given (sorted, as they are on disk)."""
+    return [slide for slide, patient in patient_of_slide.items() if patient in patients]
 
 
 def open_run_data(
@@ -123,32 +129,24 @@ def open_run_data(
 
     folds: those that will be trained; k and the gene panel are checked against them. The cheap comes first: the encoder
     and its weights, then tables and headers of caches, then k and panel, and only then the features are read.
+    Raises ValueError or FileNotFoundError for whatever cannot be used, with the command that repairs it.
     """
     needs = needs_of(config)
     spec = patch_encoder_spec(config.DATA.encoder)
     if needs.tokens and runs_encoder(config, layout, slides):
         find_patch_encoder_weights(config)
     panel = load_names(layout.panel_path) if folds and config.EVALUATION.protocol == "paper" else []
-
-    def inspect(records: list[SlideRecord]) -> None:
-        check_clusters(config, layout, records, folds)
-        for record in records:
-            check_panel(record.table, panel)
-
-    store = load_store(
-        layout,
-        slides,
-        encoder=config.DATA.encoder,
-        sha256=None,
-        config_name=config_name,
-        with_neighbors=needs.neighbors,
-        inspect=inspect,
-    )
+    reader = FeatureReader(layout, config.DATA.encoder, with_neighbors=needs.neighbors)
+    records = reader.read_tables(slides)
+    check_clusters(config, records, folds)
+    for record in records:
+        check_panel(record.table, panel)
+    store = reader.read_features(records)
     _check_width(store, spec, layout)
     source, encoder, token_dim = None, None, store.target_features.shape[1]
     reserve = _reserve(config, layout, spec, store, device)
     if needs.tokens:
-        source, encoder = _open_source(config, config_name, layout, store, device, reserve)
+        source, encoder = _open_source(config, layout, store, device, reserve)
         token_dim = source.dim if source.gives_tokens else encoder.dim
     return RunData(
         config=config,
@@ -179,7 +177,7 @@ def _reserve(config: Config, layout: Layout, spec: PatchEncoderSpec, store: Spot
 
 
 def _open_source(
-    config: Config, config_name: str, layout: Layout, store: SpotStore, device: torch.device, reserve: int
+    config: Config, layout: Layout, store: SpotStore, device: torch.device, reserve: int
 ) -> tuple[object, nn.Module | None]:
     """The source of target tokens and, when it gives patches, the frozen encoder that turns them into tokens."""
     source = open_tokens(
@@ -189,7 +187,6 @@ def _open_source(
         choice=config.DATA.tokens,
         residence=config.DATA.residence,
         num_workers=config.DATA.num_workers,
-        config_name=config_name,
         reserve=reserve,
     )
     if source.gives_tokens:
@@ -221,7 +218,7 @@ def _check_width(store: SpotStore, spec: PatchEncoderSpec, layout: Layout) -> No
         )
 
 
-def check_clusters(config: Config, layout: Layout, records: Sequence[SlideRecord], folds: Sequence[Fold]) -> None:
+def check_clusters(config: Config, records: Sequence[SlideRecord], folds: Sequence[Fold]) -> None:
     """k against the smallest batch of every fold, before the first feature is read."""
     if not groups_spots(config):
         return

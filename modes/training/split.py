@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from datasets.folds import Fold
-from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from datasets.tables.expression import highest_mean_panel
 from datasets.targets import absent_genes, store_targets
@@ -39,11 +39,11 @@ def prepare_split(run_data: RunData, fold: Fold) -> Split:
 
     A closed form chooses no epoch, so its inner validation patient goes back to training.
     """
-    config, layout = run_data.config, run_data.layout
+    config = run_data.config
     selection = choose_selection(config, fold)
     if selection == "none":
         fold = replace(fold, train_patients=(*fold.train_patients, *fold.validation_patients), validation_patients=())
-    record = record_of(fold, layout, config.EVALUATION.protocol, selection)
+    record = record_of(fold, run_data.store.patients, config.EVALUATION.protocol, selection)
     outer = run_data.store.named(record.fitted_slides)
     genes = choose_panel(run_data, outer)
     is_clean = config.EVALUATION.protocol == "clean"
@@ -62,7 +62,7 @@ def prepare_split(run_data: RunData, fold: Fold) -> Split:
     )
 
 
-def record_of(fold: Fold, layout: Layout, protocol: str, selection: str) -> SplitRecord:
+def record_of(fold: Fold, patient_of_slide: Mapping[str, str], protocol: str, selection: str) -> SplitRecord:
     """The patients of a fold with the slides they have on disk."""
     return SplitRecord(
         fold=fold.index,
@@ -71,9 +71,9 @@ def record_of(fold: Fold, layout: Layout, protocol: str, selection: str) -> Spli
         test_patients=list(fold.test_patients),
         train_patients=list(fold.train_patients),
         validation_patients=list(fold.validation_patients),
-        test_slides=slides_of(layout, fold.test_patients),
-        train_slides=slides_of(layout, fold.train_patients),
-        validation_slides=slides_of(layout, fold.validation_patients),
+        test_slides=slides_of(patient_of_slide, fold.test_patients),
+        train_slides=slides_of(patient_of_slide, fold.train_patients),
+        validation_slides=slides_of(patient_of_slide, fold.validation_patients),
         selection=selection,
     )
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +231,7 @@ def _plan_slide(
         if path.exists() and not settings.overwrite:
             checked = (*_CHECKED_FIELDS, *_CHECKED_OF_KIND.get(kind, ()))
             expected = {name: getattr(identity, name) for name in checked}
-            verify_cache(path, expected, spot_ids, centers, repair=settings.repair(kind, slide))
+            verify_cache(path, expected, spot_ids, centers, repair=partial(settings.repair, kind, slide))
         else:
             pending[kind] = identity
     return SlideWork(slide, spot_ids, centers, pending)

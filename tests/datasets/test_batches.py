@@ -12,9 +12,6 @@ from torch._subclasses import FakeTensorMode
 from datasets import batches as batches_module
 from datasets import tokens as tokens_module
 from datasets.batches import BatchMaker, TrainingBatches, check_batch_sizes, epoch_rows, goes_to_device, split_rows
-from datasets.features.reader import extraction_command
-from datasets.layout import Layout
-from datasets.spec import DatasetSpec
 from datasets.spots import EncoderIdentity, SlideRecord, SpotStore
 from datasets.targets import slide_targets, store_targets
 from datasets.tokens import CutPatches
@@ -148,25 +145,6 @@ def test_targets_are_those_of_the_slides_asked_for_and_nothing_else(store):
 
     with pytest.raises(ValueError, match="slide S1"):  # a third of the panel: other names, not zeros
         slide_targets(store.slides[1].table, ["G1", "G2", "ERBB2"], absent_is_zero=True)
-
-
-def test_a_repair_command_makes_the_cache_where_it_was_looked_for(tmp_path):
-    spec = DatasetSpec(name="her2st")
-    ours = Layout(tmp_path, spec, patch_size=112, num_neighbors=3)
-    found = extraction_command(ours, "target", "A1", "resnet50", "her2st/dml", overwrite=True)
-    assert found == (
-        "python preprocess/extract_features_uni.py --config her2st/dml --mode internal --extract_mode target "
-        f"--data_dir {tmp_path} --encoder resnet50 --set DATA.patch_size=112 --num_n 3 --slides A1 --overwrite"
-    )
-    usual = extraction_command(Layout(tmp_path, spec), "token", None, "uni", "her2st/dml")
-    assert "--set" not in usual and "--num_n" not in usual
-    small = extraction_command(Layout(tmp_path, spec, patch_size=64), "token", None, "uni", "demo/dml")
-    assert "--set" not in small, "the configuration says it"
-    external = Layout(tmp_path, DatasetSpec(name="own"), "own", patch_size=112)
-    found = extraction_command(external, "target", None, "uni", "her2st/dml")
-    assert "--config her2st/dml --mode external --test_name own" in found and "--set DATA.patch_size=112" in found
-    elsewhere = extraction_command(external, "target", None, "uni", "mine/dml")
-    assert "--config" not in elsewhere and "--mode external --test_name own" in elsewhere
 
 
 CUDA = torch.device("cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from datasets.known_sets import SPECS
 from datasets.layout import COUNT_SUFFIXES, Layout
 from datasets.spec import DatasetSpec
+from utils.commands import extraction_command
 
 OWN = DatasetSpec(name="own", patient_pattern=r"^([A-Z])\d$", image_pattern="{patient}/{slide}/*")
 
@@ -156,3 +158,23 @@ def test_names_do_not_leave_the_data_folder(tmp_path, name):
             path_of(name)
     with pytest.raises(ValueError, match="is not a plain name"):
         Layout(tmp_path, OWN, name or "..")
+
+
+def test_a_repair_command_makes_the_cache_where_it_was_looked_for(tmp_path):
+    def opened(name="her2st/dml", test_name=None, spec=SPECS["her2st"], **sizes):
+        return Layout(tmp_path, spec, test_name, extraction=partial(extraction_command, config_name=name), **sizes)
+
+    found = opened(patch_size=112, num_neighbors=3).repair("target", "A1", "resnet50", overwrite=True)
+    assert found == (
+        "python preprocess/extract_features_uni.py --config her2st/dml --mode internal --extract_mode target "
+        f"--data_dir {tmp_path} --encoder resnet50 --set DATA.patch_size=112 --num_n 3 --slides A1 --overwrite"
+    )
+    usual = opened().repair("token", None, "uni")
+    assert "--set" not in usual and "--num_n" not in usual
+    small = opened("demo/dml", patch_size=64).repair("token", None, "uni")
+    assert "--set" not in small, "the configuration says it"
+    external = {"test_name": "own", "spec": DatasetSpec(name="own"), "patch_size": 112}
+    found = opened(**external).repair("target", None, "uni")
+    assert "--config her2st/dml --mode external --test_name own" in found and "--set DATA.patch_size=112" in found
+    elsewhere = opened("mine/dml", **external).repair("target", None, "uni")
+    assert "--config" not in elsewhere and "--mode external --test_name own" in elsewhere

@@ -253,7 +253,8 @@ def test_slides_that_lack_a_file_end_in_the_summary_of_a_training(tiny_run, tmp_
     shared = [f"DATA.data_dir={data_dir}", f"GENERAL.log_path={tmp_path}", "MODEL.name=mean"]
     config = load_config(tiny_run.config_name, shared)
     note = "1 slides cannot be used and are left out: A2. A2: no spot table"
-    assert [text for text in find_folds(config, open_layout(config), None)[1] if note in text]
+    layout = open_layout(config, tiny_run.config_name)
+    assert [text for text in find_folds(config, layout, layout.patients_on_disk(), None)[1] if note in text]
     capsys.readouterr()
     run = train(config, TrainOptions("tiny", "mean", CPU, [0], False, 0.0, with_report=False))
     assert note in capsys.readouterr().out

@@ -60,7 +60,7 @@ def _by_hand(data_dir: Path, run_dir: Path) -> tuple[list[str], np.ndarray, np.n
     paths = [run_dir / f"fold_{fold}" / "best.pt" for fold in (0, 1)]
     folds = [load_checkpoint(path) for path in paths]
     config = with_overrides(folds[0].config, [f"DATA.data_dir={data_dir}"])
-    layout = open_layout(config, "demo_external")
+    layout = open_layout(config, "tiny", "demo_external")
     run_data = open_run_data(config, "tiny", layout, ["X1"], CPU)
     (record,) = run_data.store.slides
     measured = set(record.table.var_names)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from datasets.features.cache import CacheIdentity, write_cache
-from datasets.features.reader import load_store
+from datasets.features.reader import FeatureReader
 from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
@@ -159,7 +159,8 @@ def test_without_a_token_cache_the_encoder_runs_on_patches_of_the_image(tmp_path
 @pytest.mark.parametrize(("name", "slides"), [("her2st", ("A1", "B1", "C1")), (EXTERNAL, (EXTERNAL,))])
 def test_every_row_of_the_tensors_meets_its_spot(download, name, slides):
     layout = layout_of(download, name)
-    store = load_store(layout, slides, encoder="uni", sha256=None, config_name="her2st/dml")
+    reader = FeatureReader(layout, "uni")
+    store = reader.read_features(reader.read_tables(slides))
     assert store.encoder.sha256 == "unknown"
     for slide in store.slides:
         expected = torch.tensor([[float(part) for part in spot.split("x")] for spot in slide.table.obs_names])

@@ -84,7 +84,7 @@ class Record:
 
 def train_steps(config, source_type: type, epochs: int = 2) -> Record:
     """Two epochs on all slides, as a fold does them, every step noted."""
-    layout = open_layout(config)
+    layout = open_layout(config, "tiny")
     slides = layout.slides_on_disk()
     run_data = open_run_data(config, "tiny", layout, slides, torch.device("cpu"))
     assert isinstance(run_data.maker.source, source_type)

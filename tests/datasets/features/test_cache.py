@@ -44,7 +44,7 @@ def _write(path, identity=IDENTITY, ids=IDS, centers=CENTERS, features=FEATURES)
 
 def _refusal(path, expected=EXPECTED, ids=IDS, centers=CENTERS) -> str:
     with pytest.raises(ValueError) as refused:
-        verify_cache(path, expected, ids, centers, repair=REPAIR)
+        verify_cache(path, expected, ids, centers, repair=lambda: REPAIR)
     message = str(refused.value)
     assert str(path) in message and REPAIR in message
     return message
@@ -56,7 +56,7 @@ def test_what_is_written_is_read(tmp_path):
     assert np.array_equal(read_features(path), FEATURES)
     assert np.array_equal(read_features(path, slice(1, 3)), FEATURES[1:3])
     everything = dataclasses.asdict(IDENTITY)
-    assert verify_cache(path, everything, IDS, CENTERS, repair=REPAIR) == IDENTITY
+    assert verify_cache(path, everything, IDS, CENTERS, repair=lambda: REPAIR) == IDENTITY
     unknown_size = dataclasses.replace(IDENTITY, microns_per_pixel=None)
     assert read_identity(_write(tmp_path / "B1.h5", unknown_size)).microns_per_pixel is None
     with h5py.File(path) as file:
@@ -103,7 +103,7 @@ def test_an_attribute_of_an_older_version_is_ignored(tmp_path):
     with h5py.File(path, "r+") as file:
         file.attrs["is_compiled"] = True
     assert read_identity(path) == IDENTITY
-    assert verify_cache(path, EXPECTED, IDS, CENTERS, repair=REPAIR) == IDENTITY
+    assert verify_cache(path, EXPECTED, IDS, CENTERS, repair=lambda: REPAIR) == IDENTITY
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_another_schema_and_damaged_files_are_refused(tmp_path):
         del file["features"]
     assert "truncated or no cache of ours" in _refusal(path)
     with pytest.raises(FileNotFoundError, match=r"E1\.h5 does not exist"):
-        verify_cache(tmp_path / "E1.h5", EXPECTED, IDS, CENTERS, repair=REPAIR)
+        verify_cache(tmp_path / "E1.h5", EXPECTED, IDS, CENTERS, repair=lambda: REPAIR)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the encoder broke"), KeyboardInterrupt()])
