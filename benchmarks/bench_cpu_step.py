@@ -24,7 +24,8 @@ from torch import nn
 from benchmarks.bench_step import make_scene, section_lengths, whole_step
 from benchmarks.common import Report, begin, finish, flags, in_child, machine
 from models.layers.dropout import Dropout
-from modes.training.compose import make_encode, make_step
+from modes.train import make_step
+from modes.training.compose import make_encode
 from utils.cli import run
 from utils.devices import keep_freed_memory
 

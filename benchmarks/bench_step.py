@@ -43,7 +43,8 @@ from datasets.images.geometry import dihedral_views
 from models.layers.attention import attend_plainly
 from models.losses import GeneDMLLoss
 from models.patch_encoders.build import PatchEncoder, build_patch_encoder
-from modes.training.compose import Optimization, make_encode, make_model, make_step
+from modes.train import make_step
+from modes.training.compose import Optimization, make_encode, make_model
 from utils.cli import run
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory

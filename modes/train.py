@@ -9,14 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datasets.batches import SlideBatch, TrainingBatches, epoch_rows
+from datasets.batches import SlideBatch, SpotBatch, TrainingBatches, epoch_rows
 from engine import train_one_epoch
 from evaluation.protocol import SlideResult, epoch_scores
+from models.contract import ExpressionModel
+from models.table import find_model
 from modes.prediction.checkpoint import score_checkpoint
 from modes.prediction.summary import finish_run
 from modes.training.checkpoints import FoldCheckpoints
 from modes.training.clusters import write_clusters
-from modes.training.compose import Optimization, groups_spots, is_closed_form, make_predict, make_step, open_layout
+from modes.training.compose import (
+    Encode,
+    Optimization,
+    forward,
+    groups_spots,
+    is_closed_form,
+    make_predict,
+    open_layout,
+)
 from modes.training.fold import fit_closed_form, new_model, remember_training_spots, start_folder, untrained_fold
 from modes.training.resume import check_continues, check_started_folds
 from modes.training.run_data import RunData, find_folds, open_run_data
@@ -123,6 +133,19 @@ def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds
     chosen = progress.history[progress.best_epoch - 1]
     score = f"{score_name} {chosen[score_name]:.4f}" if score_name else "the number of epochs was fixed"
     say(f"{split.record.title}: epoch {progress.best_epoch} of {progress.epoch} chosen ({score}).")
+
+
+def make_step(model: ExpressionModel, config: Config, encode: Encode) -> Callable[[SpotBatch], dict[str, Tensor]]:
+    """Make the training step of model and loss: batch -> named loss terms, of which "total" is learned from."""
+    make_loss = find_model(config.MODEL.name).loss
+    assert make_loss is not None, "a closed form is fitted, not trained"
+    loss = make_loss(config.LOSS)
+
+    def step(batch: SpotBatch) -> dict[str, Tensor]:
+        assert batch.expression is not None, "training needs measured expression"
+        return loss(forward(model, encode, batch), batch.expression)
+
+    return step
 
 
 def epoch_batches(run_data: RunData, split: Split, expression: Tensor, epoch: int) -> TrainingBatches:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from models.contract import ExpressionModel
-from modes.training.compose import batch_clusters
+from models.losses import GeneDMLLoss
+from modes.training.compose import forward
 from modes.training.run_data import RunData
 from modes.training.split import Split
 from utils.files import write_atomically
@@ -28,14 +29,16 @@ def write_clusters(path: Path, run_data: RunData, split: Split, model: Expressio
     batch = run_data.maker.spots(rows, torch.zeros_like(rows), expression, with_slides=True)
     model.eval()
     with torch.inference_mode(), run_data.precision.autocast():
-        image, gene = batch_clusters(model, config, run_data.encode, batch)
+        embeddings = forward(model, run_data.encode, batch).embeddings
+        assert embeddings is not None, "the model groups spots (`groups_spots`)"
+        image, gene = GeneDMLLoss(config.LOSS).clusters(embeddings)
     slides = [store.slides[i] for i in store.slide_of_row[rows].tolist()]
     table = pd.DataFrame(
         {
             "slide": [slide.name for slide in slides],
             "patient": [slide.patient for slide in slides],
-            "image_cluster": image.tolist(),
-            "gene_cluster": gene.tolist(),
+            "image_cluster": image.labels.tolist(),
+            "gene_cluster": gene.labels.tolist(),
         }
     )
     write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))

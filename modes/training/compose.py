@@ -14,7 +14,6 @@ from datasets.batches import SlideBatch, SpotBatch
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from models.contract import ExpressionModel, ModelInputs, Needs, Prediction, Sizes
-from models.losses import GeneDMLLoss
 from models.patch_encoders.build import build_patch_encoder, find_weights
 from models.table import build_model, find_model
 from utils.commands import extraction_command
@@ -84,19 +83,6 @@ def make_model(config: Config, *, feature_dim: int, token_dim: int, num_genes: i
     return build_model(config.MODEL, Sizes(feature_dim, token_dim, num_genes, config.DATA.num_neighbors))
 
 
-def make_step(model: ExpressionModel, config: Config, encode: Encode) -> Callable[[SpotBatch], dict[str, Tensor]]:
-    """Make the training step: batch -> named loss terms."""
-    make_loss = find_model(config.MODEL.name).loss
-    assert make_loss is not None, "a closed form is fitted, not trained"
-    loss = make_loss(config.LOSS)
-
-    def step(batch: SpotBatch) -> dict[str, Tensor]:
-        assert batch.expression is not None, "training needs measured expression"
-        return loss(_forward(model, encode, batch), batch.expression)
-
-    return step
-
-
 def make_predict(
     model: ExpressionModel, config: Config, encode: Encode, precision: Precision
 ) -> Callable[[SlideBatch], dict[str, Tensor]]:
@@ -118,16 +104,8 @@ def make_predict(
     return predict
 
 
-def batch_clusters(model: ExpressionModel, config: Config, encode: Encode, batch: SpotBatch) -> tuple[Tensor, Tensor]:
-    """Group a batch, (B,) clusters each, by its fused and by its gene vectors, as the instance-group loss forms them."""
-    embeddings = _forward(model, encode, batch).embeddings
-    assert embeddings is not None, "the model groups spots (`groups_spots`)"
-    image, gene = GeneDMLLoss(config.LOSS).clusters(embeddings)
-    return image.labels.cpu(), gene.labels.cpu()
-
-
-def _forward(model: ExpressionModel, encode: Encode, batch: SpotBatch) -> Prediction:
-    """The model on a training batch: its slides through the global encoder, then its spots."""
+def forward(model: ExpressionModel, encode: Encode, batch: SpotBatch) -> Prediction:
+    """Run the model on a training batch: its slides through the global encoder, then its spots."""
     global_tokens = None
     if model.needs.slides:
         assert batch.slide_features is not None and batch.grid_xy is not None, "training batches hold their slides"

@@ -18,8 +18,8 @@ from torch import Tensor
 from datasets.batches import TrainingBatches, epoch_rows
 from datasets.targets import store_targets
 from datasets.tokens import CachedTokens, CutPatches
-from modes.train import TrainOptions, train
-from modes.training.compose import Optimization, make_model, make_step, open_layout
+from modes.train import TrainOptions, make_step, train
+from modes.training.compose import Optimization, make_model, open_layout
 from modes.training.run_data import open_run_data
 from preprocess.extract_features_uni import main as extract
 from utils.config import load_config
