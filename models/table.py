@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from models.baselines.bleep import bleep_loss, build_bleep
 from models.baselines.fitted import build_knn, build_mean, build_ridge, build_ridge_neighbor
-from models.baselines.spot_model import build_linear_probe, build_mlp
+from models.baselines.probes import build_linear_probe, build_mlp
 from models.baselines.triplex import build_triplex, triplex_loss
 from models.contract import ExpressionModel, LossFunction, Needs, Sizes
 from models.gene_dml import build_gene_dml

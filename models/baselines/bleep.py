@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.baselines.closed_form import retrieve
-from models.baselines.spot_model import MEMORY_BUDGET, FittedModel
+from models.baselines.fitted_model import MEMORY_BUDGET, FittedModel
 from models.contract import TARGET, Embeddings, ModelInputs, Needs, Prediction, Sizes
 from models.encoders import ProjectionHead
 from models.layers.precision import full_precision, unit

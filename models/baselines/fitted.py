@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.baselines import closed_form
-from models.baselines.spot_model import MEMORY_BUDGET, ClosedForm, neighbor_mean
+from models.baselines.fitted_model import MEMORY_BUDGET, ClosedForm, neighbor_mean
 from models.contract import ModelInputs, Needs, Sizes
 from models.layers.precision import unit
 from utils.config import Model

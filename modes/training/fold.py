@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datasets.field_of_view import field_of_view
-from models.baselines.spot_model import ClosedForm
+from models.baselines.fitted_model import ClosedForm
 from models.contract import ExpressionModel, ModelInputs
 from modes.training.checkpoints import FoldCheckpoints
 from modes.training.compose import is_closed_form, make_model, model_inputs

@@ -12,7 +12,7 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.neighbors import NearestNeighbors
 
 from models.baselines.fitted import NUM_COMPONENTS
-from models.baselines.spot_model import neighbor_mean
+from models.baselines.fitted_model import neighbor_mean
 from models.contract import ModelInputs, Needs, Sizes
 from models.losses import fused_loss
 from models.table import MODELS, build_model, find_model
@@ -259,7 +259,7 @@ def test_neighbor_mean_leaves_out_invalid_tiles_whatever_they_hold(monkeypatch):
         [part[kept].mean(dim=0) if kept.any() else torch.zeros(DIM) for part, kept in zip(features, is_valid)]
     )
     torch.testing.assert_close(neighbor_mean(features, is_valid), expected)
-    monkeypatch.setattr("models.baselines.spot_model.MEMORY_BUDGET", 7 * 25 * DIM)
+    monkeypatch.setattr("models.baselines.fitted_model.MEMORY_BUDGET", 7 * 25 * DIM)
     torch.testing.assert_close(neighbor_mean(features, is_valid), expected)
     assert neighbor_mean(features[:0], is_valid[:0]).shape == (0, DIM)
 

@@ -1,16 +1,13 @@
-"""What the baselines share: a model of one spot at a time, and one that is fitted in closed form instead of trained."""
+"""Models that hold what training data say: buffers of free size, and the base of those that are fitted in closed form."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.contract import ExpressionModel, ModelInputs, Needs, Prediction, Sizes
-from models.layers.dropout import Dropout
-from models.layers.precision import full_precision
-from utils.config import Model
+from models.contract import ExpressionModel, ModelInputs, Needs, Prediction
 
 # Elements of the largest intermediate tensor: 64 MB in float32.
 MEMORY_BUDGET = 2**24
@@ -166,34 +163,3 @@ def neighbor_mean(neighbor_features: Tensor, neighbor_is_valid: Tensor) -> Tenso
         kept = torch.where(is_kept, features[start : start + chunk].float(), 0.0)
         means[start : start + chunk] = kept.sum(dim=1) / is_kept.sum(dim=1).clamp(min=1)
     return means
-
-
-class FeatureRegressor(ExpressionModel):
-    """Apply `head` to the pooled feature."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.needs = Needs()
-        self.head = head
-
-    def output_heads(self) -> list[nn.Module]:
-        """Give the head that predicts expression."""
-        return [self.head]
-
-    def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:
-        """Predict the expression (B, G) from the target features (B, F); everything else is ignored."""
-        assert inputs.target_features is not None, "the model reads the pooled features"
-        features = inputs.target_features.to(next(self.parameters()).dtype)
-        return Prediction(fused=full_precision(self.head(features)))
-
-
-def build_linear_probe(config: Model, sizes: Sizes) -> FeatureRegressor:
-    """Build Linear F -> genes."""
-    return FeatureRegressor(nn.Linear(sizes.feature_dim, sizes.num_genes))
-
-
-def build_mlp(config: Model, sizes: Sizes) -> FeatureRegressor:
-    """Build Linear F -> hidden, GELU, dropout, Linear hidden -> genes; hidden is MODEL.predictor_dim."""
-    hidden = nn.Linear(sizes.feature_dim, config.predictor_dim)
-    output = nn.Linear(config.predictor_dim, sizes.num_genes)
-    return FeatureRegressor(nn.Sequential(hidden, nn.GELU(), Dropout(config.predictor_dropout), output))
