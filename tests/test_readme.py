@@ -428,6 +428,15 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_of_the_program_that_a_page_names_exist(page):
+    named = re.findall(
+        r"(?<![\w/])(?:main\.py|engine\.py|(?:modes|models|datasets|evaluation|preprocess|utils|tests|benchmarks)/[\w/]+\.py)",
+        page.read_text(),
+    )
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 def test_the_readme_leads_to_every_page():
     linked = set(re.findall(r"\]\((docs/[\w.]+)\)", (ROOT / "README.md").read_text()))
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
