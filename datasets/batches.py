@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -104,7 +104,7 @@ class BatchMaker:
         on_device = to_device(rows, self.device)
         given = self.source.get(rows, views) if self.source else None
         tokens, patches = (given, None) if self.source and self.source.gives_tokens else (None, given)
-        return SpotBatch(
+        batch = SpotBatch(
             rows=rows,
             target_tokens=tokens,
             patches=patches,
@@ -112,8 +112,8 @@ class BatchMaker:
             neighbor_features=self._neighbors(rows, on_device),
             neighbor_is_valid=self.neighbor_is_valid[on_device],
             expression=None if expression is None else expression[on_device],
-            **(self._slides(rows) if with_slides else {}),
         )
+        return self._with_slides(batch) if with_slides else batch
 
     def _neighbors(self, rows: Tensor, on_device: Tensor) -> Tensor | None:
         if self.neighbor_features is None:
@@ -122,19 +122,21 @@ class BatchMaker:
             return take_rows(self.neighbor_features, on_device).float()
         return to_device(take_rows(self.neighbor_features, rows), self.device).float()
 
-    def _slides(self, rows: Tensor) -> dict[str, object]:
-        """All rows of the slides that the batch touches, one slide after the other, and where the batch lies in them."""
+    def _with_slides(self, batch: SpotBatch) -> SpotBatch:
+        """Add all rows of the slides that the batch touches, one slide after the other, and where the batch lies in them."""
+        rows = batch.rows
         slides, slide_of_spot = torch.unique(self.store.slide_of_row[rows], return_inverse=True)
         lengths = [self._lengths[i] for i in slides.tolist()]
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # of each slide within the R rows
         slide_rows = starts[slide_of_spot] + rows - self._starts[slides][slide_of_spot]
         all_rows = torch.cat([self.store.slides[i].rows for i in slides.tolist()])
-        return {
-            "slide_features": take_rows(self.target_features, to_device(all_rows, self.device)).float(),
-            "grid_xy": self.store.grid_xy[all_rows],
-            "lengths": lengths,
-            "slide_rows": slide_rows,
-        }
+        return replace(
+            batch,
+            slide_features=take_rows(self.target_features, to_device(all_rows, self.device)).float(),
+            grid_xy=self.store.grid_xy[all_rows],
+            lengths=lengths,
+            slide_rows=slide_rows,
+        )
 
     def slide(self, record: SlideRecord) -> SlideBatch:
         """One slide for evaluation: patches unturned (view 0), spots in the order of its table."""
@@ -259,7 +261,8 @@ def ahead_on_stream(
     batches: Iterator[SpotBatch], device: torch.device, stream: torch.cuda.Stream, depth: int = 2
 ) -> Iterator[SpotBatch]:
     """Make batches in a thread on a CUDA stream of its own; the step waits for a batch's copies, never for its files."""
-    made, stop = queue.Queue(maxsize=depth), threading.Event()
+    made: queue.Queue[tuple[SpotBatch | BaseException | None, torch.cuda.Event | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
     stream.wait_stream(
         torch.cuda.current_stream(device)
     )  # which may still be filling the arrays that batches come from
@@ -284,6 +287,7 @@ def ahead_on_stream(
                 return
             if isinstance(batch, BaseException):
                 raise batch
+            assert ready is not None, "every batch comes with the event of its copies"
             current = torch.cuda.current_stream(device)
             current.wait_event(ready)
             for value in vars(batch).values():

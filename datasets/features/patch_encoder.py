@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +16,20 @@ CPU_BATCH_SIZE = 32  # also of any other device
 PRECISIONS = ("auto", "float32", "bf16", "fp16")
 
 
+class Encoded(Protocol):
+    """What a patch encoder gives for B images: tokens (B, T, D) and one pooled feature (B, D')."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def pooled(self) -> Tensor: ...
+
+
 class BatchedPatchEncoder:
     """A frozen encoder on a device.
 
-    patch_encoder: callable, uint8 images (B, 3, P, P) on the device -> object with `.tokens` (B, T, D) and `.pooled` (B, D').
+    patch_encoder: uint8 images (B, 3, P, P) on the device -> what they are encoded to.
     prefix_tokens: how many of the T tokens come before the grid of patch tokens (class and register tokens).
     batch_size: images that pass the encoder at a time (default: by the device).
     precision: of its arithmetic; "auto" is float32 on the CPU and bf16 (or fp16 where there is no bf16) on CUDA.
@@ -26,7 +37,7 @@ class BatchedPatchEncoder:
 
     def __init__(
         self,
-        patch_encoder: Callable[[Tensor], object],
+        patch_encoder: Callable[[Tensor], Encoded],
         device: torch.device,
         *,
         prefix_tokens: int = 0,

@@ -66,8 +66,8 @@ def pooled_features(
     slide: Slide, centers: np.ndarray, encoder: BatchedPatchEncoder, plan: EncodingPlan, num_workers: int
 ) -> Tensor:
     """(N, D) float32 target features of all spots: what the global encoder sees of a slide."""
-    parts = [part.target for part in _encoded(slide, centers, encoder, plan, num_workers, "target features")]
-    return torch.from_numpy(np.concatenate(parts))
+    parts = list(_encoded(slide, centers, encoder, plan, num_workers, "target features"))
+    return torch.from_numpy(np.concatenate([part.target for part in parts if part.target is not None]))
 
 
 def encoded_parts(
@@ -107,9 +107,13 @@ def _encoded(
 
 def _joined(parts: list[EncodedSpots]) -> Part:
     rows = slice(parts[0].rows.start, parts[-1].rows.stop)
-    tokens = None if parts[0].token is None else torch.from_numpy(np.concatenate([part.token[:, 0] for part in parts]))
-    neighbors = None if parts[0].neighbor is None else np.concatenate([part.neighbor for part in parts])
-    return rows, tokens, neighbors
+    tokens = [part.token[:, 0] for part in parts if part.token is not None]
+    neighbors = [part.neighbor for part in parts if part.neighbor is not None]
+    return (
+        rows,
+        torch.from_numpy(np.concatenate(tokens)) if tokens else None,
+        np.concatenate(neighbors) if neighbors else None,
+    )
 
 
 def spot_batches(
