@@ -47,8 +47,9 @@ from benchmarks.common import (
     seconds_of,
     watched,
 )
-from datasets.features.cache import CacheIdentity, read_features
+from datasets.features.cache import read_features
 from datasets.features.encoding import default_workers
+from datasets.features.identity import CacheIdentity
 from datasets.features.patch_encoder import BatchedPatchEncoder
 from datasets.images.slides import open_slide
 from datasets.layout import Layout

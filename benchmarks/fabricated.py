@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from datasets.features.cache import CacheIdentity, write_cache
+from datasets.features.cache import write_cache
+from datasets.features.identity import CacheIdentity
 from datasets.features.reader import FeatureReader
 from datasets.known_sets import SPECS
 from datasets.layout import Layout

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from datasets.batches import goes_to_device
-from datasets.features.cache import CacheIdentity, read_features, verify_cache
+from datasets.features.cache import read_features
+from datasets.features.identity import CacheIdentity
 from datasets.features.token_store import TokenStore
+from datasets.features.verify import verify_cache
 from datasets.images.geometry import NUM_VIEWS, dihedral_views, patch_corner
 from datasets.images.slides import open_slide
 from datasets.layout import Layout

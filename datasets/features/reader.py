@@ -15,13 +15,18 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from datasets.features.cache import read_features, read_published, verify_cache, verify_published
+from datasets.features.cache import read_features
+from datasets.features.identity import CacheIdentity
+from datasets.features.published import read_published, verify_published
+from datasets.features.verify import verify_cache
 from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.spots import EncoderIdentity, SlideRecord, SpotStore, slide_of_row
 from datasets.tables.slide_table import check_inside, load_slide
 from utils.cli import progress
+
+_SAME_IN_ALL = ("dtype", "precision", "fill")
 
 
 class FeatureReader:
@@ -34,6 +39,7 @@ class FeatureReader:
     def __init__(self, layout: Layout, encoder: str, sha256: str | None = None, *, with_neighbors: bool = True):
         self.layout, self.encoder, self.sha256 = layout, encoder, sha256
         self.kinds = ("target", "neighbor") if with_neighbors else ("target",)
+        self._first: dict[str, CacheIdentity] = {}  # of the first slide with a cache, by kind
 
     def read_tables(self, slides: Sequence[str], genes: Sequence[str] | None = None) -> list[SlideRecord]:
         """Read the tables of the slides and verify every cache, before any feature is read.
@@ -89,12 +95,15 @@ class FeatureReader:
             expected["num_neighbors"] = self.layout.num_neighbors
         if self.sha256 is not None:
             expected["encoder_sha256"] = self.sha256
+        if kind in self._first:  # slides are not mixed that were encoded in another way
+            expected |= {name: getattr(self._first[kind], name) for name in _SAME_IN_ALL}
         if image is not None:
             with open_slide(image) as opened:
                 expected["image_fingerprint"] = opened.fingerprint()
         repair = partial(self.layout.repair, kind, slide, self.encoder, overwrite=True)
         identity = verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair)
         self.sha256 = self.sha256 or identity.encoder_sha256
+        self._first.setdefault(kind, identity)
         return identity.image_size
 
     def _image(self, slide: str) -> Path | None:
@@ -135,7 +144,11 @@ class FeatureReader:
         """One array over all slides, filled slide by slide: never more than one slide is held twice."""
         whole: Tensor | None = None
         for record in progress(records, description=f"{kind} features", unit="slide", leave=False):
-            features = torch.from_numpy(read_rows(self.layout, kind, record))
+            place = None if whole is None else whole[record.start : record.stop].numpy()
+            found = read_rows(self.layout, kind, record, out=place)
+            if found is place:
+                continue
+            features = torch.from_numpy(found)
             if whole is None:
                 whole = torch.empty((records[-1].stop, *features.shape[1:]), dtype=features.dtype)
             if features.shape[1:] != whole.shape[1:]:
@@ -149,14 +162,17 @@ class FeatureReader:
         return whole
 
 
-def read_rows(layout: Layout, kind: str, record: SlideRecord, rows: slice = slice(None)) -> np.ndarray:
+def read_rows(
+    layout: Layout, kind: str, record: SlideRecord, rows: slice = slice(None), out: np.ndarray | None = None
+) -> np.ndarray:
     """Read features ("target" (n, D) or "neighbor" (n, M, D)) of consecutive spots of a slide of `read_tables`.
 
+    out: is filled and returned where it has the shape and type of a cache's rows; a new array otherwise.
     Raises ValueError or FileNotFoundError for a file that was damaged or removed since.
     """
     path = layout.cache_path(kind, record.name)
     if path.exists():
-        return read_features(path, rows)
+        return read_features(path, rows, out)
     published = layout.published_path(kind, record.name)
     if published is None:
         raise FileNotFoundError(f"{path} is there no more. Run: {layout.repair(kind, record.name)}")

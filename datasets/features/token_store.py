@@ -1,23 +1,29 @@
 """Random rows of the token caches of many slides, read straight from the files into the buffer of a batch.
 
-A token cache keeps the encoder's tokens of one spot in one view as one uncompressed chunk. The places of all chunks are
-asked for once; after that a batch is a list of (file, offset) pairs, read in the order of the disk by a few threads with
-preadv. HDF5 itself is not involved any more, and neither is its lock.
+A token cache keeps the encoder's tokens of one spot in one view as one block. The places of all blocks are asked for once;
+after that a batch is a list of (file, offset) pairs, read in the order of the disk by a few threads with preadv. HDF5 itself
+is not involved any more, and neither is its lock. A block is compared with its checksum when it is first read.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.features.cache import CacheIdentity, identity_of, opened
+from datasets.features.cache import opened
+from datasets.features.identity import CacheIdentity
+from datasets.features.sealed import checksums_of, is_finite
 
+_EXTRACT = "Extract it again with --extract_mode token --overwrite."
 _TORCH_TYPES = {"float16": torch.float16, "float32": torch.float32}
 _SAME_IN_ALL = ("kind", "encoder", "encoder_sha256", "patch_size", "views", "dtype", "token_pool", "precision")
 
@@ -36,13 +42,16 @@ class TokenStore:
         self._num_threads, self._is_pinned = max(1, num_threads), is_pinned
         self._descriptors: list[int] = []
         self._pool: ThreadPoolExecutor | None = None
-        identities, shapes, offsets = zip(*[_chunk_table(path) for path in self._paths])
-        _check_alike(self._paths, identities, shapes)
-        self.identity: CacheIdentity = identities[0]
-        self.num_views, self.num_tokens, self.dim = shapes[0][1:]
+        blocks = [_blocks_of(path) for path in self._paths]
+        _check_alike(self._paths, [slide.identity for slide in blocks], [slide.shape for slide in blocks])
+        self.identity: CacheIdentity = blocks[0].identity
+        self.num_views, self.num_tokens, self.dim = blocks[0].shape[1:]
         self.dtype = _TORCH_TYPES[self.identity.dtype]
-        self._offsets = np.concatenate(offsets)  # (rows, views) bytes into the file
-        self._file_of_row = np.repeat(np.arange(len(self._paths)), [len(table) for table in offsets])
+        self._offsets = np.concatenate([slide.places for slide in blocks])  # (rows, views) bytes into the file
+        self._file_of_row = np.repeat(np.arange(len(self._paths)), [len(slide.places) for slide in blocks])
+        self._checksums = [slide.checksums for slide in blocks]
+        self._first_row = np.cumsum([0, *(len(slide.places) for slide in blocks)])
+        self._is_verified = np.zeros(self._offsets.shape, dtype=bool)
         self.num_rows = len(self._offsets)
         self._chunk_bytes = self.num_tokens * self.dim * self.dtype.itemsize
         self.nbytes = self.num_rows * self.num_views * self._chunk_bytes
@@ -63,10 +72,10 @@ class TokenStore:
         order = np.lexsort((offsets, files))  # the order of the disk
         parts = [part for part in np.array_split(order, self._num_threads) if len(part)]
         if len(parts) < 2:
-            self._read_part(order, files, offsets, buffer)
+            self._read_part(order, rows, views, buffer)
         else:
             pool = self._threads()
-            for done in [pool.submit(self._read_part, part, files, offsets, buffer) for part in parts]:
+            for done in [pool.submit(self._read_part, part, rows, views, buffer) for part in parts]:
                 done.result()
         return out
 
@@ -109,40 +118,75 @@ class TokenStore:
                 "augmentation, or extract with --views 8."
             )
 
-    def _read_part(self, part: np.ndarray, files: np.ndarray, offsets: np.ndarray, buffer: np.ndarray) -> None:
+    def _read_part(self, part: np.ndarray, rows: np.ndarray, views: np.ndarray, buffer: np.ndarray) -> None:
         """Fill the rows `part` of the buffer; preadv lets other threads run while it waits."""
         for place in part:
-            target, position, start = memoryview(buffer[place]).cast("B"), 0, int(offsets[place])
+            row, view = rows[place], views[place]
+            file, start = self._file_of_row[row], int(self._offsets[row, view])
+            target, position = memoryview(buffer[place]).cast("B"), 0
             while position < self._chunk_bytes:
-                count = os.preadv(self._descriptors[files[place]], [target[position:]], start + position)
+                count = os.preadv(self._descriptors[file], [target[position:]], start + position)
                 if count == 0:
                     raise ValueError(
-                        f"{self._paths[files[place]]} ends in the middle of its tokens; it was cut while in use. "
-                        "Extract it again with --extract_mode token --overwrite."
+                        f"{self._paths[file]} ends in the middle of its tokens; it was cut while in use. {_EXTRACT}"
                     )
                 position += count
+            if not self._is_verified[row, view]:  # once is enough: the file is held open
+                self._verify(file, row, view, buffer[place])
 
-
-def _chunk_table(path: Path) -> tuple[CacheIdentity, tuple[int, ...], np.ndarray]:
-    """What a token cache says about itself, the shape of its tokens, and where each (spot, view) lies in the file."""
-    with opened(path) as file:
-        identity = identity_of(file, path)
-        if identity.kind != "token":
-            raise ValueError(f"{path} is a cache of kind {identity.kind!r}; expected 'token'.")
-        tokens = file["tokens"]
-        table = np.full(tokens.shape[:2], -1, dtype=np.int64)
-
-        def note(chunk) -> None:
-            table[chunk.chunk_offset[:2]] = chunk.byte_offset
-
-        if tokens.chunks == (1, 1, *tokens.shape[2:]) and tokens.compression is None:
-            tokens.id.chunk_iter(note)
-        if (table < 0).any():
+    def _verify(self, file: int, row: int, view: int, block: np.ndarray) -> None:
+        """Compare a block with its checksum; without one, its numbers must be finite."""
+        checksums, place = self._checksums[file], row - self._first_row[file]
+        is_right = is_finite(block) if checksums is None else checksums_of(block[None], 1)[0] == checksums[place, view]
+        if not is_right:
+            with opened(self._paths[file]) as cache:
+                spot = cache.spot_ids[place]
+            what = "not finite" if checksums is None else "not what was written (checksum)"
             raise ValueError(
-                f"{path}: {int((table < 0).sum())} of {table.size} token blocks are missing or not stored plainly, one "
-                "per spot and view. Extract it again with --extract_mode token --overwrite."
+                f"{self._paths[file]} is damaged: the tokens of spot {spot} in view {view} are {what}. {_EXTRACT}"
             )
-        return identity, tokens.shape, table
+        self._is_verified[row, view] = True
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The tokens of a slide: shape (N, V, T, D), and of each (spot, view) the place in the file and the checksum, if any."""
+
+    identity: CacheIdentity
+    shape: tuple[int, ...]
+    places: np.ndarray
+    checksums: np.ndarray | None
+
+
+def _blocks_of(path: Path) -> _Blocks:
+    with opened(path) as cache:
+        if cache.identity.kind != "token":
+            raise ValueError(f"{path} is a cache of kind {cache.identity.kind!r}; expected 'token'.")
+        tokens = cache.numbers
+        if tokens.chunks is None:
+            block_bytes = math.prod(tokens.shape[2:]) * tokens.dtype.itemsize
+            numbers = np.arange(math.prod(tokens.shape[:2]), dtype=np.int64).reshape(tokens.shape[:2])
+            places = tokens.id.get_offset() + block_bytes * numbers
+        else:
+            places = _chunk_table(path, tokens)
+        return _Blocks(cache.identity, tokens.shape, places, cache.checksums)
+
+
+def _chunk_table(path: Path, tokens: h5py.Dataset) -> np.ndarray:
+    """Where each (spot, view) lies in a cache of an earlier version, which has a chunk for each."""
+    table = np.full(tokens.shape[:2], -1, dtype=np.int64)
+
+    def note(chunk: h5py.h5d.StoreInfo) -> None:
+        table[chunk.chunk_offset[:2]] = chunk.byte_offset
+
+    if tokens.chunks == (1, 1, *tokens.shape[2:]) and tokens.compression is None:
+        tokens.id.chunk_iter(note)
+    if (table < 0).any():
+        raise ValueError(
+            f"{path}: {int((table < 0).sum())} of {table.size} token blocks are missing or not stored plainly, one "
+            f"per spot and view. {_EXTRACT}"
+        )
+    return table
 
 
 def _check_alike(paths: Sequence[Path], identities: Sequence[CacheIdentity], shapes: Sequence[tuple[int, ...]]) -> None:

@@ -9,8 +9,9 @@ from functools import partial
 import numpy as np
 from anndata import AnnData
 
-from datasets.features.cache import read_identity, verify_cache
+from datasets.features.cache import read_identity
 from datasets.features.reader import FeatureReader
+from datasets.features.verify import verify_cache
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from datasets.tables.counts import gene_names, round_ids, spot_names

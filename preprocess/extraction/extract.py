@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.features.cache import NO_ENCODER, CacheIdentity, payload_bytes, verify_cache
+from datasets.features.cache import payload_bytes
 from datasets.features.encoding import EncodingPlan, encode_slide
+from datasets.features.identity import NO_ENCODER, CacheIdentity
 from datasets.features.patch_encoder import BatchedPatchEncoder, pooled_grid_side
+from datasets.features.verify import verify_cache
 from datasets.images.geometry import check_num_neighbors, check_patch_size
 from datasets.images.slides import Slide, open_slide
 from datasets.layout import Layout

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.features.cache import opened, read_features, read_identity
+from datasets.features.cache import opened
 from datasets.images.geometry import patch_corner
 
 
@@ -18,13 +18,12 @@ class PatchSlide:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        identity = read_identity(self.path)
+        with opened(self.path) as cache:
+            identity, centers, self._patches = cache.identity, cache.centers, cache.read()
         self.size, self.microns_per_pixel = identity.image_size, identity.microns_per_pixel
         self._fingerprint, self._patch_size = identity.image_fingerprint, identity.patch_size
-        with opened(self.path) as file:
-            corners = patch_corner(file["coords"][:], self._patch_size)
+        corners = patch_corner(centers, self._patch_size)
         self._row_of_corner = {(int(x), int(y)): row for row, (x, y) in enumerate(corners)}
-        self._patches = read_features(self.path)
 
     def fingerprint(self) -> str:
         """That of the image the patches were cut from."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.features.cache import CacheIdentity, write_cache
+from datasets.features.cache import write_cache
 from datasets.features.encoding import EncodedSpots
+from datasets.features.identity import CacheIdentity
 
 _BLOCKS_AHEAD = 2  # of each cache that wait for the disk: they bound the memory when it is slower than the encoder
 _POLL_SECONDS = 0.2

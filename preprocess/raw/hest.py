@@ -15,7 +15,9 @@ import pandas as pd
 from anndata import AnnData
 from scipy.spatial import cKDTree
 
-from datasets.features.cache import NO_ENCODER, CacheIdentity, read_identity, verify_cache, write_cache
+from datasets.features.cache import read_identity, write_cache
+from datasets.features.identity import NO_ENCODER, CacheIdentity
+from datasets.features.verify import verify_cache
 from datasets.tables.counts import check_counts
 from datasets.tables.slide_table import check_spots
 from utils.files import sha256

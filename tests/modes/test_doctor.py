@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,6 +24,7 @@ from modes.checks.machine import available_memory, check_memory
 from modes.doctor import Question, examine
 from modes.training.compose import make_model
 from modes.training.memory import Demand, activations, demand, tokens_of_spot
+from tests.caches import edited
 from tests.command_line import call_main
 from utils.config import Config, load_config, with_overrides
 
@@ -247,7 +247,7 @@ def test_tokens_of_a_spot_are_those_of_the_cache(layout):
     spec = patch_encoder_spec("efficientnet-lite0")
     assert tokens_of_spot(layout, ["no such slide"], spec) == spec.num_tokens(64) == 16
     slide = layout.slides_on_disk()[0]
-    with h5py.File(layout.cache_path("token", slide), "r+") as file:
+    with edited(layout.cache_path("token", slide)) as file:
         file.attrs["token_pool"] = 2
     assert tokens_of_spot(layout, [slide], spec) == 4
 
@@ -351,7 +351,7 @@ def test_fields_of_view_that_differ_within_a_set(config, data_dir, ask):
     """her2st: A was scanned at about 0.93 um/px, the others at 0.68."""
     renamed(data_dir, "demo", "her2st", {"A1": "A1", "B1": "B1", "C1": "C1"})
     for path in (data_dir / "her2st").rglob("*.h5"):
-        with h5py.File(path, "r+") as file:
+        with edited(path) as file:
             file.attrs["microns_per_pixel"] = np.nan
     text = ask(with_overrides(config, ["DATA.type=her2st"]))
     has(text, "warning", "view", r"patches are 44 um \(B1\) to 60 um \(A1\) wide", "cells look smaller on A1")

@@ -12,12 +12,14 @@ import pandas as pd
 import pytest
 import torch
 
-from datasets.features.cache import CacheIdentity, write_cache
+from datasets.features.cache import write_cache
+from datasets.features.identity import CacheIdentity
 from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
 from models.patch_encoders.build import patch_encoder_spec
+from tests.caches import edited
 from tests.command_line import Left, call_extract, call_main
 
 PATCH, SLIDES, SPOTS = 56, ("A1", "B1"), 12
@@ -138,7 +140,7 @@ def test_a_convolutional_encoder_from_its_extraction_on(place):
 
     # The same encoder with other weights; then another encoder: the checkpoint has neither.
     for path in (place / "data").rglob("*_56/*.h5"):
-        with h5py.File(path, "r+") as file:
+        with edited(path) as file:
             file.attrs["encoder_sha256"] = "of other weights"
     left = test(place)
     assert left.status == 2, left.said
@@ -150,7 +152,7 @@ def test_a_convolutional_encoder_from_its_extraction_on(place):
     ):
         assert part in left.said, left.said
     for path in (place / "data").rglob("*_56/*.h5"):
-        with h5py.File(path, "r+") as file:
+        with edited(path) as file:
             file.attrs["encoder"] = "kaiko-vits16"
     left = test(place)
     assert left.status == 2 and "made with encoder 'kaiko-vits16', expected 'resnet50'" in left.said, left.said

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 import main
-from datasets.features.cache import CacheIdentity, write_cache
+from datasets.features.cache import write_cache
+from datasets.features.identity import CacheIdentity
 from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec
 from datasets.layout import Layout

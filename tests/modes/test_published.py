@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.features.cache import CacheIdentity, write_cache
+from datasets.features.cache import write_cache
+from datasets.features.identity import CacheIdentity
 from datasets.features.reader import FeatureReader
 from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec

@@ -20,7 +20,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import main
-from datasets.features.cache import CacheIdentity, write_cache
+from datasets.features.cache import write_cache
+from datasets.features.identity import CacheIdentity
 from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec
 from datasets.layout import Layout

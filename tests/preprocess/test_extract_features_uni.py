@@ -24,6 +24,7 @@ from datasets.tables.slide_table import load_slide
 from models.patch_encoders.build import build_patch_encoder
 from preprocess.extract_features_uni import main
 from preprocess.extraction.extract import ExtractionSettings, choose_slides, extract
+from tests.caches import edited
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64
@@ -180,9 +181,10 @@ def test_valid_caches_are_kept_and_invalid_ones_refused(data_dir, capsys):
     assert "2 slides are complete and skipped: A1, B1" in said and "Nothing to do" in said
     assert path.stat().st_mtime_ns == before
 
-    with h5py.File(path, "r+") as file:
+    with edited(path) as file:
         file.attrs["encoder_sha256"] = "other"
-    layout.cache_path("target", "B1").write_bytes(b"half")
+    other = layout.cache_path("target", "B1")
+    other.write_bytes(other.read_bytes()[: other.stat().st_size // 2])
     with pytest.raises(ValueError) as refused:
         _run(data_dir, "target")
     message = str(refused.value)

@@ -15,18 +15,6 @@ from utils.files import UnwritableFile, write_atomically, write_text
 MEBIBYTE = 1 << 20
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB; only root may mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 WRITERS = {
     "text": lambda path: path.write_text("x" * 3 * MEBIBYTE),
     "torch": lambda path: torch.save({"a": torch.randn(MEBIBYTE)}, path),

@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.features.cache import (
-    CacheIdentity,
-    read_features,
-    read_identity,
-    read_published,
-    verify_cache,
-    verify_published,
-    write_cache,
-)
+from datasets.features.cache import read_features, read_identity, write_cache
+from datasets.features.identity import CacheIdentity
+from datasets.features.published import read_published, verify_published
+from datasets.features.verify import verify_cache
+from tests.caches import edited
 
 IDENTITY = CacheIdentity(
     kind="target",
@@ -50,6 +46,15 @@ def _refusal(path, expected=EXPECTED, ids=IDS, centers=CENTERS) -> str:
     return message
 
 
+def _kept(path, expected=EXPECTED, ids=IDS, centers=CENTERS) -> str:
+    """The message about a file that may be whole, and someone else's: it does not say to overwrite it."""
+    with pytest.raises(ValueError) as refused:
+        verify_cache(path, expected, ids, centers, repair=lambda: REPAIR)
+    message = str(refused.value)
+    assert str(path) in message and "elsewhere" in message and "overwrite" not in message
+    return message
+
+
 def test_what_is_written_is_read(tmp_path):
     path = _write(tmp_path / "gt_features_224" / "A1.h5")
     assert read_identity(path) == IDENTITY
@@ -74,33 +79,34 @@ def test_what_is_written_is_read(tmp_path):
 )
 def test_every_kind(tmp_path, kind, dataset, shape, dtype):
     values = np.random.default_rng(1).integers(0, 200, size=shape).astype(dtype)
-    path = _write(tmp_path / "A1.h5", dataclasses.replace(IDENTITY, kind=kind, dtype=dtype), features=values)
+    identity = dataclasses.replace(IDENTITY, kind=kind, dtype=dtype, views=8, patch_size=8)
+    path = _write(tmp_path / "A1.h5", identity, features=values)
     with h5py.File(path) as file:
         assert file[dataset].dtype == np.dtype(dtype) and file[dataset].shape == shape
     assert np.array_equal(read_features(path), values)
 
 
 def test_tokens_are_stored_as_hdf5_itself_would(tmp_path):
-    """Against the obvious way: the same values, chunks and places; blocks that are no plain arrays of the type too."""
+    """Against the obvious way: the same values in one piece; blocks that are no plain arrays of the type too."""
     identity = dataclasses.replace(IDENTITY, kind="token", dtype="float16", views=2)
     values = np.random.default_rng(2).normal(size=(4, 2, 3, 5)).astype(np.float16)
     turned = np.ascontiguousarray(values[1:].transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
     blocks = iter([values[:1].astype(np.float64), turned])
     path = write_cache(tmp_path / "A1.h5", identity, IDS, CENTERS, blocks)
     with h5py.File(tmp_path / "slow.h5", "w") as slow:
-        slow.create_dataset("tokens", data=values, chunks=(1, 1, 3, 5))
+        slow.create_dataset("tokens", data=values)
         with h5py.File(path) as file:
             tokens = file["tokens"]
-            assert (tokens.chunks, tokens.compression, tokens.dtype) == ((1, 1, 3, 5), None, np.float16)
-            assert tokens.id.get_num_chunks() == slow["tokens"].id.get_num_chunks() == 8
+            assert (tokens.chunks, tokens.compression, tokens.dtype) == (None, None, np.float16)
             assert np.array_equal(tokens[:], slow["tokens"][:]) and np.array_equal(tokens[:], values)
+            assert path.read_bytes()[tokens.id.get_offset() :][: values.nbytes] == values.tobytes()
     with pytest.raises(AssertionError, match="tokens"):
         write_cache(tmp_path / "B1.h5", identity, IDS, CENTERS, iter([values[:2], values[2:, :, :2]]))
 
 
 def test_an_attribute_of_an_older_version_is_ignored(tmp_path):
     path = _write(tmp_path / "A1.h5")
-    with h5py.File(path, "r+") as file:
+    with edited(path) as file:
         file.attrs["is_compiled"] = True
     assert read_identity(path) == IDENTITY
     assert verify_cache(path, EXPECTED, IDS, CENTERS, repair=lambda: REPAIR) == IDENTITY
@@ -109,7 +115,6 @@ def test_an_attribute_of_an_older_version_is_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"encoder": "uni2-h"}, r"encoder 'uni2-h', expected 'uni'"),
         ({"encoder_sha256": "ff"}, r"other weights of the encoder (SHA-256 ff, expected ab12)"),
         ({"image_fingerprint": "1x1-1-a"}, r"another image file (fingerprint 1x1-1-a, the image there now has 9000x"),
         ({"patch_size": 448}, r"its patch size is 448, expected 224"),
@@ -118,6 +123,12 @@ def test_an_attribute_of_an_older_version_is_ignored(tmp_path):
 def test_a_cache_made_otherwise_is_refused(tmp_path, changed, message):
     path = _write(tmp_path / "A1.h5", dataclasses.replace(IDENTITY, **changed))
     assert message in _refusal(path)
+
+
+def test_features_of_another_patch_encoder_are_kept(tmp_path):
+    path = _write(tmp_path / "A1.h5", dataclasses.replace(IDENTITY, encoder="uni2-h", encoder_sha256="ff"))
+    message = _kept(path)
+    assert "encoder 'uni2-h', expected 'uni'" in message and "Work with DATA.encoder=uni2-h" in message
 
 
 def test_other_spots_are_refused_with_their_numbers(tmp_path):
@@ -138,27 +149,27 @@ def test_other_spots_are_refused_with_their_numbers(tmp_path):
 
 def test_all_differences_are_in_one_message(tmp_path):
     path = _write(tmp_path / "A1.h5", dataclasses.replace(IDENTITY, encoder="resnet50", patch_size=64))
-    message = _refusal(path, ids=IDS[:2], centers=CENTERS[:2])
+    message = _kept(path, ids=IDS[:2], centers=CENTERS[:2])
     assert "3 reasons" in message and "resnet50" in message and "patch size is 64" in message
     assert "0 missing; 2 extra: 1x2, 2x2" in message
 
 
 def test_another_schema_and_damaged_files_are_refused(tmp_path):
     path = _write(tmp_path / "A1.h5")
-    with h5py.File(path, "r+") as file:
+    with edited(path) as file:
         file.attrs["schema_version"] = 0
-    assert "schema version 0, this program reads version 1" in _refusal(path)
+    assert "schema version 0, this program reads version 1" in _kept(path)
     with pytest.raises(ValueError, match="schema version 0"):
         read_identity(path)
 
     path = _write(tmp_path / "B1.h5")
     (tmp_path / "C1.h5").write_bytes(path.read_bytes()[:-40])
-    assert "truncated or no cache of ours" in _refusal(tmp_path / "C1.h5")
+    assert "C1.h5 is truncated: it has " in _refusal(tmp_path / "C1.h5")
     (tmp_path / "D1.h5").write_bytes(b"something else")
-    assert "truncated or no cache of ours" in _refusal(tmp_path / "D1.h5")
+    assert "truncated or no cache of ours" in _kept(tmp_path / "D1.h5")
     with h5py.File(path, "r+") as file:
         del file["features"]
-    assert "truncated or no cache of ours" in _refusal(path)
+    assert "B1.h5 is truncated: it has " in _refusal(path)  # HDF5 gives the room back
     with pytest.raises(FileNotFoundError, match=r"E1\.h5 does not exist"):
         verify_cache(tmp_path / "E1.h5", EXPECTED, IDS, CENTERS, repair=lambda: REPAIR)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.features.cache import CacheIdentity, write_cache
+from datasets.features.cache import write_cache
+from datasets.features.identity import CacheIdentity
 from datasets.features.token_store import TokenStore
 
 IDENTITY = CacheIdentity(
@@ -104,7 +105,9 @@ def test_caches_that_differ_are_refused_together(tmp_path):
         ValueError, match=r"(?s)B\.h5: encoder sha256 ff instead of ab12, views 2 instead of 8.*C\.h5: dtype"
     ):
         TokenStore(paths)
-    _write(paths[1], 3, 0, kind="patch", dtype="uint8")
+    patches = np.zeros((3, 8, 8, 3), dtype=np.uint8)
+    identity = dataclasses.replace(IDENTITY, kind="patch", dtype="uint8", patch_size=8)
+    write_cache(paths[1], identity, ["0x1", "1x1", "2x1"], np.zeros((3, 2), dtype=int), [patches])
     with pytest.raises(ValueError, match=r"B\.h5 is a cache of kind 'patch'; expected 'token'"):
         TokenStore(paths[:2])
 

@@ -1,0 +1,95 @@
+"""Whether a cache was made from what it should have been made from: image, encoder, spots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from datasets.features.cache import opened
+from datasets.features.identity import CacheIdentity
+
+_NAMED_AT_MOST = 5  # spots in a message
+
+
+def verify_cache(
+    path: str | Path,
+    expected: Mapping[str, object],
+    spot_ids: Sequence[str],
+    centers: np.ndarray,
+    repair: Callable[[], str],
+) -> CacheIdentity:
+    """Check a cache against what it should have been made from, before its first number is used.
+
+    expected: fields of CacheIdentity with the values they must have.  spot_ids (N,), centers (N, 2): the spots of the
+    slide, in order.  repair: spells the command that makes the cache again.
+    Returns what the cache says about itself. Raises FileNotFoundError, or one ValueError with every difference found.
+    """
+    with opened(path, repair) as cache:
+        identity = cache.identity
+        differing = [name for name, value in expected.items() if not _is_same(getattr(identity, name), value)]
+        problems = [_describe_field(name, getattr(identity, name), expected[name]) for name in differing]
+        problems += _compare_spots(cache.spot_ids, cache.centers, list(spot_ids), np.asarray(centers))
+    if len(problems) == 1:
+        raise ValueError(f"{path} cannot be used: {problems[0]}. {_what_to_do(identity, differing, repair)}")
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        what_to_do = _what_to_do(identity, differing, repair)
+        raise ValueError(f"{path} cannot be used, for {len(problems)} reasons:\n{listed}\n{what_to_do}")
+    return identity
+
+
+def _what_to_do(identity: CacheIdentity, differing: Sequence[str], repair: Callable[[], str]) -> str:
+    """Another patch encoder's features took as long as these would: they are never to be overwritten."""
+    if "encoder" not in differing:
+        return f"Re-run:\n{repair()}"
+    command = repair().replace(" --overwrite", "")
+    return f"Work with DATA.encoder={identity.encoder}, or keep these features elsewhere and run:\n{command}"
+
+
+def _is_same(found: object, expected: object) -> bool:
+    if isinstance(found, float) and isinstance(expected, int | float):
+        return math.isclose(found, expected, rel_tol=1e-6)
+    return found == (tuple(expected) if isinstance(expected, list) else expected)
+
+
+def _describe_field(name: str, found: object, expected: object) -> str:
+    if name == "image_fingerprint":
+        return f"it was made from another image file (fingerprint {found}, the image there now has {expected})"
+    if name == "encoder_sha256":
+        return f"it was made with other weights of the encoder (SHA-256 {found}, expected {expected})"
+    if name == "encoder":
+        return f"it was made with encoder {found!r}, expected {expected!r}"
+    return f"its {name.replace('_', ' ')} is {found}, expected {expected}"
+
+
+def _compare_spots(
+    found: list[str], found_centers: np.ndarray, expected: list[str], expected_centers: np.ndarray
+) -> list[str]:
+    """Sentences about spots that are missing, extra, in another order or elsewhere on the image."""
+    if found != expected:
+        is_there, is_expected = set(found), set(expected)
+        missing = [spot for spot in expected if spot not in is_there]
+        extra = [spot for spot in found if spot not in is_expected]
+        if not missing and not extra:
+            return [f"it holds the {len(found)} spots of the slide in another order"]
+        return [
+            f"it holds {len(found)} spots but the slide has {len(expected)} "
+            f"({_counted(missing, 'missing')}; {_counted(extra, 'extra')}): it was made from another spot or count table"
+        ]
+    moved = np.flatnonzero((found_centers != expected_centers).any(axis=1))
+    if len(moved):
+        first = moved[0]
+        return [
+            f"{len(moved)} of its {len(found)} spots have another centre (spot {found[first]}: "
+            f"{tuple(found_centers[first].tolist())}, expected {tuple(expected_centers[first].tolist())}): it was made "
+            "from another spot table"
+        ]
+    return []
+
+
+def _counted(spots: list[str], what: str) -> str:
+    named = f": {', '.join(spots[:_NAMED_AT_MOST])}" if spots else ""
+    return f"{len(spots)} {what}{named}{', ...' if len(spots) > _NAMED_AT_MOST else ''}"
