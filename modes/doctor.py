@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from datasets.folds import Fold, with_validation
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from models.patch_encoders.build import PatchEncoderSpec
@@ -18,11 +17,13 @@ from modes.checks.findings import PROBLEM, WARNING, Findings
 from modes.checks.machine import check_device, check_memory, check_patch_encoder_files, check_token_cache
 from modes.training.compose import needs_of, open_layout
 from modes.training.memory import demand, tokens_of_spot
-from modes.training.run_data import check_clusters, possible_folds, runs_encoder
+from modes.training.plan import lacks_validation, plan_folds
+from modes.training.run_data import check_clusters, runs_encoder
 from utils.cli import say
 from utils.config import Config
 from utils.precision import Precision
 from utils.runs import check_run
+from utils.trained_fold import SplitRecord
 
 
 @dataclass(frozen=True)
@@ -120,22 +121,22 @@ def _check_sizes(
             check_memory(need, device, findings)
 
 
-def _folds(config: Config, layout: Layout, slides: Sequence[str], wanted: int | None, findings: Findings) -> list[Fold]:
+def _folds(
+    config: Config, layout: Layout, slides: Sequence[str], wanted: int | None, findings: Findings
+) -> list[SplitRecord]:
     """The folds that can be run, said with their patients."""
-    folds, notices = possible_folds(layout.spec, {slide: layout.spec.patient_of(slide) for slide in slides})
+    folds, notices = plan_folds(config, layout.spec, {slide: layout.spec.patient_of(slide) for slide in slides})
     for notice in notices:
         findings.warning("folds", notice)
-    names = ", ".join(f"{fold.index} ({fold.name})" for fold in folds)
-    if wanted is not None and wanted not in [fold.index for fold in folds]:
+    names = ", ".join(f"{fold.fold} ({fold.name})" for fold in folds)
+    if wanted is not None and wanted not in [fold.fold for fold in folds]:
         raise ValueError(f"fold {wanted} cannot be run; these can: {names}. Choose one of them with --fold.")
-    if config.EVALUATION.protocol == "clean" and config.EVALUATION.fixed_epochs is None:
-        folds = [with_validation(fold, config.GENERAL.seed) for fold in folds]
-        alone = [fold.name for fold in folds if not fold.validation_patients]
-        if alone:
-            findings.warning(
-                "folds",
-                f"{', '.join(alone)}: one training patient, none of whom can be held out to choose the epoch; all "
-                f"{config.TRAINING.epochs} epochs are trained. Choose a number with --fixed_epochs N.",
-            )
+    alone = [fold.name for fold in folds if lacks_validation(config, fold)]
+    if alone:
+        findings.warning(
+            "folds",
+            f"{', '.join(alone)}: one training patient, none of whom can be held out to choose the epoch; all "
+            f"{config.TRAINING.epochs} epochs are trained. Choose a number with --fixed_epochs N.",
+        )
     findings.ok("folds", f"{len(folds)} can be run: {names}.")
     return folds

@@ -14,8 +14,7 @@ from datasets.layout import Layout
 from models.import_reference import import_reference
 from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
 from modes.training.compose import make_model, open_layout
-from modes.training.run_data import find_folds
-from modes.training.split import record_of
+from modes.training.plan import find_folds
 from utils.checkpoint import load_weights, save_checkpoint
 from utils.cli import say
 from utils.config import Config, save_config, with_overrides
@@ -54,9 +53,8 @@ def convert(config: Config, source: Source, out: str) -> Path:
     _check_sizes(weights, spec, genes, source.path, layout)
     model = make_model(config, feature_dim=spec.pooled_dim, token_dim=spec.dim, num_genes=len(genes))
     load_weights(model, weights, source.path)
-    patient_of_slide = layout.patients_on_disk()
-    (fold,), _ = find_folds(config, layout, patient_of_slide, [source.fold])
-    split = record_of(fold, patient_of_slide, config.EVALUATION.protocol, "test")
+    (planned,), _ = find_folds(config, layout, layout.patients_on_disk(), [source.fold])
+    split = replace(planned, selection="test")
     trained = TrainedFold(
         weights=weights,
         epoch=0,

@@ -28,8 +28,9 @@ from modes.training.compose import (
     open_layout,
 )
 from modes.training.fold import fit_closed_form, new_model, remember_training_spots, start_folder, untrained_fold
+from modes.training.plan import find_folds
 from modes.training.resume import check_continues, check_started_folds
-from modes.training.run_data import RunData, find_folds, open_run_data
+from modes.training.run_data import RunData, open_run_data
 from modes.training.split import Split, prepare_split
 from utils.checkpoint import is_complete
 from utils.cli import progress as progress_bar
@@ -68,12 +69,12 @@ def train(config: Config, options: TrainOptions) -> Path:
     check_started_folds(run_dir, run_data)
     open_run(run_dir, config, options.resume)
     say(f"Run folder: {run_dir}")
-    for fold in folds:
-        folder = run_dir / f"fold_{fold.index}"
+    for record in folds:
+        folder = run_dir / f"fold_{record.fold}"
         if is_complete(folder):
-            say(f"Fold {fold.index} ({fold.name}): complete, nothing to do.")
+            say(f"{record.title}: complete, nothing to do.")
             continue
-        split = prepare_split(run_data, fold)
+        split = prepare_split(run_data, record)
         check_continues(folder, split)
         start_folder(folder, run_data, split, notices)
         if is_closed_form(config):

@@ -1,4 +1,4 @@
-"""Model, loss, data and frozen encoder put together: the closures that the engine calls."""
+"""Put model, data and frozen patch encoder together: what a run reads, how a batch passes the model, what optimises it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datasets.batches import SlideBatch, SpotBatch
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from models.contract import ExpressionModel, ModelInputs, Needs, Prediction, Sizes
-from models.patch_encoders.build import build_patch_encoder, find_weights
+from models.patch_encoders.build import PatchEncoder, build_patch_encoder, find_weights
 from models.table import build_model, find_model
 from utils.commands import extraction_command
 from utils.config import Config
@@ -60,7 +60,7 @@ def find_patch_encoder_weights(config: Config) -> Path:
     return find_weights(config.DATA.encoder, config.DATA.weights)
 
 
-def make_patch_encoder(config: Config, device: torch.device) -> nn.Module:
+def make_patch_encoder(config: Config, device: torch.device) -> PatchEncoder:
     """Build the frozen patch encoder, on the device."""
     return build_patch_encoder(config.DATA.encoder, config.DATA.weights).to(device)
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets.folds import Fold
 from evaluation.fold_files import read_genes
-from modes.training.run_data import RunData, possible_folds, slides_of
+from modes.training.plan import plan_folds
+from modes.training.run_data import RunData
 from modes.training.split import Split
 from utils.checkpoint import load_checkpoint
 from utils.files import load_names, reading
@@ -37,14 +37,14 @@ def check_started_folds(run_dir: Path, run_data: RunData) -> None:
 
     Raises ValueError that names each change, the folds it concerns, and what to do.
     """
-    folds = {fold.index: fold for fold in possible_folds(run_data.layout.spec, run_data.store.patients)[0]}
+    planned, _ = plan_folds(run_data.config, run_data.layout.spec, run_data.store.patients)
+    folds = {split.fold: split for split in planned}
     panel = load_names(run_data.layout.panel_path) if run_data.config.EVALUATION.protocol == "paper" else None
     changes: dict[str, list[str]] = {}
     for folder in sorted(run_dir.glob("fold_*")):
         if (started := _started(folder)) is None:
             continue
-        fold = folds.get(started.split.fold)
-        found = _changed_data(started, run_data, fold)
+        found = _changed_data(started, run_data, folds.get(started.split.fold))
         if panel is not None:
             found += _changed_list("genes of the panel", started.genes, panel)
         for change in found:
@@ -64,7 +64,8 @@ def check_continues(folder: Path, split: Split) -> None:
     changes = []
     for part in ("train", "validation", "test"):
         for what in ("patients", "slides"):
-            changes += _changed_list(f"{part} {what}", before[f"{part}_{what}"], now[f"{part}_{what}"])
+            name = f"{part}_{what}"
+            changes += _changed_list(f"{part} {what}", sorted(before[name]), sorted(now[name]))
     changes += _changed_list("genes of the panel", started.genes, split.genes)
     mean = started.training_mean
     if not changes and mean is not None and not torch.allclose(mean, split.training_mean, rtol=1e-4, atol=1e-6):
@@ -103,18 +104,19 @@ def _started(folder: Path) -> Started | None:
     )
 
 
-def _changed_data(started: Started, run_data: RunData, fold: Fold | None) -> list[str]:
+def _changed_data(started: Started, run_data: RunData, now: SplitRecord | None) -> list[str]:
     """Patients and slides that were trained on (validation included) and tested, the encoder, the tokens."""
     then = started.split
-    if fold is None:
+    if now is None:
         return [f"test patients: no slide of {', '.join(then.test_patients)} is there"]
     changes = []
-    for name, patients, slides, now in (
-        ("training", then.fitted_patients, then.fitted_slides, fold.train_patients),
-        ("test", then.test_patients, then.test_slides, fold.test_patients),
+    for name, before, found in (
+        ("training patients", then.fitted_patients, now.fitted_patients),
+        ("training slides", then.fitted_slides, now.fitted_slides),
+        ("test patients", then.test_patients, now.test_patients),
+        ("test slides", then.test_slides, now.test_slides),
     ):
-        changes += _changed_list(f"{name} patients", sorted(patients), sorted(now))
-        changes += _changed_list(f"{name} slides", sorted(slides), slides_of(run_data.store.patients, now))
+        changes += _changed_list(name, sorted(before), sorted(found))
     encoder = {"name": run_data.store.encoder.name, "sha256": run_data.store.encoder.sha256}
     changes += _changed_values("encoder", started.encoder, encoder)
     tokens = {"token_pool": run_data.token_pool, **run_data.token_source}

@@ -1,22 +1,19 @@
-"""What all folds of a run share: the slides on disk, their features, the folds that can be run."""
+"""What all folds of a run share: its slides, their features and tokens, the device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
 from datasets.features.reader import FeatureReader
-from datasets.folds import Fold, available_folds, make_folds, with_validation
 from datasets.layout import Layout
-from datasets.spec import DatasetSpec
 from datasets.spots import SlideRecord, SpotStore, slide_of_row
 from datasets.targets import check_panel
-from datasets.tokens import CachedTokens, open_tokens
-from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
+from datasets.tokens import CachedTokens, CutPatches, open_tokens
+from models.patch_encoders.build import PatchEncoder, PatchEncoderSpec, patch_encoder_spec
 from modes.training.compose import (
     Encode,
     find_patch_encoder_weights,
@@ -26,11 +23,11 @@ from modes.training.compose import (
     needs_of,
 )
 from modes.training.memory import demand, tokens_of_spot
-from utils.cli import say
 from utils.config import Config
 from utils.files import load_names
 from utils.precision import Precision
 from utils.runs import generator_for
+from utils.trained_fold import SplitRecord
 
 
 @dataclass
@@ -74,56 +71,13 @@ class RunData:
         return source.store.identity.token_pool if isinstance(source, CachedTokens) else 1
 
 
-def find_folds(
-    config: Config, layout: Layout, patient_of_slide: Mapping[str, str], wanted: Sequence[int] | None
-) -> tuple[list[Fold], list[str]]:
-    """Find the folds that can be run with the slides on disk, inner validation patient included (clean protocol).
-
-    patient_of_slide: `Layout.patients_on_disk`.
-    Returns them and one sentence for each thing that is left out, which is also said; ValueError when a wanted fold
-    cannot be run.
-    """
-    folds, notices = possible_folds(layout.spec, patient_of_slide)
-    left_out = layout.left_out_note()
-    notices += [left_out] if left_out else []
-    for notice in notices:
-        say(notice)
-    if wanted is not None:
-        possible = {fold.index: fold for fold in folds}
-        missing = [index for index in wanted if index not in possible]
-        if missing:
-            raise ValueError(
-                f"fold {', '.join(map(str, missing))} cannot be run; with the slides in {layout.root} these can: "
-                f"{', '.join(f'{fold.index} ({fold.name})' for fold in folds)}."
-            )
-        folds = [possible[index] for index in sorted(set(wanted))]
-    if config.EVALUATION.protocol == "clean" and config.EVALUATION.fixed_epochs is None:
-        folds = [with_validation(fold, config.GENERAL.seed) for fold in folds]
-    return folds, notices
-
-
-def possible_folds(spec: DatasetSpec, patient_of_slide: Mapping[str, str]) -> tuple[list[Fold], list[str]]:
-    """Find the folds that the slides allow, and one sentence for each thing that is left out.
-
-    Raises ValueError as `datasets.folds.available_folds`.
-    """
-    on_disk = sorted(set(patient_of_slide.values()))
-    folds = make_folds(list(spec.patients) or on_disk, spec.fold_scheme, spec.num_folds, spec.fold_seed)
-    return available_folds(folds, on_disk)
-
-
-def slides_of(patient_of_slide: Mapping[str, str], patients: Sequence[str]) -> list[str]:
-    """Choose the slides of the patients, in the order given (sorted, as they are on disk)."""
-    return [slide for slide, patient in patient_of_slide.items() if patient in patients]
-
-
 def open_run_data(
     config: Config,
     config_name: str,
     layout: Layout,
     slides: Sequence[str],
     device: torch.device,
-    folds: Sequence[Fold] = (),
+    folds: Sequence[SplitRecord] = (),
 ) -> RunData:
     """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens.
 
@@ -143,11 +97,12 @@ def open_run_data(
         check_panel(record.table, panel)
     store = reader.read_features(records)
     _check_width(store, spec, layout)
-    source, encoder, token_dim = None, None, store.target_features.shape[1]
     reserve = _reserve(config, layout, spec, store, device)
-    if needs.tokens:
-        source, encoder = _open_source(config, layout, store, device, reserve)
-        token_dim = source.dim if source.gives_tokens else encoder.dim
+    source, encoder = _open_source(config, layout, store, device, reserve) if needs.tokens else (None, None)
+    if encoder is not None:
+        token_dim = encoder.dim
+    else:
+        token_dim = source.dim if isinstance(source, CachedTokens) else store.target_features.shape[1]
     return RunData(
         config=config,
         config_name=config_name,
@@ -178,7 +133,7 @@ def _reserve(config: Config, layout: Layout, spec: PatchEncoderSpec, store: Spot
 
 def _open_source(
     config: Config, layout: Layout, store: SpotStore, device: torch.device, reserve: int
-) -> tuple[object, nn.Module | None]:
+) -> tuple[CachedTokens | CutPatches, PatchEncoder | None]:
     """The source of target tokens and, when it gives patches, the frozen encoder that turns them into tokens."""
     source = open_tokens(
         layout,
@@ -189,7 +144,7 @@ def _open_source(
         num_workers=config.DATA.num_workers,
         reserve=reserve,
     )
-    if source.gives_tokens:
+    if isinstance(source, CachedTokens):
         return source, None
     encoder = make_patch_encoder(config, device)
     if store.encoder.sha256 not in ("unknown", encoder.weights_sha256):
@@ -218,12 +173,12 @@ def _check_width(store: SpotStore, spec: PatchEncoderSpec, layout: Layout) -> No
         )
 
 
-def check_clusters(config: Config, records: Sequence[SlideRecord], folds: Sequence[Fold]) -> None:
-    """k against the smallest batch of every fold, before the first feature is read."""
+def check_clusters(config: Config, records: Sequence[SlideRecord], folds: Sequence[SplitRecord]) -> None:
+    """Hold k against the smallest batch of every fold, before the first feature is read; ValueError with the remedy."""
     if not groups_spots(config):
         return
-    for fold in folds:
-        rows = torch.cat([record.rows for record in records if record.patient in fold.train_patients])
+    for split in folds:
+        rows = torch.cat([record.rows for record in records if record.name in split.train_slides])
         sizes = [
             len(batch)
             for batch in epoch_rows(
@@ -232,7 +187,7 @@ def check_clusters(config: Config, records: Sequence[SlideRecord], folds: Sequen
                 batch_size=config.TRAINING.batch_size,
                 minimum=config.LOSS.k,
                 slides_per_batch=config.TRAINING.slides_per_batch,
-                generator=generator_for(config.GENERAL.seed, fold.index, 1, "batches"),
+                generator=generator_for(config.GENERAL.seed, split.fold, 1, "batches"),
             )
         ]
-        check_batch_sizes(sizes, config.LOSS.k, fold.name)
+        check_batch_sizes(sizes, config.LOSS.k, split.name)

@@ -1,23 +1,20 @@
-"""What a fold trains on, chooses its epoch on and is tested on; which genes, and their targets."""
+"""What a fold learns: its genes, their targets, and what is fixed of them before the first epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from datasets.folds import Fold
 from datasets.spots import SlideRecord
 from datasets.tables.expression import highest_mean_panel
 from datasets.targets import absent_genes, store_targets
 from evaluation.protocol import highly_predictive_list, highly_variable_list
-from modes.training.compose import is_closed_form
-from modes.training.run_data import RunData, slides_of
+from modes.training.plan import lacks_validation
+from modes.training.run_data import RunData
 from utils.cli import say
-from utils.config import Config
 from utils.files import load_names
 from utils.text import some
 from utils.trained_fold import SplitRecord
@@ -25,7 +22,7 @@ from utils.trained_fold import SplitRecord
 
 @dataclass(frozen=True)
 class Split:
-    """Slides, genes and targets of a fold, and how its epoch is chosen."""
+    """The plan of a fold with its genes and targets."""
 
     record: SplitRecord
     genes: list[str]
@@ -34,16 +31,14 @@ class Split:
     gene_lists: dict[str, list[str]]
 
 
-def prepare_split(run_data: RunData, fold: Fold) -> Split:
-    """Panel, targets and gene lists of a fold; in the clean protocol from the outer training patients alone.
-
-    A closed form chooses no epoch, so its inner validation patient goes back to training.
-    """
+def prepare_split(run_data: RunData, record: SplitRecord) -> Split:
+    """Prepare panel, targets and gene lists of a planned fold; in the clean protocol from the outer training patients alone."""
     config = run_data.config
-    selection = choose_selection(config, fold)
-    if selection == "none":
-        fold = replace(fold, train_patients=(*fold.train_patients, *fold.validation_patients), validation_patients=())
-    record = record_of(fold, run_data.store.patients, config.EVALUATION.protocol, selection)
+    if lacks_validation(config, record):
+        say(
+            f"{record.title}: with one training patient none can be held out to choose the epoch, so all "
+            f"{config.TRAINING.epochs} epochs are trained (a number fixed beforehand)."
+        )
     outer = run_data.store.named(record.fitted_slides)
     genes = choose_panel(run_data, outer)
     is_clean = config.EVALUATION.protocol == "clean"
@@ -60,42 +55,6 @@ def prepare_split(run_data: RunData, fold: Fold) -> Split:
         training_mean=torch.stack([targets[rows].mean(dim=0), unsmoothed[rows].mean(dim=0)]),
         gene_lists=_gene_lists(run_data, outer, targets, genes),
     )
-
-
-def record_of(fold: Fold, patient_of_slide: Mapping[str, str], protocol: str, selection: str) -> SplitRecord:
-    """The patients of a fold with the slides they have on disk."""
-    return SplitRecord(
-        fold=fold.index,
-        name=fold.name,
-        protocol=protocol,
-        test_patients=list(fold.test_patients),
-        train_patients=list(fold.train_patients),
-        validation_patients=list(fold.validation_patients),
-        test_slides=slides_of(patient_of_slide, fold.test_patients),
-        train_slides=slides_of(patient_of_slide, fold.train_patients),
-        validation_slides=slides_of(patient_of_slide, fold.validation_patients),
-        selection=selection,
-    )
-
-
-def choose_selection(config: Config, fold: Fold) -> str:
-    """What chooses the epoch: the inner validation patient, the test fold (paper), or a number set beforehand.
-
-    "none" for a model that is fitted in closed form.
-    """
-    if is_closed_form(config):
-        return "none"
-    if config.EVALUATION.fixed_epochs is not None:
-        return "fixed"
-    if config.EVALUATION.protocol == "paper":
-        return "test"
-    if fold.validation_patients:
-        return "validation"
-    say(
-        f"Fold {fold.index} ({fold.name}): with one training patient none can be held out to choose the epoch, so all "
-        f"{config.TRAINING.epochs} epochs are trained (a number fixed beforehand)."
-    )
-    return "fixed"
 
 
 def choose_panel(run_data: RunData, outer: list[SlideRecord]) -> list[str]:

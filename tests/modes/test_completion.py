@@ -23,7 +23,7 @@ from modes.prediction import ensemble
 from modes.test import test as run_test
 from modes.train import TrainOptions, train
 from modes.training.compose import open_layout
-from modes.training.run_data import find_folds
+from modes.training.plan import find_folds
 from preprocess.extract_features_uni import main as extract
 from tests.checkpoints import edit
 from utils.checkpoint import chosen_checkpoints, find_checkpoint, has_ended, load_checkpoint
