@@ -7,7 +7,15 @@ import pytest
 from PIL import Image
 
 from datasets.images.slides import open_slide
-from datasets.images.tissue import TissueMask, background_color, find_tissue, otsu_threshold, tissue_grid, tissue_of
+from datasets.images.tissue import (
+    TissueMask,
+    background_color,
+    find_tissue,
+    otsu_threshold,
+    pen_marks,
+    tissue_grid,
+    tissue_of,
+)
 
 WHITE, STROMA, NUCLEI = (244, 243, 245), (226, 190, 212), (150, 90, 160)
 
@@ -38,6 +46,36 @@ def test_black_borders_and_grey_shadows_are_no_tissue():
     picture, inside = _slide()
     picture[:20], picture[-20:, :100] = 0, (120, 120, 121)
     assert _agreement(tissue_of(picture), inside) > 0.93
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize(
+    "ink", [(30, 60, 190), (60, 110, 220), (30, 140, 60), (0, 160, 160), (200, 30, 40), (20, 20, 25)]
+)
+def test_pen_is_no_tissue_beside_it_nor_on_it(ink, scale):
+    """Also its rim, where it fades into the glass and has the colour of a pale stain."""
+    picture, inside = _slide()
+    picture[20:220, 280:300] = ink
+    picture[150:230, 120:126] = ink
+    enlarged = Image.fromarray(picture).resize((320 * scale, 240 * scale), Image.Resampling.BICUBIC)
+    found = tissue_of(np.asarray(enlarged))[::scale, ::scale]
+    assert not found[:, 265:].any() and not found[190:].any()
+    assert found[inside].mean() > 0.9
+
+
+def test_stains_of_nuclei_eosin_and_blood_are_no_pen():
+    for colour in ((60, 80, 165), (90, 70, 160), (225, 110, 165), (235, 150, 160), (170, 60, 60), (110, 70, 40)):
+        picture, inside = _slide(tissue=colour)
+        assert _agreement(tissue_of(picture), inside) > 0.93, colour
+
+
+def test_real_sections_lose_no_tissue_to_the_rule_for_pens(her2st_raw):
+    path = next((her2st_raw / "ST-imgs" / "C" / "C2").glob("*.jpg"))
+    with open_slide(path) as slide:
+        picture, _ = slide.thumbnail(1024)
+    values = picture * (np.float32(255) / background_color(picture))
+    assert not pen_marks(values, np.ptp(values, axis=2)).any()
+    assert 0.15 < tissue_of(picture).mean() < 0.18
 
 
 def test_blank_slide_has_none_and_full_slide_is_all_tissue():
