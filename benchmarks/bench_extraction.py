@@ -122,7 +122,7 @@ def extraction_of(
         )
         for kind in kinds
     }
-    work = SlideWork(slide, [f"{i}x0" for i in range(count)], centers, identities)
+    work = SlideWork(slide, [f"{i}x0" for i in range(count)], centers, np.ones(count), identities)
     return layout, work, ExtractionSettings(kinds=kinds, num_workers=default_workers(), command="bench", views=views)
 
 

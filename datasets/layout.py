@@ -147,6 +147,10 @@ class Layout:
         }[kind]
         return self.root / folder / f"{safe_name(slide, 'Slide')}.h5"
 
+    def overlay_path(self, slide: str) -> Path:
+        """A small picture of a slide with its spots drawn on it."""
+        return self.root / "overlays" / f"overlay_{safe_name(slide, 'Slide')}.png"
+
     def published_path(self, kind: str, slide: str) -> Path | None:
         """The published `.pt` features of a slide ("target" or "neighbor"), in either spelling of their folder."""
         folders = {

@@ -15,6 +15,7 @@ from modes.checks.checkpoint import check_checkpoints, check_fields_of_view, che
 from modes.checks.data import check_features, check_panel, check_slides, read_tables
 from modes.checks.findings import PROBLEM, WARNING, Findings
 from modes.checks.machine import check_device, check_memory, check_patch_encoder_files, check_token_cache
+from modes.checks.tissue import check_spots_on_images
 from modes.training.compose import needs_of, open_layout
 from modes.training.memory import demand, tokens_of_spot
 from modes.training.plan import lacks_validation, plan_folds
@@ -67,6 +68,7 @@ def examine(config: Config, question: Question) -> Findings:
         before = findings.count(PROBLEM)
         check_features(config, layout, records, findings)
         have_features = findings.count(PROBLEM) == before
+        check_spots_on_images(layout, records, findings)
         check_shared_tissue(config, layout, slides, findings)
         check_fields_of_view(layout, slides, findings)
     spec = check_patch_encoder_files(config, layout, slides, have_features, findings)

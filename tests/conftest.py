@@ -35,6 +35,15 @@ def her2st_raw() -> Path:
 
 
 @pytest.fixture(scope="session")
+def mob_raw() -> Path:
+    """Four sections of mouse olfactory bulb (GENE_DML_MOB), see docs/installation.md; tests on them skip without it."""
+    folder = os.environ.get("GENE_DML_MOB")
+    if not folder:
+        pytest.skip("real slides: set GENE_DML_MOB to the folder of the sections of mouse olfactory bulb")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A data folder with a tiny simulated set `demo`: 4 patients x 2 slides of about 30 spots, 24 genes. Read only."""
     from preprocess.simulate_demo import simulate

@@ -33,15 +33,35 @@ _CLEARLY_DARKER, _CLEARLY_MORE = (
 
 @dataclass(frozen=True)
 class Fit:
-    """How a table fits. on_tissue: share of spots on tissue.  darkness: rank correlation of the darkness at the spots with
-    their total counts, None where it cannot be known (no counts, few spots, all the same)."""
+    """How a table fits. on_tissue: share of spots on tissue.  around: share of tissue in the rectangle around them.
+
+    darkness: rank correlation of the darkness at the spots with their total counts; None where it cannot be known (no
+    counts, few spots, all the same).
+    """
 
     on_tissue: float
+    around: float
     darkness: float | None
 
     @property
     def score(self) -> float:
+        """What tables are compared by."""
         return self.on_tissue + (self.darkness or 0.0)
+
+    @property
+    def lift(self) -> float:
+        """How much more often than by chance the spots meet tissue: 0 like a random place, 1 always."""
+        return (self.on_tissue - self.around) / max(1 - self.around, 1e-9)
+
+    @property
+    def complaint(self) -> str | None:
+        """What speaks against it, for itself; None for nothing."""
+        if self.on_tissue < _LEAST_ON_TISSUE:
+            return "Most spots lie on glass: is it the table of another slide, or of the image at another size?"
+        by_chance = self.around < _GREATEST_AROUND and self.lift < _LEAST_LIFT
+        if by_chance and self.darkness is not None and self.lift + self.darkness < _LEAST_FIT:
+            return "They follow neither the tissue nor its darkness: is it the table of another slide?"
+        return None
 
     def __str__(self) -> str:
         darkness = "unknown" if self.darkness is None else f"{self.darkness:.2f}"
@@ -52,41 +72,26 @@ class Fit:
 class SpotsOnTissue:
     """What was found for one slide.
 
-    given: the table as it is.  around: share of tissue in the rectangle around the spots.  better, better_fit: the change
-    with which it would fit clearly better, if there is one.  is_on_tissue (N,) bool: of each spot.
+    given: the table as it is.  better, better_fit: the change with which it would fit clearly better, if there is one.
+    is_on_tissue (N,) bool: of each spot.
     """
 
     given: Fit
-    around: float
     better: str | None
     better_fit: Fit | None
     is_on_tissue: np.ndarray
 
     @property
-    def lift(self) -> float:
-        """How much more often than by chance the spots meet tissue: 0 like a random place, 1 always."""
-        return (self.given.on_tissue - self.around) / max(1 - self.around, 1e-9)
-
-    @property
     def fits(self) -> bool:
         """Whether nothing speaks against it that table and image belong together."""
-        return self.better is None and self._reason() is None
+        return self.better is None and self.given.complaint is None
 
     def __str__(self) -> str:
         """One sentence with the numbers, and for a bad fit what it may be."""
-        numbers = f"{self.given}; {100 * self.around:.0f} % of the rectangle around them is tissue"
+        numbers = f"{self.given}; {100 * self.given.around:.0f} % of the rectangle around them is tissue."
         if self.better is not None:
-            return f"{numbers}. {self.better} would fit better: {self.better_fit}."
-        reason = self._reason()
-        return f"{numbers}." if reason is None else f"{numbers}. {reason}"
-
-    def _reason(self) -> str | None:
-        if self.given.on_tissue < _LEAST_ON_TISSUE:
-            return "Most spots lie on glass: is it the table of another slide, or of the image at another size?"
-        by_chance = self.around < _GREATEST_AROUND and self.lift < _LEAST_LIFT
-        if by_chance and self.given.darkness is not None and self.lift + self.given.darkness < _LEAST_FIT:
-            return "They follow neither the tissue nor its darkness: is it the table of another slide?"
-        return None
+            return f"{numbers} {self.better} would fit better: {self.better_fit}."
+        return numbers if self.given.complaint is None else f"{numbers} {self.given.complaint}"
 
 
 class TissuePicture:
@@ -132,8 +137,7 @@ def check_spots_on_tissue(picture: TissuePicture, centers: np.ndarray, totals: n
     ranks = None if totals is None or len(totals) < _LEAST_SPOTS else stats.rankdata(totals)
     given = _fit(picture, centers, ranks, side)
     better, better_fit = _best_alternative(picture, centers, ranks, side, given)
-    is_on_tissue = picture.is_on_tissue(centers, side)
-    return SpotsOnTissue(given, picture.tissue_around(centers), better, better_fit, is_on_tissue)
+    return SpotsOnTissue(given, better, better_fit, picture.is_on_tissue(centers, side))
 
 
 def spacing(centers: np.ndarray) -> float:
@@ -144,13 +148,11 @@ def spacing(centers: np.ndarray) -> float:
 
 
 def _fit(picture: TissuePicture, centers: np.ndarray, ranks: np.ndarray | None, side: float) -> Fit:
-    on_tissue = float(picture.is_on_tissue(centers, side).mean())
-    if ranks is None:
-        return Fit(on_tissue, None)
+    on_tissue, around = float(picture.is_on_tissue(centers, side).mean()), picture.tissue_around(centers)
     darkness = stats.rankdata(picture.darkness(centers, side))
-    if np.ptp(darkness) == 0 or np.ptp(ranks) == 0:
-        return Fit(on_tissue, None)
-    return Fit(on_tissue, float(np.corrcoef(darkness, ranks)[0, 1]))
+    if ranks is None or np.ptp(darkness) == 0 or np.ptp(ranks) == 0:
+        return Fit(on_tissue, around, None)
+    return Fit(on_tissue, around, float(np.corrcoef(darkness, ranks)[0, 1]))
 
 
 def _best_alternative(
@@ -162,7 +164,7 @@ def _best_alternative(
     for name, factor, changed in _alternatives(centers, picture.size):
         fit = _fit(picture, changed, ranks, side * factor)
         is_sure = (fit.darkness or 0.0) > _CLEARLY_DARKER or fit.on_tissue > given.on_tissue + _CLEARLY_MORE
-        if fit.score > best and is_sure and fit.on_tissue >= max(_LEAST_ON_TISSUE, given.on_tissue):
+        if fit.score > best and is_sure and fit.complaint is None and fit.on_tissue >= given.on_tissue:
             found, best = (name, fit), fit.score
     return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datasets.tables.slide_table import GREATEST_COORDINATE, spot_ids
+from datasets.tables.slide_table import GREATEST_COORDINATE, SELECTED, spot_ids
 from utils.files import reading, require_file
 from utils.text import checked_names, some
 from utils.untrusted.text import cells_of, text_of
@@ -24,6 +24,7 @@ _COLUMNS = {  # of each kind: x, y in full-resolution px, and the integer grid (
     _SPOT_TABLE: (("pixel_x", "pixel_y"), ("x", "y")),
     _PIXELS: (("x", "y"), None),
 }
+_OTHER_PIXELS = (("pxl_col_in_fullres", "pxl_row_in_fullres"), ("imagecol", "imagerow"))  # Space Ranger, Seurat
 _ID_COLUMNS = ("barcode", "spot_id", "id", "spot")
 EXPECTED = (
     "Expected comma or tab separated: Space Ranger's tissue_positions.csv or tissue_positions_list.csv; a spot table with "
@@ -37,7 +38,7 @@ class Positions:
 
     ids: barcodes, or whatever the file calls them.  pixels (N, 2): (x, y) in full-resolution px.
     grid (N, 2): integer (column, row) of the array, None if the file has none.  in_tissue (N,) bool: what Space Ranger
-    says; all true for other files.  kind: what the file was taken for.
+    says, or the column `selected` of a spot table; all true for other files.  kind: what the file was taken for.
     """
 
     ids: list[str]
@@ -75,10 +76,11 @@ def read_positions(path: str | Path) -> Positions:
     if len(table) == 0:
         problems.append("no spots in it")
     in_tissue = np.ones(len(table), dtype=bool)
-    if kind == _SPACE_RANGER:
-        flag = pd.to_numeric(table["in_tissue"], errors="coerce")
+    column = "in_tissue" if kind == _SPACE_RANGER else SELECTED
+    if column in table:
+        flag = pd.to_numeric(table[column], errors="coerce")
         if not flag.isin([0, 1]).all():
-            problems.append(f"in_tissue should be 0 or 1, found {some(sorted(set(table['in_tissue'].astype(str))))}")
+            problems.append(f"{column} should be 0 or 1, found {some(sorted(set(table[column].astype(str))))}")
         in_tissue = flag.to_numpy() == 1
     ids: list[str] = []
     grid = None
@@ -121,6 +123,12 @@ def _kind_of(table: pd.DataFrame, path: Path) -> str:
         return _SPACE_RANGER
     if {"x", "y", "pixel_x", "pixel_y"} <= found:
         return _SPOT_TABLE
+    better = next((pair for pair in _OTHER_PIXELS if set(pair) <= found), None)
+    if {"x", "y"} <= found and better is not None:
+        raise ValueError(
+            f"{path} has x and y, which would be taken for pixels, but also {' and '.join(better)}. If these are the pixels, "
+            "call them x and y, and leave the other two out."
+        )
     if {"x", "y"} <= found:
         return _PIXELS
     missing = [name for name in SPACE_RANGER_COLUMNS if name not in found]

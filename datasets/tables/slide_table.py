@@ -21,17 +21,19 @@ T = TypeVar("T")
 
 SPOT_COLUMNS = ("x", "y", "pixel_x", "pixel_y")
 GREATEST_COORDINATE = 10**9  # of an array or an image
+SELECTED = "selected"  # an optional column: 0 where whoever aligned the array saw no tissue
 
 
 def load_slide(layout: Layout, slide: str, genes: Sequence[str] | None = None) -> AnnData:
-    """Read, join, check and sort one slide.
+    """Read, join, check and sort one slide. Spots that the table marks with selected = 0 are left out.
 
     genes:   only these, in this order (the panel); None = all.
     returns: AnnData of the N spots that both files have, in the order of the spec ("yx": by row y, then x):
              X raw counts (N, G) csr int32; obs_names "round(x)xround(y)"; var_names genes;
              obsm["spatial"] (N, 2) float64 centre (x, y) in full-resolution pixels; obsm["center"] its floor, int64;
              obsm["grid"]    (N, 2) int64 (column x, row y) of the array, the axes pointing as those of the image;
-             uns["slide"], uns["patient"], uns["dropped"]: {"spots_without_counts", "counts_without_spot"} lists of ids.
+             uns["slide"], uns["patient"], uns["dropped"]: {"spots_without_counts", "counts_without_spot"} lists of ids;
+             uns["not_selected"] ids of spots with counts that are marked so.
     Raises FileNotFoundError, or ValueError naming slide, file and ids; see `read_counts` and `read_spots`.
     """
     patient = layout.spec.patient_of(slide)
@@ -61,7 +63,7 @@ def _attempt(read: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def read_spots(path: str | Path) -> pd.DataFrame:
-    """Read a spot table: tab separated with x, y, pixel_x, pixel_y; other columns (new_x, selected, ...) are kept.
+    """Read a spot table: tab separated with x, y, pixel_x, pixel_y; other columns (new_x, ...) are kept.
 
     returns: table indexed by "round(x)xround(y)", in the order of the file.
     Raises FileNotFoundError, or one ValueError naming the file and everything that is wrong: missing columns, values
@@ -102,6 +104,9 @@ def check_spots(table: pd.DataFrame, source: str) -> pd.DataFrame:
         twice = pd.Index(ids)[pd.Index(ids).duplicated()].unique().tolist()
         if twice:
             problems.append(f"spots listed twice: {some(twice)}")
+    if SELECTED in table.columns:
+        other = sorted(set(table[SELECTED].astype(str)[~table[SELECTED].isin([0, 1])]))
+        problems += [f"{SELECTED} should be 1 or, for a spot to be left out, 0; found {some(other)}"] if other else []
     if problems:
         raise ValueError(f"{source}: {'; '.join(problems)}. Correct these rows or take the original file again.")
     return table.assign(**numbers).set_index(pd.Index(ids, name="spot"))
@@ -114,11 +119,17 @@ def spot_ids(x: np.ndarray, y: np.ndarray) -> list[str]:
 
 def join(counts: AnnData, spots: pd.DataFrame, spec: DatasetSpec, source: str) -> AnnData:
     """Match counts and spots on the id and sort them; `source` names both in messages. See `load_slide`."""
-    shared = spots.index.intersection(counts.obs_names)
-    if shared.empty:
+    selected = spots[spots[SELECTED] != 0] if SELECTED in spots else spots
+    listed, shared = (chosen.index.intersection(counts.obs_names) for chosen in (spots, selected))
+    if listed.empty:
         raise ValueError(
             f"{source} have no spot in common: counts are of {some(list(counts.obs_names), 3)}, spots are "
             f"{some(list(spots.index), 3)}. The two files belong to different slides, or x and y are exchanged in one."
+        )
+    if shared.empty:
+        raise ValueError(
+            f"{source}: {SELECTED} is 0 for all {len(listed)} spots with counts, so none is left. Correct the column, or "
+            "remove it."
         )
     table = spots.loc[shared]
     table_x, table_y = _rounded(table["x"]), _rounded(table["y"])
@@ -134,9 +145,10 @@ def join(counts: AnnData, spots: pd.DataFrame, spec: DatasetSpec, source: str) -
     adata.obsm["center"] = np.floor(spatial).astype(np.int64)
     adata.obsm["grid"] = np.ascontiguousarray(grid)
     adata.uns["dropped"] = {
-        "spots_without_counts": spots.index.difference(shared, sort=False).tolist(),
-        "counts_without_spot": counts.obs_names.difference(shared, sort=False).tolist(),
+        "spots_without_counts": selected.index.difference(shared, sort=False).tolist(),
+        "counts_without_spot": counts.obs_names.difference(listed, sort=False).tolist(),
     }
+    adata.uns["not_selected"] = listed.difference(shared, sort=False).tolist()
     return adata
 
 

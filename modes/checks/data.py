@@ -64,6 +64,13 @@ def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> li
         without = sum(len(record.table.uns["dropped"]["spots_without_counts"]) for record in records)
         dropped = f"; {without} listed spots have no counts and are left out" if without else ""
         findings.ok("tables", f"counts and spot tables fit: {start} spots on {len(records)} slides{dropped}.")
+        not_selected = {r.name: len(r.table.uns["not_selected"]) for r in records if r.table.uns["not_selected"]}
+        if not_selected:
+            findings.warning(
+                "tables",
+                f"{sum(not_selected.values())} spots with counts are marked selected = 0 in the spot tables and left out: "
+                f"{some([f'{slide} ({count})' for slide, count in not_selected.items()], 12)}.",
+            )
     return records
 
 

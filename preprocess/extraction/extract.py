@@ -23,6 +23,7 @@ from datasets.features.identity import NO_ENCODER, CacheIdentity
 from datasets.features.patch_encoder import BatchedPatchEncoder, pooled_grid_side
 from datasets.features.verify import verify_cache
 from datasets.images.geometry import check_num_neighbors, check_patch_size
+from datasets.images.overlay import compare_with_image
 from datasets.images.slides import Slide, open_slide
 from datasets.layout import Layout
 from datasets.tables.slide_table import check_inside, load_slide
@@ -63,11 +64,12 @@ class ExtractionSettings:
 
 @dataclass(frozen=True)
 class SlideWork:
-    """One slide with the caches that have to be made."""
+    """One slide with the caches that have to be made. totals (N,): counts of each spot, to compare with the image."""
 
     slide: str
     spot_ids: list[str]
     centers: np.ndarray
+    totals: np.ndarray
     identities: dict[str, CacheIdentity]
 
 
@@ -213,7 +215,7 @@ def _plan_slide(
     settings: ExtractionSettings,
 ) -> SlideWork:
     table = load_slide(layout, slide)
-    spot_ids, centers = list(table.obs_names), table.obsm["center"]
+    spot_ids, centers, totals = list(table.obs_names), table.obsm["center"], np.asarray(table.X.sum(axis=1)).ravel()
     with _open_pixels(layout, slide, settings.kinds) as image:
         check_inside(table, image.size, image.path)
         common = {
@@ -236,7 +238,9 @@ def _plan_slide(
             verify_cache(path, expected, spot_ids, centers, repair=partial(settings.repair, kind, slide))
         else:
             pending[kind] = identity
-    return SlideWork(slide, spot_ids, centers, pending)
+    if pending and table.uns["not_selected"]:
+        say(f"{slide}: {len(table.uns['not_selected'])} spots are marked selected = 0 and left out.")
+    return SlideWork(slide, spot_ids, centers, totals, pending)
 
 
 def _variant(kind: str, settings: ExtractionSettings) -> dict[str, object]:
@@ -324,6 +328,10 @@ def _encode_one(
     before: list[_EncodedSlide],
 ) -> _EncodedSlide:
     """Hand all spots of one slide to its writers.  before: slides whose files have to be there first."""
+    if isinstance(image, Slide):
+        problem = compare_with_image(image, item.centers, item.totals, layout.overlay_path(item.slide))
+        if problem is not None:
+            say(f"WARNING: {item.slide}: {problem}")
     started = time.perf_counter()
     encoding = EncodingPlan(
         kinds=tuple(item.identities),

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from datasets.images.overlay import compare_with_image
+from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.tables.expression import empty_spots, highest_mean_panel
 from datasets.tables.slide_table import check_inside, join, load_slide
@@ -170,6 +173,7 @@ def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnDat
     for target, origin in raw.extra.items():
         place_file(origin, target, overwrite=options.overwrite)
     image = "missing" if raw.image is None else place_image(layout, raw, options)
+    notes = [] if raw.image is None else compared_with_image(layout, joined)
     if raw.write_patches is not None:
         raw.write_patches(joined)
         image = "patches" if raw.image is None else f"{image}, patches"
@@ -182,8 +186,23 @@ def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnDat
         spots_without_counts=len(dropped["spots_without_counts"]),
         counts_without_spot=len(dropped["counts_without_spot"]),
         image=image,
-        notes=[f"without counts: {some(dropped['spots_without_counts'])}"] if dropped["spots_without_counts"] else [],
+        notes=notes + left_out(joined),
     )
+
+
+def compared_with_image(layout: Layout, slide: AnnData) -> list[str]:
+    """Write the picture of a slide with its spots; a warning if they do not seem to belong together."""
+    name, totals = slide.uns["slide"], np.asarray(slide.X.sum(axis=1)).ravel()
+    with open_slide(layout.image_path(name)) as image:
+        problem = compare_with_image(image, slide.obsm["center"], totals, layout.overlay_path(name))
+    return [f"WARNING: {problem}"] if problem else []
+
+
+def left_out(slide: AnnData) -> list[str]:
+    """Which listed spots are not used, one sentence a reason."""
+    without, not_selected = slide.uns["dropped"]["spots_without_counts"], slide.uns["not_selected"]
+    notes = [f"without counts: {some(without)}"] if without else []
+    return notes + ([f"{len(not_selected)} spots are marked selected = 0 and left out"] if not_selected else [])
 
 
 def place_image(layout: Layout, raw: RawSlide, options: Options) -> str:
