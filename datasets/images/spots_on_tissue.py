@@ -20,7 +20,7 @@ from datasets.images.tissue import SquareMeans, section_of, tissue_of
 
 PICTURE_PX = 1024  # longer side of the picture
 _SQUARE = 0.5  # side of the square that stands for a spot, in distances of neighbors
-_LEAST_SPOTS = 50  # for a rank correlation
+_LEAST_SPOTS = 50  # for a rank correlation, and for a share that is more than chance
 # Limits; where true and false tables of real sections lie is in docs/troubleshooting.md.
 _LEAST_ON_TISSUE = 0.5
 _LEAST_LIFT, _LEAST_FIT = 0.75, 0.95
@@ -39,6 +39,7 @@ class Fit:
     counts, few spots, all the same).
     """
 
+    num_spots: int
     on_tissue: float
     around: float
     darkness: float | None
@@ -58,8 +59,8 @@ class Fit:
         """What speaks against it, for itself; None for nothing."""
         if self.on_tissue < _LEAST_ON_TISSUE:
             return "Most spots lie on glass: is it the table of another slide, or of the image at another size?"
-        by_chance = self.around < _GREATEST_AROUND and self.lift < _LEAST_LIFT
-        if by_chance and self.darkness is not None and self.lift + self.darkness < _LEAST_FIT:
+        says_something = self.num_spots >= _LEAST_SPOTS and self.around < _GREATEST_AROUND
+        if says_something and self.lift < _LEAST_LIFT and self.lift + (self.darkness or 0.0) < _LEAST_FIT:
             return "They follow neither the tissue nor its darkness: is it the table of another slide?"
         return None
 
@@ -151,8 +152,8 @@ def _fit(picture: TissuePicture, centers: np.ndarray, ranks: np.ndarray | None, 
     on_tissue, around = float(picture.is_on_tissue(centers, side).mean()), picture.tissue_around(centers)
     darkness = stats.rankdata(picture.darkness(centers, side))
     if ranks is None or np.ptp(darkness) == 0 or np.ptp(ranks) == 0:
-        return Fit(on_tissue, around, None)
-    return Fit(on_tissue, around, float(np.corrcoef(darkness, ranks)[0, 1]))
+        return Fit(len(centers), on_tissue, around, None)
+    return Fit(len(centers), on_tissue, around, float(np.corrcoef(darkness, ranks)[0, 1]))
 
 
 def _best_alternative(

@@ -105,8 +105,11 @@ def check_spots(table: pd.DataFrame, source: str) -> pd.DataFrame:
         if twice:
             problems.append(f"spots listed twice: {some(twice)}")
     if SELECTED in table.columns:
-        other = sorted(set(table[SELECTED].astype(str)[~table[SELECTED].isin([0, 1])]))
+        words = table[SELECTED].astype(str).str.strip().str.lower()
+        is_selected = words.map({"1": 1, "0": 0, "1.0": 1, "0.0": 0, "true": 1, "false": 0})
+        other = sorted({shortened(word, 20) for word in words[is_selected.isna()]})
         problems += [f"{SELECTED} should be 1 or, for a spot to be left out, 0; found {some(other)}"] if other else []
+        numbers[SELECTED] = is_selected
     if problems:
         raise ValueError(f"{source}: {'; '.join(problems)}. Correct these rows or take the original file again.")
     return table.assign(**numbers).set_index(pd.Index(ids, name="spot"))

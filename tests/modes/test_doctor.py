@@ -16,6 +16,7 @@ import yaml
 
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
+from datasets.tables.slide_table import load_slide
 from models.contract import ModelInputs
 from models.losses import GeneDMLLoss
 from models.patch_encoders.build import patch_encoder_spec
@@ -133,6 +134,44 @@ def test_counts_of_every_kind_are_read_by_their_ids_alone(config, layout, ask, s
     else:
         table.to_csv(new, sep="," if suffix == ".csv" else "\t")
     assert "problem" not in ask(config)
+
+
+def test_spots_that_do_not_lie_on_the_tissue(config, layout, ask):
+    """The centres of A1 are those of an image of a fifth of the size, two spots of B1 are not selected."""
+    before = ask(config)
+    has(
+        before,
+        "ok",
+        "spots",
+        r"\d+ to 100 % of the spots of 3 slides on tissue \(\d+ spots on glass\)",
+        "overlay_SLIDE.png",
+    )
+    assert "warning  spots" not in before and all(layout.overlay_path(slide).is_file() for slide in ("A1", "B1", "C1"))
+    table = pd.read_csv(layout.spots_path("A1"), sep="\t")
+    table[["pixel_x", "pixel_y"]] /= 5
+    table.to_csv(layout.spots_path("A1"), sep="\t", index=False)
+    shown = layout.overlay_path("A1").read_bytes()
+    counted = list(load_slide(layout, "B1").obs_names[:2])
+    table = pd.read_csv(layout.spots_path("B1"), sep="\t")
+    table["selected"] = [int(f"{round(x)}x{round(y)}" not in counted) for x, y in zip(table["x"], table["y"])]
+    table.to_csv(layout.spots_path("B1"), sep="\t", index=False)
+    text = ask(config)
+    has(
+        text,
+        "warning",
+        "spots",
+        r"A1: spots and image may not belong together: \d+ % of the",
+        r"The picture: \S+/overlay_A1\.png",
+    )
+    assert text.count("warning  spots") == 1 and layout.overlay_path("A1").read_bytes() != shown
+    has(text, "warning", "tables", r"2 spots with counts are marked selected = 0 .* left out: B1 \(2\)")
+
+
+def test_pictures_are_not_needed(config, layout, ask):
+    """Where they cannot be written, the doctor goes on without."""
+    shutil.rmtree(layout.root / "overlays")
+    (layout.root / "overlays").write_text("a file in the way")
+    has(ask(config), "ok", "spots", "of the spots of 3 slides on tissue")
 
 
 def test_caches_of_other_spots_encoders_and_none(config, layout, ask):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -375,3 +376,23 @@ def test_the_command_as_the_readme_has_it(data_dir):
     wrong = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert wrong.returncode == 2 and "error: --slides Q7: no counts" in wrong.stderr
     assert _caches(data_dir) == []
+
+
+def test_spots_that_do_not_belong_to_the_image_are_said_with_a_picture(data_dir, capsys):
+    """The centres of A1 are those of an image of a fifth of the size, and one spot of B1 is not selected."""
+    layout = _layout(data_dir)
+    table = pd.read_csv(layout.spots_path("A1"), sep="\t")
+    table[["pixel_x", "pixel_y"]] /= 5
+    table.to_csv(layout.spots_path("A1"), sep="\t", index=False)
+    counted = load_slide(layout, "B1").obs_names
+    table = pd.read_csv(layout.spots_path("B1"), sep="\t")
+    table["selected"] = [int(f"{round(x)}x{round(y)}" != counted[0]) for x, y in zip(table["x"], table["y"])]
+    table.to_csv(layout.spots_path("B1"), sep="\t", index=False)
+    _run(data_dir, "patch")
+    said = capsys.readouterr().out
+    assert "WARNING: A1: spots and image may not belong together: " in said and said.count("WARNING") == 1
+    assert f"The picture: {layout.overlay_path('A1')}." in said and "B1: 1 spots are marked selected = 0" in said
+    assert layout.overlay_path("A1").is_file() and layout.overlay_path("B1").is_file()
+    assert len(read_identity(layout.cache_path("patch", "B1")).image_size) == 2
+    with h5py.File(layout.cache_path("patch", "B1")) as file:
+        assert len(file["spot_id"]) == len(counted) - 1

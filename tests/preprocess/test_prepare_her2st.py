@@ -229,6 +229,31 @@ def test_real_download(her2st_raw, tmp_path, capsys):
     assert "No image in the source for 1 of 2 slides: C1." in capsys.readouterr().out
 
 
+def test_real_tables_with_exchanged_columns_are_noticed(her2st_raw, tmp_path, capsys):
+    """Of the two sections prepared, the columns of one are exchanged; both get a picture."""
+    raw = tmp_path / "raw"
+    for folder in ("ST-cnts", "ST-spotfiles"):
+        (raw / folder).mkdir(parents=True)
+    (raw / "ST-imgs").symlink_to(her2st_raw / "ST-imgs")
+    for slide in ("C2", "C3"):
+        (raw / "ST-cnts" / f"{slide}.tsv.gz").symlink_to(her2st_raw / "ST-cnts" / f"{slide}.tsv.gz")
+        table = pd.read_csv(her2st_raw / "ST-spotfiles" / f"{slide}_selection.tsv", sep="\t")
+        if slide == "C2":
+            table = table.rename(columns={"pixel_x": "pixel_y", "pixel_y": "pixel_x"})
+        table["selected"] = (table.index >= 5).astype(int)
+        table.to_csv(raw / "ST-spotfiles" / f"{slide}_selection.tsv", sep="\t", index=False)
+    prepare_her2st(raw, tmp_path / "data", Options(link=True))
+    said = capsys.readouterr().out
+    assert "C2: WARNING: spots and image may not belong together: " in said
+    assert "Exchanging the pixel columns would fit better: 100 % of the spots on tissue" in said
+    assert said.count("WARNING") == 1 and said.count("5 spots are marked selected = 0 and left out") == 2
+    layout = Layout(tmp_path / "data", HER2ST)
+    assert f"The picture: {layout.overlay_path('C2')}." in said
+    for slide in ("C2", "C3"):
+        with Image.open(layout.overlay_path(slide)) as image:
+            assert max(image.size) == 1024
+
+
 def test_real_panel_is_the_recorded_one(her2st_raw, golden):
     """The panel of all 36 sections: its total in every spot of C2 and the places of eight genes are recorded."""
     recorded = golden("expression_real_C2")

@@ -51,6 +51,12 @@ def test_spot_table_of_the_layout(tmp_path):
     assert exchanged.ids == found.ids
 
 
+def test_spots_of_a_table_that_are_not_selected_are_off_the_tissue(tmp_path):
+    (tmp_path / "s.tsv").write_text("x\ty\tpixel_x\tpixel_y\tselected\n7\t3\t70\t30\t1\n8\t3\t80\t30\t0\n")
+    found = read_positions(tmp_path / "s.tsv")
+    assert found.in_tissue.tolist() == [True, False] and found.under_tissue().ids == ["7x3"]
+
+
 @pytest.mark.parametrize(
     ("text", "ids"),
     [
@@ -80,6 +86,15 @@ def test_lists_of_pixels(tmp_path, text, ids):
         ("", "cannot be read as a table of spot positions"),
         ("barcode,x,y\na,1,2\na,3,4\n", "spots listed twice: a"),
         (HEADER + SPOTS.replace("CCC-1,0,0,4", "CCC-1,0,0,2"), r"grid positions listed twice: \(2, 0\)"),
+        (
+            "x,y,imagerow,imagecol\n1,2,300,400\n",
+            r"x and y, which would be taken for pixels, but also imagecol and imagerow",
+        ),
+        (
+            "barcode,x,y,pxl_row_in_fullres,pxl_col_in_fullres\na,1,2,300,400\n",
+            "taken for pixels, but also pxl_col_in_fullres and pxl_row_in_fullres. If these are the pixels, call them x and y",
+        ),
+        ("x,y,pixel_x,pixel_y,selected\n1,2,3,4,perhaps\n", "selected should be 0 or 1, found perhaps"),
         (HEADER + SPOTS.replace("CCC-1,0", "CCC-1,yes"), "in_tissue should be 0 or 1, found .*yes"),
     ],
 )

@@ -186,3 +186,22 @@ def test_real_slide_gives_the_recorded_values(her2st_raw, tmp_path, golden):
     np.testing.assert_allclose(logarithms[:, :-1], recorded["lognorm"], rtol=1e-6, atol=1e-7)
     smoothed = smooth(logarithms, slide.obsm["grid"])
     np.testing.assert_allclose(smoothed[:, :-1], recorded["smoothed"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("flags", [[1, 0, 1, 1], ["TRUE", "FALSE", "TRUE", "TRUE"], [1.0, 0.0, 1.0, 1.0]])
+def test_spots_that_are_not_selected_are_left_out_and_listed(tmp_path, flags):
+    """The second row is 1x2; spots without counts are not listed twice."""
+    spots = pd.concat([SPOTS.assign(selected=flags), pd.DataFrame([{**SPOTS.iloc[0], "x": 9, "selected": 0}])])
+    slide = load_slide(written(tmp_path, spots), "A1")
+    assert slide.obs_names.tolist() == ["1x1", "2x1", "3x1"] and slide.uns["not_selected"] == ["1x2"]
+    assert slide.uns["dropped"] == {"spots_without_counts": [], "counts_without_spot": []}
+    assert load_slide(written(tmp_path, SPOTS), "A1").uns["not_selected"] == []
+
+
+def test_what_is_wrong_with_the_selection_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"A1_selection\.tsv.* selected is 0 for all 4 spots with counts"):
+        load_slide(written(tmp_path, SPOTS.assign(selected=0)), "A1")
+    with pytest.raises(
+        ValueError, match=r"A1_selection\.tsv: selected should be 1 or, .*, 0; found 2, maybe\. Correct"
+    ):
+        load_slide(written(tmp_path, SPOTS.assign(selected=[1, 2, "maybe", 0])), "A1")
