@@ -21,7 +21,7 @@ from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.tables.counts import read_counts
 from datasets.tables.slide_table import read_both, read_spots
-from preprocess.raw.files import files_below, find_file
+from preprocess.raw.files import files_below, find_file, find_optional
 from preprocess.raw.prepare import (
     Options,
     Prepared,
@@ -55,7 +55,7 @@ def read_slide(files: Sequence[Path], name: str) -> RawSlide:
     """One slide from among the files of the series."""
     counts_path = find_file(files, counts_name(name), f"Slide {name}, counts (*{name}_stdata.tsv)")
     # A series may have the spots of the whole array as well; the selection is what lies on tissue.
-    selection = find_file(files, rf".*spot.*selection.*[_-]{name}\.tsv(\.gz)?", f"Slide {name}", required=False)
+    selection = find_optional(files, rf".*spot.*selection.*[_-]{name}\.tsv(\.gz)?", f"Slide {name}")
     spots_path = selection or find_file(
         files, rf".*spot.*[_-]{name}\.tsv(\.gz)?", f"Slide {name}, spots on tissue (*spot*{name}.tsv)"
     )
@@ -66,7 +66,7 @@ def read_slide(files: Sequence[Path], name: str) -> RawSlide:
         spots=spots,
         source=f"{counts_path} and {spots_path}",
         spots_file=spots_path,
-        image=find_file(files, rf"(.*[_-])?{name}\.jpe?g(\.gz)?", f"Slide {name}, image", required=False),
+        image=find_optional(files, rf"(.*[_-])?{name}\.jpe?g(\.gz)?", f"Slide {name}, image"),
     )
 
 

@@ -24,7 +24,7 @@ from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.tables.counts import gene_names, read_counts, round_ids
 from datasets.tables.slide_table import check_spots, read_both
-from preprocess.raw.files import files_below, find_file
+from preprocess.raw.files import files_below, find_file, find_optional
 from preprocess.raw.gene_map import WHERE, is_ensembl, read_gene_map, symbols_of, with_genes
 from preprocess.raw.prepare import (
     Options,
@@ -37,7 +37,9 @@ from preprocess.raw.prepare import (
     source_folder,
 )
 from utils.cli import run, say
+from utils.files import reading
 from utils.text import some
+from utils.untrusted.text import cells_of, text_of
 
 CONTENTS = "the files of Mendeley 29ntw7sh4r: BC23287_C1_stdata.tsv.gz, spots_BT23287_C1.csv and HE_BT23287_C1.jpg"
 
@@ -93,11 +95,11 @@ def read_slide(files: Sequence[Path], name: str, genes: Sequence[str], gene_map:
     spots_path = find_file(
         files, rf"spots_B[CT]{number}\.csv(\.gz)?", f"Slide {name}, spots on tissue (spots_{name}.csv)"
     )
-    image = find_file(files, rf"HE_B[CT]{number}\.(jpe?g|tiff?)(\.gz)?", f"Slide {name}, image", required=False)
+    image = find_optional(files, rf"HE_B[CT]{number}\.(jpe?g|tiff?)(\.gz)?", f"Slide {name}, image")
     counts, spots = read_both(name, lambda: read_counts(counts_path), lambda: read_pixel_table(spots_path))
     return RawSlide(
         name=name,
-        counts=with_genes(counts, symbols_of(counts.var_names, gene_map), genes),
+        counts=with_genes(counts, symbols_of(counts.var_names, gene_map), genes, str(counts_path)),
         spots=spots,
         source=f"{counts_path} and {spots_path}",
         image=image,
@@ -106,14 +108,14 @@ def read_slide(files: Sequence[Path], name: str, genes: Sequence[str], gene_map:
 
 
 def read_pixel_table(path: Path) -> pd.DataFrame:
-    """Spots from `spots_*.csv`: index "XxY" (also "X10x13", as R makes names), columns X and Y in pixels of the image.
+    """Read spots from `spots_*.csv`: index "XxY" (also "X10x13", as R makes names), columns X and Y in pixels of the image.
 
-    returns: a spot table as `datasets.tables.slide_table.read_spots` gives it.
+    returns: a spot table as `datasets.tables.slide_table.read_spots` gives it, for the errors, too.
     """
-    try:
-        table = pd.read_csv(path, index_col=0)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable table: {error}") from error
+    with reading(path, "a table of spots"):
+        table = cells_of(text_of(path), ",")
+    if isinstance(table.index, pd.RangeIndex):  # R leaves out the name of the ids, and then they are the index already
+        table = table.set_index(table.columns[0])
     columns = {str(name).strip().lower(): name for name in table.columns}
     if not {"x", "y"} <= set(columns):
         raise ValueError(

@@ -34,10 +34,11 @@ from datasets.tables.counts import gene_names
 from datasets.tables.slide_table import check_spots, spot_ids
 from preprocess.raw.files import image_size
 from preprocess.raw.gene_map import is_ensembl, read_gene_map, symbols_of, with_genes, without_version
+from preprocess.raw.matrices import GeneCounts
 from preprocess.raw.prepare import Options, Prepared, RawSlide, place_slide, source_folder, tell, verify
 from preprocess.raw.space_ranger import (
     CONTENTS,
-    GeneCounts,
+    PITCH_UM,
     SpaceRangerOutput,
     check_full_resolution,
     microns_per_pixel,
@@ -192,9 +193,12 @@ def slide_counts(output: SpaceRangerOutput, names: Sequence[str], panel: Sequenc
         )
     found = place >= 0
     ids = [name for name, is_found in zip(spot_ids(*positions.grid.T), found) if is_found]
-    matrix = counts.matrix[place[found]].astype(np.int32)
-    raw = AnnData(matrix, obs=pd.DataFrame(index=ids), var=pd.DataFrame(index=[str(i) for i in range(len(names))]))
-    merged = with_genes(raw, names, sorted(set(names)))
+    raw = AnnData(
+        counts.matrix[place[found]],
+        obs=pd.DataFrame(index=ids),
+        var=pd.DataFrame(index=[str(i) for i in range(len(names))]),
+    )
+    merged = with_genes(raw, names, sorted(set(names)), str(counts.path))
     kept = np.asarray(merged.X.sum(axis=0)).ravel() > 0
     kept |= merged.var_names.isin(list(panel))
     return merged[:, kept].copy()
@@ -218,7 +222,8 @@ def spot_table(output: SpaceRangerOutput) -> pd.DataFrame:
 def pixel_note(microns: float | None, output: SpaceRangerOutput) -> str:
     if microns is None:
         return "the size of a pixel is unknown: too few spots, and no spot_diameter_fullres"
-    return f"{microns:.4f} um per pixel ({100 / microns:.1f} px between neighbors, which are 100 um apart)"
+    pitch = output.scale_factors.get("bin_size_um", PITCH_UM)
+    return f"{microns:.4f} um per pixel ({pitch / microns:.1f} px between neighbors, which are {pitch:g} um apart)"
 
 
 def write_match(layout: Layout, panel: TrainingPanel) -> list[str]:

@@ -101,7 +101,9 @@ def _read_table(path: Path) -> pd.DataFrame:
         first = text.partition("\n")[0].rstrip("\r")
         separator = "\t" if "\t" in first else ","
         names = _names_without_header([cell.strip().strip('"') for cell in first.split(separator)])
-        table = cells_of(text, separator, names)
+        table = cells_of(text, separator, has_header=names is None)
+    if names is not None:
+        table.columns = pd.Index(names)
     table.columns = [str(name).strip().lower() for name in table.columns]
     return table
 

@@ -10,10 +10,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -24,8 +22,9 @@ from PIL import Image
 
 from datasets.images.slides import open_slide
 from datasets.tables.counts import read_counts
-from utils.files import sha256, write_atomically, write_text
+from utils.files import reading, sha256, write_atomically, write_text
 from utils.text import some
+from utils.untrusted.text import open_unpacked, text_of
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -33,17 +32,20 @@ def image_size(path: Path) -> tuple[int, int]:
     if path.suffix != ".gz":
         with open_slide(path) as image:
             return image.size
-    try:
-        with gzip.open(path) as file, Image.open(file) as image:
-            return image.size
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} is no readable image (truncated?): {error}") from error
+    return plain_image_size(path)
+
+
+def plain_image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a plain image, compressed as a whole or not. ValueError naming the file if it is none."""
+    with reading(path, "an image"), open_unpacked(path) as file, Image.open(file) as image:
+        return image.size
 
 
 def place_file(source: Path, target: Path, *, overwrite: bool, link: bool = False) -> str:
     """Copy a file, or link it unless it is compressed. Returns "copied", "linked" or "kept" (it is there already).
 
-    Raises ValueError if the target is there, differs, and --overwrite is not given.
+    Raises ValueError if the target is there, differs, and --overwrite is not given, or if the source is damaged; OSError if
+    there is no room.
     """
     source = source.resolve(strict=True)
     if target.exists() or target.is_symlink():
@@ -60,13 +62,11 @@ def place_file(source: Path, target: Path, *, overwrite: bool, link: bool = Fals
         return "linked"
 
     def copy(temporary: Path) -> None:
-        with unpacked(source, target) as file, open(temporary, "wb") as out:
-            shutil.copyfileobj(file, out, 1 << 20)
+        with open(temporary, "wb") as out:
+            for piece in pieces(source, target):
+                out.write(piece)
 
-    try:
-        write_atomically(target, copy)
-    except EOFError as error:
-        raise ValueError(f"{source} is not complete: {error}. Download it again.") from error
+    write_atomically(target, copy)
     return "copied"
 
 
@@ -75,16 +75,21 @@ def is_packed(source: Path, target: Path) -> bool:
     return source.suffix == ".gz" and target.suffix != ".gz"
 
 
-def unpacked(source: Path, target: Path) -> BinaryIO:
-    """The bytes that belong into the target."""
-    return gzip.open(source, "rb") if is_packed(source, target) else open(source, "rb")
+def pieces(source: Path, target: Path) -> Iterator[bytes]:
+    """The bytes that belong into the target, some at a time. Raises ValueError if the source is damaged."""
+    opened = gzip.open if is_packed(source, target) else open
+    with reading(source, "a file to copy", remedy="Download it again."), opened(source, "rb") as file:
+        while piece := file.read(1 << 20):
+            yield piece
 
 
 def same_content(source: Path, target: Path) -> bool:
     """Whether the target holds what a copy would; lengths first, since images are large."""
     if is_packed(source, target):
-        with unpacked(source, target) as first, open(target, "rb") as second:
-            return hashlib.file_digest(first, "sha256").digest() == hashlib.file_digest(second, "sha256").digest()
+        digest = hashlib.sha256()
+        for piece in pieces(source, target):
+            digest.update(piece)
+        return digest.hexdigest() == sha256(target)
     if source.samefile(target):
         return True
     return source.stat().st_size == target.stat().st_size and sha256(source) == sha256(target)
@@ -95,18 +100,26 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
-def find_file(files: Sequence[Path], pattern: str, what: str, *, required: bool = True) -> Path | None:
-    """The one file whose name matches the regular expression; of a file and its compressed twin, the file.
+def find_file(files: Sequence[Path], pattern: str, what: str) -> Path:
+    """Find the one file whose name matches the regular expression; of a file and its compressed twin, the file.
 
-    Raises FileNotFoundError if there is none (None if not `required`), ValueError if there are several.
+    Raises FileNotFoundError if there is none, ValueError if there are several, also of one name in several folders.
     """
-    found = {path.name: path for path in files if re.fullmatch(pattern, path.name)}
-    found = {name: path for name, path in found.items() if name.removesuffix(".gz") == name or name[:-3] not in found}
-    if len(found) > 1:
-        raise ValueError(f"{what}: {len(found)} files where one was expected: {some(sorted(found))}. Keep one of them.")
-    if not found and required:
+    found = find_optional(files, pattern, what)
+    if found is None:
         raise FileNotFoundError(f"{what}: not found in the source.")
-    return next(iter(found.values()), None)
+    return found
+
+
+def find_optional(files: Sequence[Path], pattern: str, what: str) -> Path | None:
+    """Find a file as `find_file` does; None if there is none."""
+    found = [path for path in files if re.fullmatch(pattern, path.name)]
+    found = [path for path in found if path.suffix != ".gz" or path.with_suffix("") not in found]
+    if len(found) > 1:
+        raise ValueError(
+            f"{what}: {len(found)} files where one was expected: {some(found)}. Give as --source a folder with one of them."
+        )
+    return found[0] if found else None
 
 
 def write_counts(path: Path, slide: AnnData, *, overwrite: bool) -> None:
@@ -146,6 +159,9 @@ def counts_table(slide: AnnData) -> pa.Table:
 def write_spots(path: Path, spots: pd.DataFrame, *, overwrite: bool) -> None:
     """The spot table, tab separated; an existing file must say the same."""
     text = spots.to_csv(sep="\t", index=False)
-    if path.exists() and not overwrite and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path} is there already and differs. Use --overwrite to replace it.")
+    if path.exists() and not overwrite:
+        with reading(path, "a table of spots"):
+            is_same = text_of(path) == text
+        if not is_same:
+            raise ValueError(f"{path} is there already and differs. Use --overwrite to replace it.")
     write_text(path, text)

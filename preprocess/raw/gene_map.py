@@ -1,8 +1,7 @@
-"""Ensembl ids to gene symbols, by a table that the user gives; counts of ids that share a symbol are added up."""
+"""Turn Ensembl ids into gene symbols, by a table that the user gives; counts of ids that share a symbol are added up."""
 
 from __future__ import annotations
 
-import gzip
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,10 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from utils.files import require_file
-from utils.text import some
+from datasets.tables.counts import check_counts
+from utils.files import reading, require_file
+from utils.text import checked_names, some
+from utils.untrusted.text import cells_of, text_of
 
 _ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}(\.\d+)?$")
 _SYMBOL_COLUMNS = (
@@ -32,11 +33,12 @@ WHERE = (
 
 
 def is_ensembl(name: str) -> bool:
+    """Tell whether a name is an Ensembl id of a gene of any species, with or without its version."""
     return _ENSEMBL.match(name) is not None
 
 
 def without_version(name: str) -> str:
-    """ENSG00000141510.18 -> ENSG00000141510; other names as they are."""
+    """Cut the version of an Ensembl id, ENSG00000141510.18 -> ENSG00000141510; other names stay as they are."""
     return name.rpartition(".")[0] if is_ensembl(name) and "." in name else name
 
 
@@ -44,18 +46,14 @@ def read_gene_map(path: str | Path) -> dict[str, str]:
     """Ensembl id (without version) -> symbol, from a table separated by tabs or commas, with a header or without.
 
     The column of ids is the one that holds them; the symbols are in the column with a usual name of it, or in the next.
-    Raises ValueError naming the file if either is not found. Rows without a symbol are left out.
+    Raises ValueError naming the file if either is not found, or a gene has several symbols. Rows without a symbol are
+    left out.
     """
     path = require_file(path, f"--gene_map should be {WHERE}.")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            separator = "\t" if "\t" in file.readline() else ","
-        table = pd.read_csv(path, sep=separator, header=None, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable table: {error}. Expected {WHERE}.") from error
-    share = {column: table[column].map(is_ensembl).mean() for column in table}
-    ids = max(share, key=share.get)
+    with reading(path, "a table of genes", remedy=f"Expected {WHERE}."):
+        table = cells_of(text_of(path), has_header=False)
+    share = {column: float(table[column].map(is_ensembl).mean()) for column in table}
+    ids = max(share, key=lambda column: share[column])
     if not share[ids]:
         raise ValueError(
             f"{path}: no column holds Ensembl ids; the first row is {some(table.iloc[0].tolist())}. Expected {WHERE}."
@@ -65,11 +63,17 @@ def read_gene_map(path: str | Path) -> dict[str, str]:
     if symbols not in table:
         raise ValueError(f"{path}: no column of symbols follows the Ensembl ids. Expected {WHERE}.")
     rows = table.loc[table[ids].map(is_ensembl) & (table[symbols] != "")]
-    return {without_version(gene): symbol for gene, symbol in zip(rows[ids], rows[symbols], strict=True)}
+    genes = rows[ids].map(without_version)
+    conflicts = rows[symbols].groupby(genes).unique()
+    conflicts = conflicts[conflicts.map(len) > 1]
+    if len(conflicts):
+        listed = [f"{gene} ({', '.join(names)})" for gene, names in conflicts.items()]
+        raise ValueError(f"{path} gives several symbols to one gene: {some(listed, 3)}. Keep one row for each of them.")
+    return dict(zip(genes, checked_names(rows[symbols].tolist(), "genes", path), strict=True))
 
 
 def symbols_of(names: Sequence[str], gene_map: Mapping[str, str] | None) -> list[str]:
-    """The symbol of each name; a name that carries both ("TP53_ENSG...", "ENSG...|TP53") gives its own; an Ensembl id
+    """Find the symbol of each name; a name that carries both ("TP53_ENSG...", "ENSG...|TP53") gives its own; an Ensembl id
     that the map does not know stays, without its version."""
     symbols = []
     for name in names:
@@ -83,15 +87,14 @@ def symbols_of(names: Sequence[str], gene_map: Mapping[str, str] | None) -> list
     return symbols
 
 
-def with_genes(counts: AnnData, symbols: Sequence[str], genes: Sequence[str]) -> AnnData:
-    """The same spots with other columns: column i goes to `symbols[i]`, those of one symbol are added up.
+def with_genes(counts: AnnData, symbols: Sequence[str], genes: Sequence[str], source: str) -> AnnData:
+    """Give the same spots other columns: column i goes to `symbols[i]`, those of one symbol are added up.
 
-    genes: the new columns, in order; they hold all symbols. Genes that no column goes to are zero.
+    genes: the new columns, in order; they hold all symbols. Genes that no column goes to are zero.  source: for messages.
+    returns: checked counts, X (N, len(genes)) csr int32. Errors as in `datasets.tables.counts.check_counts`.
     """
     place = pd.Index(genes).get_indexer(list(symbols))
     assert (place >= 0).all(), "every symbol is one of the genes"
-    shape = (counts.n_vars, len(genes))
-    columns = sparse.csr_matrix(
-        (np.ones(counts.n_vars, dtype=np.int32), (np.arange(counts.n_vars), place)), shape=shape
-    )
-    return AnnData(sparse.csr_matrix(counts.X @ columns), obs=counts.obs, var=pd.DataFrame(index=list(genes)))
+    ones = np.ones(counts.n_vars, dtype=np.int64)
+    columns = sparse.csr_matrix((ones, (np.arange(counts.n_vars), place)), shape=(counts.n_vars, len(genes)))
+    return check_counts(sparse.csr_matrix(counts.X @ columns), counts.obs_names.tolist(), list(genes), source=source)

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
-import pandas as pd
-import scipy.io
-from PIL import Image
-from scipy import sparse
 
 from datasets.tables.positions import Positions, read_positions
-from preprocess.raw.files import files_below, find_file
-from utils.text import some
+from preprocess.raw.files import files_below, find_optional, plain_image_size
+from preprocess.raw.matrices import GeneCounts, read_matrix
+from utils.files import reading
+from utils.text import brief
+from utils.untrusted.text import text_of
 
 CONTENTS = (
     "Space Ranger's outs/: spatial/tissue_positions.csv (or tissue_positions_list.csv before 2.0) and "
     "filtered_feature_bc_matrix.h5 or the folder filtered_feature_bc_matrix/"
 )
 PITCH_UM, PITCH_SPOT_UM = 100.0, 65.0  # centre to centre of neighbors; what spot_diameter_fullres stands for
-_EXPRESSION = "Gene Expression"
-_READ_ERRORS = (OSError, KeyError, EOFError, UnicodeDecodeError, ValueError)
-
-
-@dataclass(frozen=True)
-class GeneCounts:
-    """matrix (barcodes, genes) csr raw counts; ids and symbols of the genes, equal where the file has only one."""
-
-    matrix: sparse.csr_matrix
-    barcodes: list[str]
-    ids: list[str]
-    symbols: list[str]
-    path: Path
+_FACTORS = ("tissue_hires_scalef", "spot_diameter_fullres", "microns_per_pixel", "bin_size_um")
+_TOLERANCE = 0.1  # of the size of a pixel, between what Space Ranger states and what the positions say
+_POSITIONS = r"tissue_positions\.csv(\.gz)?|tissue_positions_list\.(csv|txt)(\.gz)?"
+# What of a folder's or file's name is Space Ranger's; the rest is the name of the sample.
+_OF_SPACE_RANGER = re.compile(
+    r"(^|_)(outs|spatial|(filtered|raw)_(feature|gene)_bc_matri(x|ces)(_h5|_mex)?(\.h5)?(\.gz)?|matrix\.mtx(\.gz)?"
+    rf"|{_POSITIONS}|scalefactors_json\.json(\.gz)?|tissue_hires_image\.\w+(\.gz)?)$"
+)
 
 
 @dataclass(frozen=True)
 class SpaceRangerOutput:
-    """positions: spots under tissue only.  scale_factors: those of scalefactors_json.json, empty without it.
+    """positions: spots under tissue only.  scale_factors: those of `_FACTORS` that scalefactors_json.json has.
     hires_size: (width, height) of tissue_hires_image, None without it."""
 
     folder: Path
@@ -55,7 +48,7 @@ class SpaceRangerOutput:
 def read_outs(source: Path) -> SpaceRangerOutput:
     """Read a folder `outs/`, or one that holds it, also with the file names of a GEO download (<sample>_<name>.gz).
 
-    Raises FileNotFoundError / ValueError naming what is missing, unreadable or inconsistent.
+    Raises FileNotFoundError / ValueError naming what is missing, unreadable, of several samples or inconsistent.
     """
     files = files_below(source)
     positions_path = _positions_file(files, source)
@@ -67,147 +60,68 @@ def read_outs(source: Path) -> SpaceRangerOutput:
         raise ValueError(
             f"{positions_path}: none of {len(positions)} spots is under tissue (in_tissue is 0 everywhere)."
         )
+    factors = find_optional(files, r"(.*_)?scalefactors_json\.json(\.gz)?", f"Scale factors in {source}")
+    hires = find_optional(files, r"(.*_)?tissue_hires_image\.(png|jpe?g|tiff?)(\.gz)?", f"Smaller image in {source}")
+    counts = read_matrix(files, source, CONTENTS)
+    _check_one_sample([path for path in (positions_path, counts.path, factors, hires) if path is not None], source)
     return SpaceRangerOutput(
         folder=source,
         positions=under_tissue,
         positions_path=positions_path,
-        counts=_read_counts(files, source),
-        scale_factors=_scale_factors(files),
-        hires_size=_hires_size(files),
+        counts=counts,
+        scale_factors={} if factors is None else _scale_factors(factors),
+        hires_size=None if hires is None else plain_image_size(hires),
     )
 
 
 def _positions_file(files: Sequence[Path], source: Path) -> Path:
-    """The table with a header where there are both."""
-    for pattern in (r"(.*_)?tissue_positions\.csv(\.gz)?", r"(.*_)?tissue_positions_list\.(csv|txt)(\.gz)?"):
-        found = find_file(files, pattern, f"Spot positions in {source}", required=False)
-        if found is not None:
-            return found
+    """The table with a header where a sample has both."""
+    newer = {path: path.with_name(re.sub(r"_list\.(csv|txt)(\.gz)?$", ".csv", path.name)) for path in files}
+    tables = [
+        path for path in files if newer[path] == path or not {newer[path], Path(f"{newer[path]}.gz")} & set(files)
+    ]
+    found = find_optional(tables, rf"(.*_)?({_POSITIONS})", f"Spot positions in {source}")
+    if found is not None:
+        return found
     if any(path.name.endswith("tissue_positions.parquet") for path in files):
         raise ValueError(
-            f"{source} is Visium HD (tissue_positions.parquet): its bins are no spots of 55 um. Export one bin size as "
-            "tissue_positions.csv with its filtered_feature_bc_matrix.h5 and prepare that folder."
+            f"{source} is Visium HD (tissue_positions.parquet). Export the positions of one bin size as "
+            "tissue_positions.csv, beside its scalefactors_json.json and filtered_feature_bc_matrix.h5, and prepare that "
+            "folder (binned_outputs/square_008um, for example)."
         )
     raise FileNotFoundError(
         f"{source} holds no tissue_positions.csv and no tissue_positions_list.csv. Expected {CONTENTS}."
     )
 
 
-def _read_counts(files: Sequence[Path], source: Path) -> GeneCounts:
-    path = find_file(
-        files, r"(.*_)?filtered_(feature|gene)_bc_matri(x|ces)(_h5)?\.h5", f"Counts in {source}", required=False
-    )
-    folder = None if path else _matrix_folder(files, source)
-    try:
-        counts = _read_h5(path) if path else _read_matrix_market(folder)
-    except _READ_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path or folder} is not a readable matrix of Space Ranger: {reason}") from error
-    values = counts.matrix.data
-    if len(values) and (values.min() < 0 or (values != np.round(values)).any()):
-        wrong = values[(values < 0) | (values != np.round(values))][0]
-        raise ValueError(
-            f"{counts.path} holds {wrong:g} where raw counts were expected. Take the matrix of Space Ranger."
-        )
-    twice = pd.Index(counts.barcodes)[pd.Index(counts.barcodes).duplicated()]
-    if len(twice):
-        raise ValueError(f"{counts.path} lists barcodes twice: {some(twice.tolist())}.")
-    return counts
+def _check_one_sample(paths: Sequence[Path], source: Path) -> None:
+    """Files of two samples are not paired: barcodes are the same on every slide, so nothing else would tell.
+
+    The name of a sample is what folders and files are called beyond Space Ranger's own names; it may be left out of some.
+    """
+    names = {path: [_OF_SPACE_RANGER.sub("", part) for part in path.relative_to(source).parts] for path in paths}
+    samples = {path: tuple(name for name in parts if name) for path, parts in names.items()}
+    longest = max(samples.values(), key=len)
+    for path, sample in samples.items():
+        if sample != longest[: len(sample)]:
+            other = next(path for path, name in samples.items() if name == longest)
+            raise ValueError(
+                f"{path} and {other} seem to be of two samples. Give as --source the folder of one sample; of a download "
+                "whose names differ, bring the files of one sample into one folder."
+            )
 
 
-def _matrix_folder(files: Sequence[Path], source: Path) -> Path:
-    folders = sorted({path.parent for path in files if path.name in ("matrix.mtx", "matrix.mtx.gz")})
-    filtered = [folder for folder in folders if "filtered" in str(folder.relative_to(source))]
-    found = filtered or [folder for folder in folders if "raw" not in str(folder.relative_to(source))]
-    if len(found) != 1:
-        what = (
-            f"{len(found)} matrix folders ({some(found)})" if found else "no filtered_feature_bc_matrix, .h5 or folder"
-        )
-        raise FileNotFoundError(f"{source} holds {what}. Expected {CONTENTS}.")
-    return found[0]
-
-
-def _read_h5(path: Path) -> GeneCounts:
-    """Version 3 (group `matrix` with `features`) and version 2 (one group a genome) of the 10x format."""
-    with h5py.File(path, "r") as file:
-        group = file["matrix"] if "matrix" in file else file[_only_genome(file, path)]
-        shape = tuple(int(length) for length in group["shape"][:])  # genes, barcodes
-        stored = (group["data"][:], group["indices"][:], group["indptr"][:])
-        barcodes = group["barcodes"].asstr()[:].tolist()
-        is_version_3 = "features" in group
-        ids = group["features/id" if is_version_3 else "genes"].asstr()[:].tolist()
-        symbols = group["features/name" if is_version_3 else "gene_names"].asstr()[:].tolist()
-        kinds = group["features/feature_type"].asstr()[:] if "features/feature_type" in group else None
-    matrix = sparse.csc_matrix(stored, shape=shape).T.tocsr()
-    return _genes_only(GeneCounts(matrix, barcodes, ids, symbols, path), kinds)
-
-
-def _only_genome(file: h5py.File, path: Path) -> str:
-    genomes = [name for name in file if isinstance(file[name], h5py.Group) and "barcodes" in file[name]]
-    if len(genomes) != 1:
-        raise ValueError(f"expected the group 'matrix' or one genome, found {', '.join(file) or 'nothing'}")
-    return genomes[0]
-
-
-def _read_matrix_market(folder: Path) -> GeneCounts:
-    """matrix.mtx, barcodes.tsv and features.tsv (genes.tsv before version 3), compressed or not."""
-    with _opened(folder, "matrix.mtx") as file:
-        matrix = sparse.csr_matrix(scipy.io.mmread(file).T)
-    barcodes = _lines(folder, "barcodes.tsv")
-    genes = [line.split("\t") for line in _lines(folder, "features.tsv", "genes.tsv")]
-    if matrix.shape != (len(barcodes), len(genes)):
-        raise ValueError(
-            f"the matrix is {matrix.shape[::-1]}, but there are {len(genes)} genes and {len(barcodes)} barcodes"
-        )
-    kinds = np.array([columns[2] for columns in genes]) if len(genes[0]) > 2 else None
-    ids, symbols = [columns[0] for columns in genes], [columns[min(1, len(columns) - 1)] for columns in genes]
-    return _genes_only(GeneCounts(matrix, barcodes, ids, symbols, folder), kinds)
-
-
-def _genes_only(counts: GeneCounts, kinds: np.ndarray | None) -> GeneCounts:
-    """Without antibody, CRISPR and other features."""
-    if kinds is None or (kinds == _EXPRESSION).all():
-        return counts
-    keep = np.flatnonzero(kinds == _EXPRESSION)
-    ids, symbols = ([names[i] for i in keep] for names in (counts.ids, counts.symbols))
-    return GeneCounts(counts.matrix[:, keep], counts.barcodes, ids, symbols, counts.path)
-
-
-def _opened(folder: Path, *names: str):
-    for name in names:
-        if (folder / name).is_file():
-            return open(folder / name, "rb")
-        if (folder / f"{name}.gz").is_file():
-            return gzip.open(folder / f"{name}.gz", "rb")
-    raise FileNotFoundError(f"{folder} holds no {' or '.join(names)}, compressed or not")
-
-
-def _lines(folder: Path, *names: str) -> list[str]:
-    with _opened(folder, *names) as file:
-        return file.read().decode("utf-8").split("\n")[:-1]
-
-
-def _scale_factors(files: Sequence[Path]) -> dict[str, float]:
-    path = find_file(files, r"(.*_)?scalefactors_json\.json(\.gz)?", "Scale factors", required=False)
-    if path is None:
-        return {}
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            content = json.load(file)
-        return {name: float(value) for name, value in content.items() if isinstance(value, int | float)}
-    except (ValueError, AttributeError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not the scalefactors_json.json of Space Ranger: {error}") from error
-
-
-def _hires_size(files: Sequence[Path]) -> tuple[int, int] | None:
-    path = find_file(files, r"(.*_)?tissue_hires_image\.(png|jpe?g|tiff?)", "Smaller image", required=False)
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is no readable image: {error}") from error
+def _scale_factors(path: Path) -> dict[str, float]:
+    what = "the scalefactors_json.json of Space Ranger"
+    with reading(path, what):
+        content = json.loads(text_of(path))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected names and numbers, found {brief(content)}")
+        factors = {name: content[name] for name in _FACTORS if name in content}
+        for name, value in factors.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 < value < 1e6:
+                raise ValueError(f"{name} is {brief(value)}, expected a positive number")
+    return {name: float(value) for name, value in factors.items()}
 
 
 def check_full_resolution(output: SpaceRangerOutput, image: Path, size: tuple[int, int]) -> None:
@@ -242,17 +156,35 @@ def _is_near(size: Sequence[int], expected: Sequence[float], scale: float) -> bo
 
 
 def microns_per_pixel(output: SpaceRangerOutput) -> float | None:
-    """Size of a pixel, from the distance of neighbors on the array, which is 100 um on every Visium slide.
+    """Find the size of a pixel, from the distance of neighbors on the array: 100 um, or the size of a bin of Visium HD.
 
-    The hexagonal array is fitted to the pixels of all spots, so that missing spots do not matter: (2, 0), (1, 1) and
-    (1, -1) in (array_col, array_row) are steps to neighbors. With too few spots for a fit, from spot_diameter_fullres
-    (65 um). None if neither is there.
+    The array is fitted to the pixels of all spots, so that missing spots do not matter: hexagonal, (2, 0), (1, 1) and
+    (1, -1) in (array_col, array_row) are steps to neighbors; the square one of bins has (1, 0) and (0, 1). What Space
+    Ranger states goes before. With too few spots for a fit, from spot_diameter_fullres (65 um). None if nothing tells.
+    Raises ValueError if Space Ranger states another size than the positions show.
     """
-    grid = output.positions.grid.astype(np.float64)
+    factors = output.scale_factors
+    fitted = _fitted_microns(output.positions, factors.get("bin_size_um"))
+    stated = factors.get("microns_per_pixel")
+    if stated is not None and fitted is not None and abs(stated / fitted - 1) > _TOLERANCE:
+        raise ValueError(
+            f"Scale factors and {output.positions_path} do not belong together: {stated:g} um per pixel are stated, the "
+            f"positions give {fitted:.4g}. Take both from the folder of one sample and one bin size."
+        )
+    if stated is not None or fitted is not None:
+        return stated if stated is not None else fitted
+    diameter = factors.get("spot_diameter_fullres")
+    return PITCH_SPOT_UM / diameter if diameter and "bin_size_um" not in factors else None
+
+
+def _fitted_microns(positions: Positions, bin_size: float | None) -> float | None:
+    """Micrometres per pixel from the steps of the array; None where too few spots are there for a fit."""
+    assert positions.grid is not None
+    grid = positions.grid.astype(np.float64)
     design = np.column_stack([grid, np.ones(len(grid))])
-    if np.linalg.matrix_rank(design) == 3:
-        steps = np.linalg.lstsq(design, output.positions.pixels, rcond=None)[0][:2]
-        neighbors = np.array([(2.0, 0.0), (1.0, 1.0), (1.0, -1.0)]) @ steps
-        return PITCH_UM / float(np.linalg.norm(neighbors, axis=1).mean())
-    diameter = output.scale_factors.get("spot_diameter_fullres")
-    return PITCH_SPOT_UM / diameter if diameter else None
+    if np.linalg.matrix_rank(design) < 3:
+        return None
+    steps = np.linalg.lstsq(design, positions.pixels, rcond=None)[0][:2]
+    ways = [(2.0, 0.0), (1.0, 1.0), (1.0, -1.0)] if bin_size is None else [(1.0, 0.0), (0.0, 1.0)]
+    length = float(np.linalg.norm(np.array(ways) @ steps, axis=1).mean())
+    return (bin_size or PITCH_UM) / length if length > 0 else None

@@ -118,7 +118,7 @@ def test_missing_doubled_and_broken_files_are_told_together(raw, tmp_path):
     message = str(caught.value)
     assert r"Slide P2_ST_rep1, spots on tissue (*spot*P2_ST_rep1.tsv): not found in the source." in message
     assert "Slide P2_ST_rep2, counts (*P2_ST_rep2_stdata.tsv): 2 files where one was expected" in message
-    assert "P10_ST_rep3.jpg.gz is no readable image (truncated?)" in message
+    assert "P10_ST_rep3.jpg.gz cannot be read as an image" in message
 
 
 def test_command_line(raw, tmp_path, monkeypatch):

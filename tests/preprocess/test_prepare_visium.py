@@ -180,7 +180,7 @@ def test_unreadable_or_foreign_sources(tmp_path, picture, panel_file):
     positions.write_text(text)
     matrix = outs.folder / "filtered_feature_bc_matrix.h5"
     matrix.write_bytes(matrix.read_bytes()[:3000])
-    with pytest.raises(ValueError, match="not a readable matrix of Space Ranger"):
+    with pytest.raises(ValueError, match="cannot be read as a matrix of Space Ranger"):
         _prepare(outs, tmp_path / "data", panel_file)
     matrix.unlink()
     with pytest.raises(FileNotFoundError, match="no filtered_feature_bc_matrix"):

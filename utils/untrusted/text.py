@@ -53,23 +53,17 @@ def text_of(path: Path) -> str:
     return text
 
 
-def cells_of(text: str, separator: str | None = None, names: list[str] | None = None) -> pd.DataFrame:
+def cells_of(text: str, separator: str | None = None, *, has_header: bool = True) -> pd.DataFrame:
     """Take a table of text apart: every cell as text, "" where a row has fewer.
 
-    separator: None = tab where the first line has one, else comma.  names: of the columns where no header names them.
+    separator: None = tab where the first line has one, else comma.  has_header: whether the first line names the columns.
     Raises ValueError (of pandas, too) where it is no table, or a column is named twice.
     """
     first = text.partition("\n")[0]
     separator = separator or ("\t" if "\t" in first else ",")
     header = [cell.strip().strip('"').lower() for cell in first.rstrip("\r").split(separator)]
-    if names is None and (twice := sorted({name for name in header if name and header.count(name) > 1})):
+    if has_header and (twice := sorted({name for name in header if name and header.count(name) > 1})):
         raise ValueError(f"the column {twice[0]!r} is there twice")
-    table = pd.read_csv(
-        io.StringIO(text),
-        sep=separator,
-        header=0 if names is None else None,
-        names=names,
-        dtype=str,
-        keep_default_na=False,
-    )
+    header_row = 0 if has_header else None
+    table = pd.read_csv(io.StringIO(text), sep=separator, header=header_row, dtype=str, keep_default_na=False)
     return table.fillna("")
