@@ -196,7 +196,7 @@ def covered_by_patch(members: Sequence[Member], mpp: float | None, match_mpp: bo
 def find_spots(slide: Slide, options: PredictOptions, mpp: float | None, covered_px: int) -> SlideSpots:
     """The spots of the file, or those of a grid on the tissue."""
     if options.spots is not None:
-        return spots_of_file(slide, Path(options.spots), options.exchanged_pixels)
+        return spots_of_file(slide, Path(options.spots), covered_px, options.exchanged_pixels)
     return spots_on_tissue(
         slide,
         pitch_px=options.pitch_px,

@@ -11,11 +11,15 @@ import pandas as pd
 from anndata import AnnData
 
 from datasets.images.slides import Slide
+from datasets.images.spots_on_tissue import TissuePicture, check_spots_on_tissue, spacing
 from datasets.images.tissue import MIN_TISSUE, find_tissue, tissue_grid
 from datasets.tables.array_grid import grid_of_pixels
 from datasets.tables.positions import read_positions
 from datasets.tables.slide_table import check_inside, spot_ids
 from modes.prediction.checkpoint import spot_diameter
+
+_LEAST_SPACING = 1 / 8  # of a patch
+_LEAST_ON_TISSUE = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,13 @@ def spots_on_tissue(
     return SlideSpots(_table(slide, ids, grid.centers.astype(np.float64), grid.grid), pitch, note)
 
 
-def spots_of_file(slide: Slide, path: Path, exchanged_pixels: bool = False) -> SlideSpots:
-    """Spots at given pixels; where the file has no array positions they are found from the pixels.
+def spots_of_file(slide: Slide, path: Path, covered_px: int, exchanged_pixels: bool = False) -> SlideSpots:
+    """Take the spots at given pixels; where the file has no array positions they are found from the pixels.
 
+    covered_px: level-0 px that a patch covers.
     exchanged_pixels: the convention of the published external sets, see `DatasetSpec`.
+    Raises FileNotFoundError, or ValueError for a file that is no table of positions, for spots outside the image, on its
+    glass, or far closer than a patch is wide.
     """
     positions = read_positions(path)
     if exchanged_pixels:
@@ -71,7 +78,7 @@ def spots_of_file(slide: Slide, path: Path, exchanged_pixels: bool = False) -> S
     num_listed = len(positions)
     positions = positions.under_tissue()
     if len(positions) == 0:
-        raise ValueError(f"{path}: none of {num_listed} spots is under tissue (in_tissue is 0 everywhere).")
+        raise ValueError(f"{path}: none of {num_listed} spots is under tissue (in_tissue or selected is 0 everywhere).")
     note = f"{len(positions)} spots of {path.name} ({positions.kind})"
     if len(positions) < num_listed:
         note += f", {num_listed - len(positions)} beside the tissue left out"
@@ -83,7 +90,35 @@ def spots_of_file(slide: Slide, path: Path, exchanged_pixels: bool = False) -> S
         note += f", {found.moved} spots moved to a free cell" if found.moved else ""
     table = _table(slide, positions.ids, positions.pixels, grid)
     check_inside(table, slide.size, slide.path)
-    return SlideSpots(table, spot_diameter(positions.pixels, 100), f"{note}.")
+    _check_spacing(path, positions.pixels, covered_px)
+    return SlideSpots(
+        table, spot_diameter(positions.pixels, 100), f"{note}.{_on_tissue(slide, path, positions.pixels)}"
+    )
+
+
+def _check_spacing(path: Path, pixels: np.ndarray, covered_px: int) -> None:
+    """Refuse array positions that were taken for pixels, and bins so fine that neighbors show the same patch."""
+    apart = spacing(pixels)
+    if len(pixels) > 1 and apart < _LEAST_SPACING * covered_px:
+        raise ValueError(
+            f"{path}: the spots are {apart:.3g} px apart (median), and a patch covers {covered_px} px: expected at least "
+            f"{_LEAST_SPACING * covered_px:.3g}. If x and y are positions in the array, give pixel_x and pixel_y as well; of "
+            "bins such as those of Visium HD give every so many."
+        )
+
+
+def _on_tissue(slide: Slide, path: Path, pixels: np.ndarray) -> str:
+    """A sentence where the spots do not seem to follow the tissue. Raises ValueError if nearly all lie on glass."""
+    picture = TissuePicture.of(slide)
+    if not picture.is_tissue.any():
+        return " No stained tissue is found on the slide, so whether they lie on it cannot be told."
+    found = check_spots_on_tissue(picture, pixels, None)
+    if found.given.on_tissue < _LEAST_ON_TISSUE:
+        raise ValueError(
+            f"{path} does not belong to {slide.path}: {found} Give the positions of this slide in pixels of this image "
+            "(x to the right, y down; --exchanged_pixels exchanges them)."
+        )
+    return "" if found.fits else f" WARNING: these spots may not belong to the image: {found}"
 
 
 def _table(slide: Slide, ids: Sequence[str], pixels: np.ndarray, grid: np.ndarray) -> AnnData:
