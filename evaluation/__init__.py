@@ -9,6 +9,9 @@ The way of a number, and the file that knows each step:
     protocol      slides -> FoldScores; which number chooses the epoch (start reading here)
     fold_files    what a fold leaves on disk, written and read
     summary       folds of a run -> one summary with its biases named
-    inference     intervals and paired tests over patients
-    statistics    comparison of runs
+    intervals     intervals and paired tests over patients
+    predictions   the `.h5ad` of a slide
+    external      an external test set: every fold, and the mean of their predictions
+    comparison/   runs beside each other
+    report/       tables, figures and the page of a run
 """

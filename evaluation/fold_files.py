@@ -35,6 +35,27 @@ _RERUN = "Run the fold again: python main.py --mode train ... --resume (or --mod
 
 
 @dataclass(frozen=True, eq=False)
+class FoldScores:
+    """All scores of one fold; `evaluation.protocol.score_fold` makes it, `write_fold` writes it.
+
+    per_gene_slide: long: slide, patient, scale, truth, gene, METRIC_NAMES; scale "training_mean" is the constant
+        prediction of the mean over the training spots, scored like a model.
+    per_gene: scale, truth, gene, METRIC_NAMES, averaged over the fold in the order of the protocol.
+    per_slide, per_patient: means over genes: pcc_all, pcc_h, pcc_<list>, the other metrics, undefined_pearson.
+    summary: what result.json holds (`score_fold` lists the keys).
+    """
+
+    protocol: str
+    genes: list[str]
+    gene_lists: dict[str, list[str]]
+    per_gene_slide: pd.DataFrame
+    per_gene: pd.DataFrame
+    per_slide: pd.DataFrame
+    per_patient: pd.DataFrame
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
 class FoldRecord:
     """A complete fold as read from disk. epochs: one row per line of metrics.jsonl; empty where there was none."""
 
@@ -53,7 +74,7 @@ class FoldRecord:
         return self.result["gene_lists"]
 
 
-def write_fold(scores, fold_dir: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
+def write_fold(scores: FoldScores, fold_dir: str | Path, extra: Mapping[str, Any] | None = None) -> Path:
     """Write the tables of a FoldScores and, last, result.json = its summary + `extra`; returns the path of that.
 
     extra: plain values that belong to the result, e.g. {"epoch": 12}; "notes" are added to those of the summary.

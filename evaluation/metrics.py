@@ -25,6 +25,8 @@ import numpy as np
 import scipy.sparse
 import scipy.stats
 
+from utils.grid import steps_within
+
 
 def pearson(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Pearson's correlation coefficient (PCC): covariance over the product of the standard deviations."""
@@ -128,38 +130,22 @@ def ssim(
 
 
 def spot_windows(grid_xy: np.ndarray, *, window: str = "gaussian") -> scipy.sparse.csr_array:
-    """Window weights between the spots of a slide: (N, N) sparse, row i is the window around spot i, rows sum to 1.
+    """Make the window weights between the spots of a slide: (N, N) sparse, row i the window around spot i, sum 1.
 
+    grid_xy: (N, 2) integer grid positions, no duplicates.
     window: "gaussian", sigma 1.5 cells within 11 x 11 cells, or "uniform", 7 x 7 cells.
     Raises ValueError for another window, positions that are not integers or two spots in one cell.
     """
-    grid_xy = np.asarray(grid_xy)
-    if grid_xy.ndim != 2 or grid_xy.shape[1] != 2 or not np.issubdtype(grid_xy.dtype, np.integer):
-        raise ValueError(f"grid positions must be (N, 2) integers, found {grid_xy.dtype} of shape {grid_xy.shape}.")
     if window not in ("gaussian", "uniform"):
         raise ValueError(f"SSIM window {window!r} is unknown; expected 'gaussian' or 'uniform'.")
-    radius = 5 if window == "gaussian" else 3
-    x, y = (grid_xy.astype(np.int64) - grid_xy.min(axis=0)).T
-    stride = int(y.max()) + 2 * radius + 1  # so far apart that a step in y never reaches the next column
-    cells = x * stride + y
-    order = np.argsort(cells)
-    sorted_cells = cells[order]
-    if np.any(np.diff(sorted_cells) == 0):
-        first = order[np.flatnonzero(np.diff(sorted_cells) == 0)[0]]
-        raise ValueError(f"two spots share the grid position {tuple(grid_xy[first].tolist())}; expected one per cell.")
-    rows, columns, weights = [], [], []
-    for step_x in range(-radius, radius + 1):
-        for step_y in range(-radius, radius + 1):
-            wanted = cells + step_x * stride + step_y
-            place = np.minimum(np.searchsorted(sorted_cells, wanted), len(cells) - 1)
-            found = np.flatnonzero(sorted_cells[place] == wanted)
-            rows.append(found)
-            columns.append(order[place[found]])
-            weight = np.exp(-(step_x**2 + step_y**2) / (2 * 1.5**2)) if window == "gaussian" else 1.0
-            weights.append(np.full(len(found), weight))
-    rows, columns, weights = (np.concatenate(part) for part in (rows, columns, weights))
-    weights /= np.bincount(rows, weights=weights, minlength=len(cells))[rows]
-    return scipy.sparse.csr_array((weights, (rows, columns)), shape=(len(cells), len(cells)))
+    steps = steps_within(grid_xy, radius=5 if window == "gaussian" else 3)
+    rows, columns = (np.concatenate(part) for part in zip(*((step.rows, step.columns) for step in steps)))
+    weights = np.ones(len(rows))
+    if window == "gaussian":
+        of_step = [np.exp(-(step.x**2 + step.y**2) / (2 * 1.5**2)) for step in steps]
+        weights = np.repeat(of_step, [len(step.rows) for step in steps])
+    weights /= np.bincount(rows, weights=weights, minlength=len(grid_xy))[rows]
+    return scipy.sparse.csr_array((weights, (rows, columns)), shape=(len(grid_xy), len(grid_xy)))
 
 
 # In the order of the tables; SSIM needs the grid and is added by `per_gene_metrics`.

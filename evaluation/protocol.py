@@ -6,46 +6,22 @@ clean   per gene within one slide -> mean over the slides of a patient -> over p
         training data of a reference model, shared by every method. The epoch is chosen on an inner held-out patient,
         or fixed beforehand.
 
-PCC(A) is over all genes. `evaluation.gene_lists`, `.fold_files` and `.summary` hold the other halves; their public
-names can be imported from here.
+PCC(A) is over all genes. The lists are made in `evaluation.gene_lists`, the means over folds in `evaluation.summary`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from evaluation import aggregation
-from evaluation.fold_files import FoldRecord, find_folds, read_fold, read_run, write_fold
-from evaluation.gene_lists import highly_predictive_list, highly_variable_list, list_size, ranked_on_test_list
+from evaluation.fold_files import FoldScores
+from evaluation.gene_lists import ranked_on_test_list
 from evaluation.metrics import mae, mse, pearson
-from evaluation.slide_scores import SCALES, TRAINING_MEAN, SlideResult, long_table, score_slide, score_training_mean
-from evaluation.summary import summarise
-
-__all__ = [
-    "PROTOCOLS",
-    "SCALES",
-    "TRAINING_MEAN",
-    "FoldRecord",
-    "FoldScores",
-    "SlideResult",
-    "epoch_scores",
-    "find_folds",
-    "highly_predictive_list",
-    "highly_variable_list",
-    "list_size",
-    "ranked_on_test_list",
-    "read_fold",
-    "read_run",
-    "score_fold",
-    "score_slide",
-    "summarise",
-    "write_fold",
-]
+from evaluation.slide_scores import TRAINING_MEAN, SlideResult, long_table, score_slide, score_training_mean
 
 PROTOCOLS = ("paper", "clean")
 PCC_H_NOTES = {
@@ -55,27 +31,6 @@ PCC_H_NOTES = {
     ),
     "clean": "the genes were fixed from training data of a reference model",
 }
-
-
-@dataclass(frozen=True, eq=False)
-class FoldScores:
-    """All scores of one fold; `score_fold` makes it, `write_fold` writes it.
-
-    per_gene_slide: long: slide, patient, scale, truth, gene, METRIC_NAMES; scale "training_mean" is the constant
-        prediction of the mean over the training spots, scored like a model.
-    per_gene: scale, truth, gene, METRIC_NAMES, averaged over the fold in the order of the protocol.
-    per_slide, per_patient: means over genes: pcc_all, pcc_h, pcc_<list>, the other metrics, undefined_pearson.
-    summary: what result.json holds (`score_fold` lists the keys).
-    """
-
-    protocol: str
-    genes: list[str]
-    gene_lists: dict[str, list[str]]
-    per_gene_slide: pd.DataFrame
-    per_gene: pd.DataFrame
-    per_slide: pd.DataFrame
-    per_patient: pd.DataFrame
-    summary: dict[str, Any]
 
 
 def score_fold(

@@ -13,7 +13,6 @@ from datasets.features.encoding import default_workers
 from datasets.features.reader import read_rows
 from datasets.images.slides import open_slide
 from datasets.spots import SlideRecord
-from datasets.tables.expression import UNIT
 from datasets.targets import slide_targets
 from evaluation.external import (
     MEAN,
@@ -24,7 +23,7 @@ from evaluation.external import (
     summary_table,
     write_external,
 )
-from evaluation.protocol import SlideResult
+from evaluation.slide_scores import SlideResult
 from modes.prediction.checkpoint import write_slide
 from modes.prediction.encode import Part, encoded_parts, plan_for, spot_batches
 from modes.prediction.ensemble import (
@@ -43,6 +42,7 @@ from modes.prediction.external_data import ExternalTest, external_layout, open_t
 from utils.checkpoint import chosen_checkpoints
 from utils.cli import progress, say
 from utils.files import reading
+from utils.text import UNIT
 
 
 def external_test(

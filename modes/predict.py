@@ -19,7 +19,6 @@ from torch import Tensor
 from datasets.features.encoding import default_workers
 from datasets.field_of_view import compare_fields_of_view
 from datasets.images.slides import Slide, open_slide
-from datasets.tables.expression import UNIT
 from evaluation.predictions import read_prediction, tissue_image, write_prediction
 from evaluation.report.maps import Tissue, predicted_map
 from evaluation.report.style import save_figure
@@ -51,7 +50,7 @@ from modes.prediction.place_spots import SlideSpots, spots_of_file, spots_on_tis
 from utils.checkpoint import chosen_checkpoints
 from utils.cli import say
 from utils.files import require_file, safe_name
-from utils.text import some
+from utils.text import UNIT, some
 
 
 @dataclass(frozen=True)

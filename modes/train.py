@@ -11,7 +11,8 @@ from torch import Tensor
 
 from datasets.batches import SlideBatch, SpotBatch, TrainingBatches, epoch_rows
 from engine import train_one_epoch
-from evaluation.protocol import SlideResult, epoch_scores
+from evaluation.protocol import epoch_scores
+from evaluation.slide_scores import SlideResult
 from models.contract import ExpressionModel
 from models.table import find_model
 from modes.prediction.checkpoint import score_checkpoint

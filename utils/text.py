@@ -1,4 +1,4 @@
-"""TODO utils/text.py"""
+"""Words of messages and pages: the unit of all numbers, lists of names, a stranger's values cut short; and YAML."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import yaml
 
+# Of every target, prediction and error.
+UNIT = "log10(1 + counts per 10 000 of the panel)"
 _MOST_VALUES = 1_000_000  # of a YAML text
 LONGEST_NAME = 200
 NOT_PLAIN = f"empty, have blanks around them, hold control characters or are longer than {LONGEST_NAME} letters"

@@ -1,6 +1,6 @@
 """From raw counts to the values that are predicted: gene panel, library size, logarithm, smoothing. Pure on arrays.
 
-Every target, prediction and error of the project is in `UNIT`.
+Every target, prediction and error of the project is in `utils.text.UNIT`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import numpy as np
 from anndata import AnnData
 from scipy import sparse
 
-UNIT = "log10(1 + counts per 10 000 of the panel)"
+from utils.grid import steps_within
+
 SCALE = 1e4
 
 
@@ -37,38 +38,17 @@ def log10p1(values: np.ndarray) -> np.ndarray:
 
 
 def grid_adjacency(grid_xy: np.ndarray) -> sparse.csr_matrix:
-    """Which spots touch which on the array, the spot itself included.
+    """Tell which spots touch which on the array, the spot itself included.
 
     grid_xy: (N, 2) integer grid positions, no duplicates, any order, any offset.
     returns: (N, N) float64 0/1 matrix: 1 where |dx| <= 1 and |dy| <= 1; at most nine ones in a row.
-    Raises ValueError for duplicated positions.
+    Raises ValueError for positions that are no integers or that two spots share.
     """
     grid = np.asarray(grid_xy)
-    assert grid.ndim == 2 and grid.shape[1] == 2 and np.issubdtype(grid.dtype, np.integer), (
-        grid.shape,
-        grid.dtype,
-    )
     if len(grid) == 0:
         return sparse.csr_matrix((0, 0), dtype=np.float64)
-    # One number a cell; the height carries a margin of one cell on both sides, so that y + 1 never runs into the next x.
-    x, y = (grid.astype(np.int64) - grid.min(axis=0)).T
-    height = int(y.max()) + 3
-    if (int(x.max()) + 3) * height >= 2**62:
-        raise ValueError(f"The grid spans {x.max() + 1} x {y.max() + 1} cells; these are no array coordinates.")
-    cells = (x + 1) * height + (y + 1)
-    order = np.argsort(cells, kind="stable")
-    ordered = cells[order]
-    if (ordered[1:] == ordered[:-1]).any():
-        cell = order[1:][ordered[1:] == ordered[:-1]][0]
-        raise ValueError(f"Two spots share the grid position (x, y) = {tuple(grid[cell].tolist())}.")
-    rows, columns = [], []
-    for offset in (dx * height + dy for dx in (-1, 0, 1) for dy in (-1, 0, 1)):
-        place = np.searchsorted(ordered, cells + offset)
-        place[place == len(ordered)] = 0
-        present = ordered[place] == cells + offset
-        rows.append(np.flatnonzero(present))
-        columns.append(order[place[present]])
-    row, column = np.concatenate(rows), np.concatenate(columns)
+    steps = steps_within(grid, 1)
+    row, column = (np.concatenate(part) for part in zip(*((step.rows, step.columns) for step in steps)))
     return sparse.csr_matrix((np.ones(len(row)), (row, column)), shape=(len(grid), len(grid)))
 
 
@@ -87,7 +67,7 @@ def smooth(values: np.ndarray, grid_xy: np.ndarray) -> np.ndarray:
 def expression_targets(
     counts_panel: np.ndarray | sparse.spmatrix, grid_xy: np.ndarray, smoothing: bool = True
 ) -> np.ndarray:
-    """The targets of one slide, in `UNIT`.
+    """The targets of one slide, in `utils.text.UNIT`.
 
     counts_panel: (N, G) raw counts of the panel genes, in panel order.
     grid_xy:      (N, 2) integer grid positions.

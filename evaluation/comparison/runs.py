@@ -17,19 +17,8 @@ import pandas as pd
 
 from evaluation import aggregation
 from evaluation.fold_files import FoldRecord, read_run
-from evaluation.intervals import GeneEffect, PairedTest, bootstrap_interval, gene_effect, paired_wilcoxon
+from evaluation.intervals import bootstrap_interval, gene_effect, paired_wilcoxon
 from evaluation.summary import CHOICES
-
-__all__ = [
-    "GeneEffect",
-    "PairedTest",
-    "bootstrap_interval",
-    "compare_methods",
-    "compare_runs",
-    "gene_effect",
-    "paired_wilcoxon",
-    "seed_runs",
-]
 
 COMPARED = ("pcc_all", "pcc_h", "mse", "mae")
 _PER_GENE = {"pcc_all": "pearson", "pcc_h": "pearson"}  # else the metric has one name in both tables

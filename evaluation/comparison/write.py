@@ -1,4 +1,4 @@
-"""The comparison of runs for readers: comparison.md, .csv and .html from the table of `statistics.compare_methods`."""
+"""The comparison of runs for readers: comparison.md, .csv and .html from the table of `runs.compare_methods`."""
 
 from __future__ import annotations
 

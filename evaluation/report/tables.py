@@ -107,7 +107,7 @@ def check_summary(summary: Mapping[str, Any], source: str) -> None:
     missing += [f"headline.{name}" for name in SCORES if "headline" in summary and name not in summary["headline"]]
     if missing:
         raise ValueError(
-            f"{source} lacks {', '.join(missing)}. A summary is made by evaluation.protocol.summarise(run_dir); "
+            f"{source} lacks {', '.join(missing)}. A summary is made by evaluation.summary.summarise(run_dir); "
             "one written by another version of the program must be made again: python main.py --mode test "
             "--model_path RUN"
         )

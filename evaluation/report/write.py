@@ -14,11 +14,10 @@ from typing import Any
 import pandas as pd
 
 from evaluation import aggregation
-from evaluation.comparison.write import write_comparison
 from evaluation.fold_files import FoldRecord, read_run
 from evaluation.report import figures, html
 from evaluation.report.drawing import draw_side_by_side
-from evaluation.report.fold_figures import Picture, figures_of, pcc_by_scale, write_figures
+from evaluation.report.fold_figures import Picture, figures_of, pcc_by_scale
 from evaluation.report.style import save_figure
 from evaluation.report.tables import (
     check_summary,
@@ -32,11 +31,8 @@ from evaluation.report.tables import (
 from evaluation.summary import choice_of_epoch
 from utils.files import reading, require_file, write_text
 from utils.runs import plain
+from utils.text import UNIT
 
-__all__ = ["UNIT", "format_table", "write_comparison", "write_figures", "write_report", "write_summary"]
-
-# What `datasets.tables.expression` makes, for summaries that do not name their unit.
-UNIT = "log10(1 + counts per 10 000 of the panel)"
 LEGEND = (
     "PCC(A): over all genes of the panel. PCC(H): over the highly predictive genes; PCC(HVG): over the "
     "most variable ones. "
@@ -54,7 +50,7 @@ SECTIONS = (
 def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> tuple[Path, Path]:
     """Write summary.json (sorted keys: equal runs give equal bytes) and summary.md; returns both paths.
 
-    summary: as `evaluation.protocol.summarise` makes it; optional: "unit". ValueError lists required keys it lacks.
+    summary: as `evaluation.summary.summarise` makes it. Raises ValueError that lists required keys it lacks.
     """
     check_summary(summary, "the summary")
     run_dir = Path(run_dir)
@@ -72,7 +68,7 @@ def format_table(summary: Mapping[str, Any]) -> str:
             fold_rows(summary).to_text(),
             "",
             LEGEND,
-            f"Unit of every error: {summary.get('unit') or UNIT}.",
+            f"Unit of every error: {UNIT}.",
             *(f"Note: {note}" for note in summary["notes"]),
         ]
     )
@@ -83,7 +79,7 @@ def _markdown(summary: Mapping[str, Any]) -> str:
     parts = [
         f"**{description[0].upper()}{description[1:]}.**",
         f"# {summary['run']}",
-        f"{_counts(summary)} Unit of every target, prediction and error: {summary.get('unit') or UNIT}.",
+        f"{_counts(summary)} Unit of every target, prediction and error: {UNIT}.",
         "## Folds",
         fold_rows(summary).to_markdown(),
         LEGEND,
@@ -136,9 +132,8 @@ def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int =
 
 
 def _protocol_part(summary: Mapping[str, Any]) -> str:
-    unit = summary.get("unit") or UNIT
     return html.note_list(summary["notes"]) + html.paragraph(
-        f"{_counts(summary)} Unit of every target, prediction and error: {unit}."
+        f"{_counts(summary)} Unit of every target, prediction and error: {UNIT}."
     )
 
 

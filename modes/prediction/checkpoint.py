@@ -12,16 +12,18 @@ from torch import Tensor
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
-from datasets.tables.expression import UNIT
 from datasets.targets import slide_targets
+from evaluation.fold_files import write_fold
 from evaluation.predictions import write_prediction
-from evaluation.protocol import SlideResult, score_fold, write_fold
+from evaluation.protocol import score_fold
+from evaluation.slide_scores import SlideResult
 from models.contract import ExpressionModel
 from modes.training.compose import make_model, make_predict
 from modes.training.run_data import RunData
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.cli import progress
 from utils.config import Config, differences, with_overrides
+from utils.text import UNIT
 from utils.trained_fold import TrainedFold
 
 THUMBNAIL_PX = 2000

@@ -11,7 +11,7 @@ from torch import Tensor
 from datasets.spots import SlideRecord
 from datasets.tables.expression import highest_mean_panel
 from datasets.targets import absent_genes, store_targets
-from evaluation.protocol import highly_predictive_list, highly_variable_list
+from evaluation.gene_lists import highly_predictive_list, highly_variable_list
 from modes.training.plan import lacks_validation
 from modes.training.run_data import RunData
 from utils.cli import say

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from evaluation.fold_files import write_fold
 from evaluation.predictions import write_prediction
-from evaluation.protocol import SlideResult, score_fold, write_fold
+from evaluation.protocol import score_fold
+from evaluation.slide_scores import SlideResult
 
 GENES = ["ACTB", "ERBB2", "HLA-DRB1", "MT/1A", "CONSTANT", "GAPDH", "KRT19", "FN1", "<b>&", "ZYX"]
 PATIENTS = ("A", "B", "C")

@@ -255,7 +255,7 @@ def test_ssim_does_not_see_the_hole_between_spots():
 
 
 def test_ssim_refuses_grids_that_are_none():
-    with pytest.raises(ValueError, match=r"two spots share the grid position \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"two spots share the grid position \(x, y\) = \(1, 2\)"):
         metrics.spot_windows(np.array([[1, 2], [0, 0], [1, 2]]))
     with pytest.raises(ValueError, match=r"must be .N, 2. integers, found float64"):
         metrics.spot_windows(np.zeros((3, 2)))

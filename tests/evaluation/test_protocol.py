@@ -12,23 +12,19 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 
 from evaluation import aggregation
-from evaluation.gene_lists import RELATIVE_PENALTIES, pcc_ranks
-from evaluation.metrics import METRIC_NAMES, pearson
-from evaluation.protocol import (
-    SlideResult,
-    epoch_scores,
-    find_folds,
+from evaluation.fold_files import find_folds, read_fold, read_run, write_fold
+from evaluation.gene_lists import (
+    RELATIVE_PENALTIES,
     highly_predictive_list,
     highly_variable_list,
     list_size,
+    pcc_ranks,
     ranked_on_test_list,
-    read_fold,
-    read_run,
-    score_fold,
-    score_slide,
-    summarise,
-    write_fold,
 )
+from evaluation.metrics import METRIC_NAMES, pearson
+from evaluation.protocol import epoch_scores, score_fold
+from evaluation.slide_scores import SlideResult, score_slide
+from evaluation.summary import summarise
 
 GENES = ["a", "b", "c", "d", "e", "f"]
 # Six orthogonal patterns over eight spots: mixtures of them have correlations that can be read off.

@@ -11,7 +11,6 @@ from anndata import AnnData
 from scipy import sparse
 
 from datasets.tables.expression import (
-    UNIT,
     common_genes,
     empty_spots,
     expression_targets,
@@ -20,6 +19,7 @@ from datasets.tables.expression import (
     normalise,
     smooth,
 )
+from utils.text import UNIT
 
 
 def slow_smooth(values: np.ndarray, grid_xy: np.ndarray) -> np.ndarray:

@@ -10,15 +10,11 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from evaluation.comparison.runs import (
-    bootstrap_interval,
-    compare_methods,
-    compare_runs,
-    gene_effect,
-    paired_wilcoxon,
-    seed_runs,
-)
-from evaluation.protocol import SlideResult, score_fold, write_fold
+from evaluation.comparison.runs import compare_methods, compare_runs, seed_runs
+from evaluation.fold_files import write_fold
+from evaluation.intervals import bootstrap_interval, gene_effect, paired_wilcoxon
+from evaluation.protocol import score_fold
+from evaluation.slide_scores import SlideResult
 
 # --- bootstrap ---
 

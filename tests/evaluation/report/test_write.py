@@ -17,9 +17,11 @@ import pytest
 from PIL import Image
 
 from evaluation.comparison.runs import compare_methods
-from evaluation.protocol import summarise
-from evaluation.report.fold_figures import figures_of
-from evaluation.report.write import UNIT, format_table, write_comparison, write_figures, write_report, write_summary
+from evaluation.comparison.write import write_comparison
+from evaluation.report.fold_figures import figures_of, write_figures
+from evaluation.report.write import format_table, write_report, write_summary
+from evaluation.summary import summarise
+from utils.text import UNIT
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
