@@ -56,7 +56,10 @@ class TrainOptions:
 
 
 def train(config: Config, options: TrainOptions) -> Path:
-    """Train and test the folds, write the summary; returns the run folder."""
+    """Train and test the folds, write the summary; returns the run folder.
+
+    Raises ValueError or FileNotFoundError for whatever the user can mend: before the first fold wherever it can be known.
+    """
     if options.device.type == "cpu":
         keep_freed_memory()
     config_file = options.config_file or options.config_name
@@ -88,7 +91,7 @@ def train(config: Config, options: TrainOptions) -> Path:
 
 
 def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> None:
-    """The same run once per seed, in `<run>/seed_<s>`; `--mode compare` takes the run folder and averages over seeds."""
+    """Train the run once per seed, in `<run>/seed_<s>`; `--mode compare` takes the run folder and averages over seeds."""
     for seed in seeds:
         say(f"Seed {seed}")
         train(
@@ -98,7 +101,10 @@ def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> 
 
 
 def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds: float) -> None:
-    """Train the model of a fold, or go on with it, until its epoch is chosen; best.pt holds the chosen weights."""
+    """Train the model of a fold, or go on with it, until its epoch is chosen; best.pt holds the chosen weights.
+
+    Raises ValueError when the loss is no longer finite; the best weights so far are kept then, as on Ctrl-C.
+    """
     config, score_name = run_data.config, split.record.score_name
     model = new_model(run_data, split)
     optimization = Optimization.of(model, config, run_data.precision)

@@ -70,7 +70,10 @@ def _sized_at_load(model: nn.Module, name: str) -> bool:
 
 
 def find_checkpoint(path: str | Path, fold: int | None = None) -> Path:
-    """The best checkpoint meant by `path`: a run folder (with `fold`), a fold folder or a checkpoint file."""
+    """Find the best checkpoint meant by `path`: a run folder (with `fold`), a fold folder or a checkpoint file.
+
+    Raises FileNotFoundError that says which there are.
+    """
     path = Path(path)
     if path.is_file():
         return path
@@ -98,7 +101,7 @@ def find_checkpoint(path: str | Path, fold: int | None = None) -> Path:
 
 
 def chosen_checkpoints(path: str | Path, fold: int | None = None) -> tuple[list[Path], list[str]]:
-    """The checkpoints meant by `path`: every finished fold of a run folder, or the one that a path or `fold` means.
+    """Find the checkpoints meant by `path`: every finished fold of a run folder, or the one that a path or `fold` means.
 
     returns: their paths, and sentences about what was left out, or taken although its training has not ended: a file that
              is named is always taken.

@@ -35,7 +35,7 @@ _MAY_CHANGE = {
 
 
 def seed_for(*keys: object) -> int:
-    """A 63-bit seed that depends on the keys alone: the same in every process, on every machine."""
+    """Derive a 63-bit seed that depends on the keys alone: the same in every process, on every machine."""
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -49,7 +49,7 @@ def seed_everything(*keys: object) -> None:
 
 
 def generator_for(*keys: object) -> torch.Generator:
-    """An explicit CPU generator seeded from the keys."""
+    """Make an explicit CPU generator seeded from the keys."""
     return torch.Generator().manual_seed(seed_for(*keys))
 
 
@@ -126,7 +126,7 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it: dicts, lists, text and finite numbers; NaN and infinities become None."""
+    """Bring a value into the form that JSON has: dicts, lists, text and finite numbers; NaN and infinities become None."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if hasattr(value, "tolist"):  # numbers and arrays of NumPy, columns of pandas
@@ -161,16 +161,18 @@ def read_epochs(path: Path) -> list[dict[str, float]]:
 class Board:
     """TensorBoard beside `metrics.jsonl`; epochs that are trained again after an interruption replace the old ones."""
 
-    def __init__(self, folder: Path, first_epoch: int):
+    def __init__(self, folder: Path, first_epoch: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=first_epoch)
 
     def add(self, record: Mapping[str, float]) -> None:
+        """Show an epoch at once."""
         for name, value in record.items():
             if name != "epoch" and value is not None:
                 self._writer.add_scalar(name, value, int(record["epoch"]))
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._writer.close()

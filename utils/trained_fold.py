@@ -93,6 +93,7 @@ class SplitRecord:
         return [*self.train_slides, *self.validation_slides]
 
     def to_dict(self) -> dict[str, Any]:
+        """Give the entries as files have them."""
         return asdict(self)
 
     @classmethod
@@ -147,7 +148,7 @@ class TrainedFold:
     optimization: OptimizationState | None = None  # in last.pt, from which --resume goes on
 
     def to_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, strings, lists and dicts only, for PyTorch's safe loader."""
+        """Give the entries of the file: tensors, numbers, strings, lists and dicts only, for PyTorch's safe loader."""
         return {
             "model": self.weights,
             "epoch": self.epoch,
@@ -187,7 +188,7 @@ class TrainedFold:
         )
 
     def without_weights(self) -> TrainedFold:
-        """The fold without what is large, off its file, which may be replaced meanwhile."""
+        """Leave out what is large, and let go of the file, which may be replaced meanwhile."""
         return replace(self, weights={}, optimization=None, training_mean=self.training_mean.clone())
 
 

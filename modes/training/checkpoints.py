@@ -21,7 +21,7 @@ class FoldCheckpoints:
     fold: what the files say beside weights and progress, as `modes.training.fold.untrained_fold` gives it.
     """
 
-    def __init__(self, folder: Path, fold: TrainedFold, seconds: float):
+    def __init__(self, folder: Path, fold: TrainedFold, seconds: float) -> None:
         self.best_path, self.last_path = folder / "best.pt", folder / "last.pt"
         self.fold, self.seconds = fold, seconds
         self._best: TrainedFold | None = None  # None: not since this process started; best.pt holds it then
@@ -29,7 +29,10 @@ class FoldCheckpoints:
         self._last_saved = time.monotonic()
 
     def restore(self, model: nn.Module, optimization: Optimization) -> Progress:
-        """Fill model and optimiser from last.pt and return how far it was; an untouched start where there is none."""
+        """Fill model and optimiser from last.pt and return how far it was; an untouched start where there is none.
+
+        Raises ValueError for a last.pt that is damaged or of another model.
+        """
         if not self.last_path.exists():
             return Progress()
         last = load_checkpoint(self.last_path)
@@ -69,7 +72,7 @@ class FoldCheckpoints:
         self._best_is_written = True
 
     def keep(self, progress: Progress) -> None:
-        """Stopped inside an epoch: write the best weights, which are a copy, and say where --resume will go on.
+        """Keep the best weights, which are a copy, of a training stopped inside an epoch; say where --resume will go on.
 
         last.pt stays as it is: the model and the optimiser are in the middle of an epoch.
         """

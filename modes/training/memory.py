@@ -40,6 +40,7 @@ class Demand:
 
     @property
     def total(self) -> int:
+        """All of it, where one memory holds everything."""
         return self.features + self.patches + self.encoder + self.model + self.batch
 
 
@@ -52,7 +53,7 @@ def demand(
     half: bool,
     num_tokens: int | None = None,
 ) -> Demand:
-    """What the run will hold, from sizes alone: the model is built without memory.
+    """Estimate what the run will hold, from sizes alone: the model is built without memory.
 
     half: activations in 16 bits.  slide_sizes: number of spots of each slide.  num_tokens: of a target patch (default:
     all that the encoder gives).

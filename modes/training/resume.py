@@ -33,7 +33,7 @@ class Started:
 
 
 def check_started_folds(run_dir: Path, run_data: RunData) -> None:
-    """Every fold of the run, complete or not, against the slides, features and tokens there are now. Writes nothing.
+    """Compare every fold of the run, complete or not, with the slides, features and tokens there are now. Writes nothing.
 
     Raises ValueError that names each change, the folds it concerns, and what to do.
     """
@@ -54,7 +54,7 @@ def check_started_folds(run_dir: Path, run_data: RunData) -> None:
 
 
 def check_continues(folder: Path, split: Split) -> None:
-    """The split of a fold that was begun against the one there is now: every patient, slide and gene, and the targets.
+    """Compare the split of a fold that was begun with the one there is now: every patient, slide and gene, the targets.
 
     Raises ValueError as `check_started_folds`; writes nothing.
     """

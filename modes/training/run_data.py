@@ -45,6 +45,7 @@ class RunData:
 
     @property
     def precision(self) -> Precision:
+        """A new one of the configured kind: its gradient scaler belongs to one training."""
         return Precision(self.config.TRAINING.precision, self.device)
 
     @property

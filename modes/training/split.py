@@ -58,7 +58,7 @@ def prepare_split(run_data: RunData, record: SplitRecord) -> Split:
 
 
 def choose_panel(run_data: RunData, outer: list[SlideRecord]) -> list[str]:
-    """The gene panel: the file of the data folder (paper), or the highest means over the training patients (clean)."""
+    """Choose the gene panel: the file of the data folder (paper), or the highest means over the training patients (clean)."""
     if run_data.config.EVALUATION.protocol == "paper":
         return load_names(run_data.layout.panel_path)
     return highest_mean_panel([slide.table for slide in outer], run_data.config.DATA.num_genes)
