@@ -126,8 +126,8 @@ class Layout:
         found = self._images(slide)
         if not found:
             raise FileNotFoundError(
-                f"Slide {slide} of {self.name} has no image: nothing matches {self.images_dir / self.image_pattern(slide)}. "
-                f"{self._prepare_hint()}"
+                f"Slide {slide} of {self.name} has no image: nothing matches {self.images_dir / self.image_pattern(slide)}."
+                f"{self.patches_note(slide)} {self._prepare_hint()}"
             )
         if len(found) > 1:
             raise ValueError(
@@ -185,8 +185,19 @@ class Layout:
             lacks.append(f"no spot table {self.spots_path(slide)}")
         if not self._has_features(slide) and not self._images(slide):
             pattern = self.images_dir / self.image_pattern(slide)
-            lacks.append(f"no image {pattern} and no features in {self.cache_path('target', slide).parent}")
+            folder = self.cache_path("target", slide).parent
+            lacks.append(f"no image {pattern} and no features in {folder}{self.patches_note(slide)}")
         return lacks
+
+    def patches_note(self, slide: str) -> str:
+        """Say which patches of another size a slide has, and the flag that takes them; empty if it has none."""
+        found = sorted(self.root.glob(f"patches_*/{safe_name(slide, 'Slide')}.h5"))
+        sizes = [path.parent.name.removeprefix("patches_") for path in found]
+        return "".join(
+            f" Patches of {size} px are in patches_{size}: add --set DATA.patch_size={size}."
+            for size in sizes
+            if size != str(self.patch_size)
+        )
 
     def slides_on_disk(self) -> list[str]:
         """Slides that can be used: counts, spot table, and an image or features; sorted by name.

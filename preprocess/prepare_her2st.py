@@ -49,7 +49,7 @@ def prepare_her2st(source: Path, data_dir: Path, options: Options, slides: str |
     found = [name for name in found if name in spec.slides]
     names = chosen_slides(found, slides, raw.counts_dir, of=spec.name, contents=CONTENTS)
     target = Layout(data_dir, spec)
-    return prepare(target, names, lambda name: read_slide(raw, target, name), options)
+    return prepare(target, names, lambda name: read_slide(raw, target, name), options, is_all=slides is None)
 
 
 def read_slide(raw: Layout, target: Layout, name: str) -> RawSlide:

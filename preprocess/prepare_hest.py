@@ -15,19 +15,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from anndata import AnnData
 
 from datasets.known_sets import SPECS
 from datasets.layout import IMAGE_SUFFIXES, Layout
 from datasets.spec import DatasetSpec, read_spec, write_spec
+from preprocess.raw.gene_map import read_gene_map
 from preprocess.raw.hest import (
     HestPatches,
     HestSample,
+    check_gene_names,
     microns_of_patches,
     patients_of,
     pixel_size,
+    pixels,
     read_expression,
     read_metadata,
 )
@@ -56,10 +59,12 @@ def prepare_hest(
     name: str = "hest",
     ids: str | None = None,
     metadata: Path | None = None,
+    gene_map: Path | None = None,
 ) -> list[Prepared]:
     """Prepare the samples `ids` ("A,B"; None = all in st/) as the data set `name`. See `preprocess.raw.prepare.prepare`.
 
-    metadata: the table; None = the one HEST_v*.csv below the source.
+    metadata: the table; None = the one HEST_v*.csv below the source.  gene_map: table of Ensembl ids and symbols.
+    Raises ValueError / FileNotFoundError naming the sample and file that is missing, damaged, or has other gene names.
     """
     if safe_name(name, "--name") in SPECS:
         raise ValueError(
@@ -69,6 +74,8 @@ def prepare_hest(
     found = [path.stem for path in (source / "st").glob("*.h5ad")]
     names = chosen_slides(found, ids, source / "st", of=name, contents=CONTENTS, flag="--ids")
     samples = find_samples(source, names, metadata or find_metadata(source))
+    symbols = read_gene_map(gene_map) if gene_map else None
+    check_gene_names(samples, symbols)
     spec = DatasetSpec(
         name=name,
         patients=tuple(sorted({sample.patient for sample in samples})),
@@ -78,7 +85,7 @@ def prepare_hest(
     layout = Layout(data_dir, spec)
     check_spec(layout, overwrite=options.overwrite)
     by_name = {sample.name: sample for sample in samples}
-    done = prepare(layout, names, lambda sample: read_sample(layout, by_name[sample], options), options)
+    done = prepare(layout, names, lambda sample: read_sample(layout, by_name[sample], options, symbols), options)
     if options.overwrite or not layout.spec_path.exists():  # one that is there may have been edited
         write_spec(layout.spec_path, with_pixel_sizes(layout, samples))
     say(f"{layout.spec_path}: {len(names)} slides of {len(spec.patients)} patients.")
@@ -86,7 +93,7 @@ def prepare_hest(
 
 
 def find_metadata(source: Path) -> Path:
-    """The metadata table of the download; the newest if there are several versions."""
+    """Find the metadata table of the download; the newest if there are several versions. FileNotFoundError if none."""
     found = sorted(source.rglob("HEST_v*.csv"))
     if not found:
         raise FileNotFoundError(
@@ -96,7 +103,7 @@ def find_metadata(source: Path) -> Path:
 
 
 def find_samples(source: Path, names: Sequence[str], metadata: Path) -> list[HestSample]:
-    """Files and metadata of the samples. Raises ValueError for those that the table does not know."""
+    """Find files and metadata of the samples. Raises ValueError for those that the table does not know."""
     table = read_metadata(metadata)
     unknown = [name for name in names if name not in table.index]
     if unknown:
@@ -109,7 +116,7 @@ def find_samples(source: Path, names: Sequence[str], metadata: Path) -> list[Hes
         row = table.loc[name]
         images = [path for path in sorted((source / "wsis").glob(f"{name}.*")) if path.suffix.lower() in IMAGE_SUFFIXES]
         patches = source / "patches" / f"{name}.h5"
-        size = [str(row.get(f"fullres_px_{side}", "")) for side in ("width", "height")]
+        width, height = (pixels(str(row.get(f"fullres_px_{side}", ""))) for side in ("width", "height"))
         samples.append(
             HestSample(
                 name=name,
@@ -118,7 +125,7 @@ def find_samples(source: Path, names: Sequence[str], metadata: Path) -> list[Hes
                 patches=patches if patches.is_file() else None,
                 image=images[0] if images else None,
                 microns_per_pixel=pixel_size(row),
-                image_size=tuple(int(float(length)) if length else 0 for length in size),
+                image_size=(width, height),
                 species=row["species"],
             )
         )
@@ -132,17 +139,31 @@ def find_samples(source: Path, names: Sequence[str], metadata: Path) -> list[Hes
     return samples
 
 
-def read_sample(layout: Layout, sample: HestSample, options: Options) -> RawSlide:
-    """One sample; without a whole-slide image only the spots that have a patch."""
-    counts, spots = read_expression(sample)
-    raw = RawSlide(name=sample.name, counts=counts, spots=spots, source=str(sample.expression), image=sample.image)
-    if sample.image is None and sample.patches is not None:
-        patches = HestPatches(sample)
-        raw.spots = spots[spots["barcode"].isin(patches.barcodes)]
+def read_sample(
+    layout: Layout, sample: HestSample, options: Options, gene_map: Mapping[str, str] | None = None
+) -> RawSlide:
+    """Read one sample; without a whole-slide image only the spots that have a patch. Errors as in `read_expression`."""
+    patches = HestPatches(sample, sample.patches) if sample.patches is not None else None
+    found = read_expression(sample, patches.barcodes if patches else (), gene_map)
+    raw = RawSlide(
+        name=sample.name,
+        counts=found.counts,
+        spots=found.spots,
+        source=str(sample.expression),
+        image=sample.image,
+        notes=found.notes,
+    )
+    if sample.image is None and patches is not None:
+        raw.spots = found.spots[found.spots["barcode"].isin(patches.barcodes)]
         if raw.spots.empty:
             raise ValueError(
                 f"Slide {sample.name}: none of the barcodes of {sample.patches} ({some(patches.barcodes, 2)}) is one of "
-                f"{sample.expression} ({some(list(spots['barcode']), 2)})."
+                f"{sample.expression} ({some(list(found.spots['barcode']), 2)})."
+            )
+        if patches.size != layout.patch_size:
+            raw.notes.append(
+                f"patches of {patches.size} px are in patches_{patches.size}: add --set DATA.patch_size={patches.size} to "
+                "every later command"
             )
 
         def write_patches(joined: AnnData) -> None:
@@ -155,7 +176,7 @@ def read_sample(layout: Layout, sample: HestSample, options: Options) -> RawSlid
 
 
 def check_spec(layout: Layout, *, overwrite: bool) -> None:
-    """A folder that was prepared for other samples or patients is not changed without --overwrite."""
+    """Raise ValueError if a folder was prepared for other samples or patients, unless --overwrite is given."""
     if not layout.spec_path.exists() or overwrite:
         return
     there = read_spec(layout.spec_path, name=layout.name)
@@ -167,7 +188,7 @@ def check_spec(layout: Layout, *, overwrite: bool) -> None:
 
 
 def with_pixel_sizes(layout: Layout, samples: Sequence[HestSample]) -> DatasetSpec:
-    """The spec with the pixel size of what the features come from: the image at level 0, or the patches."""
+    """Give the spec the pixel sizes of what the features come from: the image at level 0, or the patches."""
     sizes = {}
     for sample in samples:
         microns = sample.microns_per_pixel
@@ -187,9 +208,16 @@ def main() -> None:
     )
     arguments.add_argument("--ids", help="samples, for example TENX95,NCBI783 (default: all in st/)")
     arguments.add_argument("--metadata", type=Path, help="HEST_v*.csv (default: the one below --source)")
+    arguments.add_argument("--gene_map", type=Path, help="table of Ensembl ids and gene symbols")
     given = arguments.parse_args()
     prepare_hest(
-        given.source, given.data_dir, options_of(given), name=given.name, ids=given.ids, metadata=given.metadata
+        given.source,
+        given.data_dir,
+        options_of(given),
+        name=given.name,
+        ids=given.ids,
+        metadata=given.metadata,
+        gene_map=given.gene_map,
     )
 
 

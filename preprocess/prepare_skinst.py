@@ -43,7 +43,7 @@ def prepare_skinst(source: Path, data_dir: Path, options: Options, slides: str |
     spec = SPECS["skinst"]
     found = [s for s in spec.slides if any(re.fullmatch(counts_name(s), path.name) for path in files)]
     names = chosen_slides(found, slides, source, of=spec.name, contents=CONTENTS)
-    return prepare(Layout(data_dir, spec), names, lambda name: read_slide(files, name), options)
+    return prepare(Layout(data_dir, spec), names, lambda name: read_slide(files, name), options, is_all=slides is None)
 
 
 def counts_name(slide: str) -> str:

@@ -62,7 +62,13 @@ def prepare_stnet(
     names = chosen_slides(found, slides, source, of=spec.name, contents=CONTENTS)
     symbols = read_gene_map(gene_map) if gene_map else None
     genes = all_genes(files, names, symbols, keep_ensembl)
-    return prepare(Layout(data_dir, spec), names, lambda name: read_slide(files, name, genes, symbols), options)
+    return prepare(
+        Layout(data_dir, spec),
+        names,
+        lambda name: read_slide(files, name, genes, symbols),
+        options,
+        is_all=slides is None,
+    )
 
 
 def counts_name(slide: str) -> str:

@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -33,8 +32,7 @@ from datasets.spec import write_spec as write_dataset_yaml
 from datasets.tables.counts import gene_names
 from datasets.tables.slide_table import check_spots, spot_ids
 from preprocess.raw.files import image_size
-from preprocess.raw.gene_map import is_ensembl, read_gene_map, symbols_of, with_genes, without_version
-from preprocess.raw.matrices import GeneCounts
+from preprocess.raw.gene_map import with_genes
 from preprocess.raw.prepare import Options, Prepared, RawSlide, place_slide, source_folder, tell, verify
 from preprocess.raw.space_ranger import (
     CONTENTS,
@@ -44,28 +42,14 @@ from preprocess.raw.space_ranger import (
     microns_per_pixel,
     read_outs,
 )
-from utils.checkpoint import chosen_checkpoints, load_checkpoint
+from preprocess.raw.training_panel import TrainingPanel, choose_names, training_panel
 from utils.cli import run, say
 from utils.commands import extraction_command
-from utils.config import Data, load_config
-from utils.files import load_names, require_file, safe_name, write_atomically, write_text
+from utils.config import load_config
+from utils.files import require_file, safe_name, write_atomically, write_text
 from utils.text import some
 
 IMAGE_PATTERN = "{slide}/*"
-
-
-@dataclass(frozen=True)
-class TrainingPanel:
-    """genes: those that the models predict, in order.  source: where they are listed.  type: the models' data set.
-
-    trained, config_name: of the run that is the source, if it is one: what its features are, and its configuration.
-    """
-
-    genes: list[str]
-    source: str
-    type: str | None
-    trained: Data | None = None
-    config_name: str | None = None
 
 
 def prepare_visium(
@@ -133,57 +117,19 @@ def _spec(data_dir: Path, name: str, slide: str, training_type: str | None, micr
     return dataclasses.replace(spec, training_type=training_type or spec.training_type, microns_per_pixel=sizes or None)
 
 
-def choose_names(counts: GeneCounts, panel: TrainingPanel, gene_map: Path | None) -> tuple[list[str], list[str]]:
-    """A name for every gene in the words of the panel (symbols or Ensembl ids), and sentences about the choice.
-
-    Raises ValueError with examples of both if no gene is in common.
-    """
-    ids = [without_version(gene) for gene in counts.ids]
-    named = {"symbols": counts.symbols, "Ensembl ids": ids}
-    if gene_map is not None:
-        named["symbols by --gene_map"] = symbols_of(counts.ids, read_gene_map(gene_map))
-    wanted = {without_version(gene) for gene in panel.genes}
-    shared = {what: len(wanted & set(names)) for what, names in named.items()}
-    best = max(shared, key=lambda what: shared[what])
-    if shared[best] == 0:
-        raise ValueError(_nothing_in_common(counts, panel))
-    notes = []
-    panel_is_ensembl = np.mean([is_ensembl(gene) for gene in panel.genes]) > 0.5
-    if best != "symbols" or counts.symbols == counts.ids:
-        notes.append(f"genes are matched by {best}: the panel lists {'Ensembl ids' if panel_is_ensembl else 'symbols'}")
-    # The panel's own spelling, which may carry versions.
-    spelling = {without_version(gene): gene for gene in panel.genes}
-    return [spelling.get(gene, gene) for gene in named[best]], notes
-
-
-def _nothing_in_common(counts: GeneCounts, panel: TrainingPanel) -> str:
-    message = (
-        f"No gene of the panel ({panel.source}: {some(panel.genes, 3)}) is in {counts.path} "
-        f"(symbols {some(counts.symbols, 3)}; ids {some(counts.ids, 3)}). "
-    )
-    upper = {gene.upper() for gene in panel.genes} & {gene.upper() for gene in counts.symbols}
-    if upper:
-        return (
-            message + f"{len(upper)} symbols differ only in upper and lower case: the slide may be of another species."
-        )
-    if all(is_ensembl(gene) for gene in counts.symbols[:100]) != all(is_ensembl(gene) for gene in panel.genes[:100]):
-        return message + (
-            "One lists Ensembl ids, the other symbols, and this file does not have both. Give a table with both: "
-            "--gene_map FILE (a features.tsv.gz of any Space Ranger output)."
-        )
-    return message + "They are of different species or assays; choose another --panel."
-
-
 def duplicate_notes(names: Sequence[str]) -> list[str]:
-    """What became of genes that share a name."""
+    """Say what became of genes that share a name."""
     index = pd.Index(names)
     twice = index[index.duplicated()].unique().tolist()
     return [f"{len(twice)} names belong to several genes, whose counts are added up: {some(twice)}"] if twice else []
 
 
 def slide_counts(output: SpaceRangerOutput, names: Sequence[str], panel: Sequence[str]) -> AnnData:
-    """Counts of the spots under tissue by "XxY" ids; genes of one name added up, genes without any count left out
-    unless the panel has them (measured and zero is not the same as not measured)."""
+    """Take the counts of the spots under tissue by "XxY" ids; genes of one name are added up, genes without any count left
+    out unless the panel has them (measured and zero is not the same as not measured).
+
+    Raises ValueError naming both files if they share no barcode, or a sum is no count.
+    """
     counts, positions = output.counts, output.positions
     place = pd.Index(counts.barcodes).get_indexer(positions.ids)
     if (place < 0).all():
@@ -192,7 +138,7 @@ def slide_counts(output: SpaceRangerOutput, names: Sequence[str], panel: Sequenc
             f"({some(counts.barcodes, 2)}). They are of different slides."
         )
     found = place >= 0
-    ids = [name for name, is_found in zip(spot_ids(*positions.grid.T), found) if is_found]
+    ids = [name for name, is_found in zip(spot_ids(*output.grid.T), found) if is_found]
     raw = AnnData(
         counts.matrix[place[found]],
         obs=pd.DataFrame(index=ids),
@@ -205,12 +151,12 @@ def slide_counts(output: SpaceRangerOutput, names: Sequence[str], panel: Sequenc
 
 
 def spot_table(output: SpaceRangerOutput) -> pd.DataFrame:
-    """x = array_col, y = array_row, and pixels in the order (x, y): Space Ranger lists rows first."""
+    """Make the spot table: x = array_col, y = array_row, and pixels in the order (x, y); Space Ranger lists rows first."""
     positions = output.positions
     table = pd.DataFrame(
         {
-            "x": positions.grid[:, 0],
-            "y": positions.grid[:, 1],
+            "x": output.grid[:, 0],
+            "y": output.grid[:, 1],
             "pixel_x": positions.pixels[:, 0],
             "pixel_y": positions.pixels[:, 1],
             "barcode": positions.ids,
@@ -220,6 +166,7 @@ def spot_table(output: SpaceRangerOutput) -> pd.DataFrame:
 
 
 def pixel_note(microns: float | None, output: SpaceRangerOutput) -> str:
+    """Say how large a pixel is, and what that makes of the pitch of the array."""
     if microns is None:
         return "the size of a pixel is unknown: too few spots, and no spot_diameter_fullres"
     pitch = output.scale_factors.get("bin_size_um", PITCH_UM)
@@ -227,7 +174,10 @@ def pixel_note(microns: float | None, output: SpaceRangerOutput) -> str:
 
 
 def write_match(layout: Layout, panel: TrainingPanel) -> list[str]:
-    """Write the panel genes that every slide of the set has, and their indices into the panel; returns the report."""
+    """Write the panel genes that every slide of the set has, and their indices into the panel.
+
+    returns: sentences for the report. Raises ValueError if no gene is in all slides.
+    """
     slides = layout.slides_with_counts()
     measured = set.intersection(*(set(gene_names(layout.counts_path(slide))) for slide in slides))
     matched = [gene for gene in panel.genes if gene in measured]
@@ -250,7 +200,7 @@ def write_match(layout: Layout, panel: TrainingPanel) -> list[str]:
 
 
 def say_next(layout: Layout, panel: TrainingPanel) -> None:
-    """The commands that lead to the test; for a run they make features as it was trained on."""
+    """Say the commands that lead to the test; for a run they make features as it was trained on."""
     run_path = "RUN" if panel.trained is None else panel.source
     for kind in ("target", "neighbor"):
         say(f"Next: {next_extraction(layout, panel, kind)}")
@@ -261,6 +211,10 @@ def say_next(layout: Layout, panel: TrainingPanel) -> None:
 
 
 def next_extraction(layout: Layout, panel: TrainingPanel, kind: str) -> str:
+    """Spell the command that extracts features of this kind, as the run that is the panel's source was trained on.
+
+    kind: "target" or "neighbor".
+    """
     trained = panel.trained
     if trained is None or panel.config_name is None:
         config = "" if panel.type in SPECS else " --config CONFIG"
@@ -284,53 +238,8 @@ def next_extraction(layout: Layout, panel: TrainingPanel, kind: str) -> str:
     )
 
 
-def training_panel(
-    data_dir: Path, name: str, panel: Path | None, training_type: str | None, model_path: Path | None
-) -> TrainingPanel:
-    """The panel that the flags mean: a file, the genes file of a data set, or the genes of a run's checkpoints.
-
-    The clean protocol gives every fold a panel of its own; then it is the genes of any fold, in order of appearance.
-    """
-    if panel is not None and model_path is not None:
-        raise ValueError("--panel and --model_path are both given; give the one that holds the genes of the model.")
-    if model_path is not None:
-        return _panel_of_run(model_path)
-    training_type = training_type or (SPECS[name].training_type if name in SPECS else None)
-    if panel is not None:
-        return TrainingPanel(_read_panel(panel), str(panel), training_type)
-    if training_type is None:
-        raise ValueError(
-            "The genes that the models predict are not known. Give --training_type TYPE (her2st, skinst, ...; its panel in "
-            "--data_dir), --panel FILE, or --model_path RUN."
-        )
-    path = Layout(data_dir, DatasetSpec(name=training_type)).panel_path
-    require_file(path, f"Prepare {training_type} first, or give the panel with --panel FILE or --model_path RUN.")
-    return TrainingPanel(load_names(path), str(path), training_type)
-
-
-def _read_panel(path: Path) -> list[str]:
-    if path.suffix == ".npy":
-        return load_names(path)
-    lines = require_file(path, "--panel should be a .npy array of names or a text file, one gene a line.")
-    genes = [line.strip() for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not genes or len(set(genes)) < len(genes):
-        raise ValueError(
-            f"{path} should hold distinct gene names, one a line; found {len(genes)}, {len(set(genes))} distinct."
-        )
-    return genes
-
-
-def _panel_of_run(model_path: Path) -> TrainingPanel:
-    paths, notes = chosen_checkpoints(model_path)
-    for note in notes:
-        say(note)
-    folds = [load_checkpoint(path, memory_map=True) for path in paths]
-    genes = list(dict.fromkeys(gene for fold in folds for gene in fold.genes))
-    data = folds[0].config.DATA
-    return TrainingPanel(genes, str(model_path), data.type, data, folds[0].config_name)
-
-
 def build_parser() -> argparse.ArgumentParser:
+    """Declare the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help=CONTENTS)
     parser.add_argument("--image", type=Path, required=True, help="the full-resolution image")

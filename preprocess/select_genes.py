@@ -33,6 +33,9 @@ from datasets.tables.slide_table import load_slide
 from preprocess.raw.panels import PANEL_METHODS, write_panel
 from utils.cli import progress, run, say
 from utils.config import load_config
+from utils.text import some
+
+LEAST_SPOTS = 10  # of a slide, for a dispersion
 
 
 def select_genes(
@@ -78,7 +81,7 @@ def select_genes(
 
 
 def find_fold(layout: Layout, slides: Sequence[str], index: int) -> Fold:
-    """The fold with this index, as training counts them, its training patients restricted to those with counts."""
+    """Find the fold with this index, as training counts them, its training patients restricted to those with counts."""
     spec = layout.spec
     patients = list(spec.patients) or sorted({spec.patient_of(slide) for slide in layout.slides_on_disk()})
     with_counts = {spec.patient_of(slide) for slide in slides} & set(patients)
@@ -93,7 +96,7 @@ def find_fold(layout: Layout, slides: Sequence[str], index: int) -> Fold:
 
 
 def choose(slides: Sequence[AnnData], method: str, num_genes: int) -> list[str]:
-    """The panel by one of `PANEL_METHODS`, alphabetical. All slides have the same genes."""
+    """Choose the panel by one of `PANEL_METHODS`, alphabetical. All slides have the same genes."""
     if method in ("mean", "mean_raw"):
         return highest_mean_panel(slides, num_genes, "log" if method == "mean" else "raw")
     variable = genes_by_variability(slides, num_genes)
@@ -105,18 +108,21 @@ def choose(slides: Sequence[AnnData], method: str, num_genes: int) -> list[str]:
 
 
 def genes_by_variability(slides: Sequence[AnnData], num_genes: int) -> list[str]:
-    """Genes, most variable first, by scanpy's dispersion within each slide.
+    """Rank genes, most variable first, by scanpy's dispersion within each slide.
 
     Slides are the batches: first the genes that are among the `num_genes` most variable of the most slides, then by mean
     normalised dispersion, then by name. Differences between slides (staining, depth) thus do not make a gene variable.
+    Slides with fewer than `LEAST_SPOTS` spots with counts, or where no two genes vary, are left out, which is said.
+    Raises ValueError if no slide is left.
     """
-    joined = anndata.concat(
-        list(slides), label="slide", keys=[slide.uns["slide"] for slide in slides], index_unique=":"
-    )
-    joined.X = joined.X.astype(np.float32)
-    joined = joined[np.asarray(joined.X.sum(axis=1)).ravel() > 0].copy()
-    scanpy.pp.normalize_total(joined, target_sum=1e4)
-    scanpy.pp.log1p(joined)
+    normalised = [_log_normalised(slide) for slide in slides]
+    used = [slide for slide in normalised if _can_be_ranked(slide)]
+    if left_out := [slide.uns["slide"] for slide in normalised if not _can_be_ranked(slide)]:
+        message = f"too few spots to tell which genes vary ({LEAST_SPOTS} with counts are needed): {some(left_out)}."
+        if not used:
+            raise ValueError(f"All slides have {message} Choose --method mean.")
+        say(f"Left out of the ranking by variability, {message}")
+    joined = anndata.concat(used, label="slide", keys=[slide.uns["slide"] for slide in used], index_unique=":")
     with warnings.catch_warnings():
         # scanpy sorts and fills tables of its own in ways that pandas is about to change
         warnings.simplefilter("ignore", FutureWarning)
@@ -129,6 +135,26 @@ def genes_by_variability(slides: Sequence[AnnData], num_genes: int) -> list[str]
         }
     )
     return found.sort_values(["slides", "dispersion", "name"])["name"].tolist()
+
+
+def _log_normalised(slide: AnnData) -> AnnData:
+    """The spots that have counts, as log(1 + counts per 10 000), float32."""
+    result = AnnData(
+        slide.X.astype(np.float32), obs=slide.obs[[]], var=slide.var[[]], uns={"slide": slide.uns["slide"]}
+    )
+    result = result[np.asarray(result.X.sum(axis=1)).ravel() > 0].copy()
+    if result.n_obs:
+        scanpy.pp.normalize_total(result, target_sum=1e4)
+        scanpy.pp.log1p(result)
+    return result
+
+
+def _can_be_ranked(slide: AnnData) -> bool:
+    """Whether scanpy finds a dispersion in it."""
+    if slide.n_obs < LEAST_SPOTS:
+        return False
+    varies = slide.X.max(axis=0).toarray() > slide.X.min(axis=0).toarray()
+    return int(varies.sum()) > 1
 
 
 def main() -> None:

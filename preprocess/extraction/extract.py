@@ -141,7 +141,7 @@ def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequen
     if not chosen:
         raise FileNotFoundError(
             f"None of the {len(known)} slides of {layout.name} has an image in {layout.images_dir}. Expected for "
-            f"{known[0]}: {layout.images_dir / layout.image_pattern(known[0])}."
+            f"{known[0]}: {layout.images_dir / layout.image_pattern(known[0])}.{layout.patches_note(known[0])}"
         )
     return chosen
 

@@ -22,13 +22,14 @@ from PIL import Image
 
 from datasets.images.slides import open_slide
 from datasets.tables.counts import read_counts
+from utils.devices import available_memory
 from utils.files import reading, sha256, write_atomically, write_text
 from utils.text import some
 from utils.untrusted.text import open_unpacked, text_of
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image, also of a plain one that is compressed as a whole; the pixels are not decoded."""
+    """Read (width, height) of an image, also of a plain one that is compressed as a whole; the pixels are not decoded."""
     if path.suffix != ".gz":
         with open_slide(path) as image:
             return image.size
@@ -36,7 +37,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def plain_image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a plain image, compressed as a whole or not. ValueError naming the file if it is none."""
+    """Read (width, height) of a plain image, compressed as a whole or not. ValueError naming the file if it is none."""
     with reading(path, "an image"), open_unpacked(path) as file, Image.open(file) as image:
         return image.size
 
@@ -71,12 +72,12 @@ def place_file(source: Path, target: Path, *, overwrite: bool, link: bool = Fals
 
 
 def is_packed(source: Path, target: Path) -> bool:
-    """Whether the target is the source without its compression."""
+    """Tell whether the target is the source without its compression."""
     return source.suffix == ".gz" and target.suffix != ".gz"
 
 
 def pieces(source: Path, target: Path) -> Iterator[bytes]:
-    """The bytes that belong into the target, some at a time. Raises ValueError if the source is damaged."""
+    """Yield the bytes that belong into the target, some at a time. Raises ValueError if the source is damaged."""
     opened = gzip.open if is_packed(source, target) else open
     with reading(source, "a file to copy", remedy="Download it again."), opened(source, "rb") as file:
         while piece := file.read(1 << 20):
@@ -84,7 +85,7 @@ def pieces(source: Path, target: Path) -> Iterator[bytes]:
 
 
 def same_content(source: Path, target: Path) -> bool:
-    """Whether the target holds what a copy would; lengths first, since images are large."""
+    """Tell whether the target holds what a copy would; lengths first, since images are large."""
     if is_packed(source, target):
         digest = hashlib.sha256()
         for piece in pieces(source, target):
@@ -96,7 +97,7 @@ def same_content(source: Path, target: Path) -> bool:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files of a source, however it was unpacked, in order."""
+    """List all files of a source, however it was unpacked, in order."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
@@ -123,32 +124,52 @@ def find_optional(files: Sequence[Path], pattern: str, what: str) -> Path | None
 
 
 def write_counts(path: Path, slide: AnnData, *, overwrite: bool) -> None:
-    """Counts as parquet, index = spot ids, one int32 column a gene. Every gene of the source is kept, so that a panel
-    can be computed from any patients; an existing file must hold the same counts."""
+    """Write counts as parquet, index = spot ids, one int32 column a gene, with checksums. Every gene of the source is
+    kept, so that a panel can be computed from any patients.
+
+    Raises ValueError if a file is there that holds other counts, and --overwrite is not given.
+    """
     if path.exists() and not overwrite:
         if not same_counts(read_counts(path), slide):
             raise ValueError(f"{path} is there already and holds other counts. Use --overwrite to replace it.")
         return
     table = counts_table(slide)
     # Neither dictionaries nor statistics: with thousands of short columns they only cost time, here and at every reading.
-    settings = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
-    write_atomically(path, lambda temporary: pa.parquet.write_table(table, temporary, **settings))
+    write_atomically(
+        path,
+        lambda temporary: pa.parquet.write_table(
+            table,
+            temporary,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        ),
+    )
 
 
 def same_counts(first: AnnData, second: AnnData) -> bool:
-    """Whether two slides hold the same counts, in whatever order of spots and genes."""
+    """Tell whether two slides hold the same counts, in whatever order of spots and genes."""
     if set(first.obs_names) != set(second.obs_names) or set(first.var_names) != set(second.var_names):
         return False
     return (first[second.obs_names, second.var_names].X != second.X).nnz == 0
 
 
 def counts_table(slide: AnnData) -> pa.Table:
-    """Counts as columns, with the ids as what pandas takes for the index.
+    """Lay out counts (X csr int32) as columns, with the ids as what pandas takes for the index.
 
     Made column by column from the matrix: by way of a pandas table it takes ten times as long, and the description of
     each of thousands of columns is read again at every opening.
+    Raises ValueError if the table would not fit in memory.
     """
-    dense = slide.X.astype(np.int32).toarray(order="F")
+    needed, there = 4 * slide.n_obs * slide.n_vars, available_memory()
+    if needed > there:
+        raise ValueError(
+            f"Counts of {slide.n_obs:,} spots x {slide.n_vars:,} genes are prepared as a full table of {needed / 1e9:.1f} GB, "
+            f"but {there / 1e9:.1f} GB of memory are available. Prepare larger bins, or a part of the slide."
+        )
+    assert slide.X.dtype == np.int32, "counts are checked"
+    dense = slide.X.toarray(order="F")
     columns = [pa.array(dense[:, gene]) for gene in range(slide.n_vars)]
     index = {"name": "spot", "field_name": "spot", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
     description = {"index_columns": ["spot"], "column_indexes": [], "columns": [index]}
@@ -157,7 +178,7 @@ def counts_table(slide: AnnData) -> pa.Table:
 
 
 def write_spots(path: Path, spots: pd.DataFrame, *, overwrite: bool) -> None:
-    """The spot table, tab separated; an existing file must say the same."""
+    """Write the spot table, tab separated; ValueError if another one is there, and --overwrite is not given."""
     text = spots.to_csv(sep="\t", index=False)
     if path.exists() and not overwrite:
         with reading(path, "a table of spots"):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata
 import h5py
 import numpy as np
 import pandas as pd
@@ -18,10 +17,14 @@ from scipy.spatial import cKDTree
 from datasets.features.cache import read_identity, write_cache
 from datasets.features.identity import NO_ENCODER, CacheIdentity
 from datasets.features.verify import verify_cache
-from datasets.tables.counts import check_counts
-from datasets.tables.slide_table import check_spots
-from utils.files import sha256
-from utils.text import some
+from datasets.tables.counts import check_counts, gene_names
+from datasets.tables.h5ad import read_h5ad
+from datasets.tables.slide_table import GREATEST_COORDINATE, check_spots
+from preprocess.raw.gene_map import WHERE, is_ensembl, symbols_of, with_genes
+from utils.files import reading, sha256
+from utils.text import checked_names, some
+from utils.untrusted.hdf5 import opened_hdf5
+from utils.untrusted.text import cells_of, text_of
 
 # Control probes of imaging platforms, which count no gene.
 _CONTROLS = (
@@ -33,6 +36,7 @@ _CONTROLS = (
     "DeprecatedCodeword",
     "Intergenic_Region",
 )
+_YES, _NO = ("1", "1.0", "true"), ("0", "0.0", "false")
 _PATCHES_AT_ONCE = 256
 _PLACEMENT_TOLERANCE = 2.5  # px at level 0 between a patch's centre and its spot's
 
@@ -51,12 +55,19 @@ class HestSample:
     species: str
 
 
+@dataclass(frozen=True)
+class HestExpression:
+    """counts (N, G) and spot table of a sample, under the same ids "XxY"; notes: what was left out or renamed."""
+
+    counts: AnnData
+    spots: pd.DataFrame
+    notes: list[str]
+
+
 def read_metadata(path: Path) -> pd.DataFrame:
-    """The metadata table (HEST_v1_1_0.csv or another version), indexed by id. Raises ValueError naming what is missing."""
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} is not a readable table: {error}") from error
+    """Read the metadata table (HEST_v1_1_0.csv or another version), indexed by id. ValueError names what is missing."""
+    with reading(path, "a table of metadata"):
+        table = cells_of(text_of(path), ",")
     missing = [name for name in ("id", "patient", "dataset_title", "species") if name not in table.columns]
     if missing:
         raise ValueError(
@@ -66,11 +77,16 @@ def read_metadata(path: Path) -> pd.DataFrame:
 
 
 def patients_of(metadata: pd.DataFrame, samples: Sequence[str]) -> dict[str, str]:
-    """Sample -> patient. The table numbers patients within a study, so the study is part of the name; samples of a study
-    that names no patient count as one, since sections of one person must not be split between training and test."""
+    """Map samples to patients. The table numbers patients within a study, so the study is part of the name; samples of a
+    study that names no patient count as one, since sections of one person must not be split between training and test.
+
+    Raises ValueError for a sample without a study, which cannot be told from others.
+    """
     patients = {}
     for sample in samples:
-        title, patient = metadata.loc[sample, "dataset_title"], metadata.loc[sample, "patient"]
+        title, patient = str(metadata.loc[sample, "dataset_title"]), str(metadata.loc[sample, "patient"])
+        if not title.strip():
+            raise ValueError(f"The metadata name no study (dataset_title) of {sample}, so its patient is not known.")
         study = f"{_slug(title)[:24].strip('-')}-{hashlib.sha256(title.encode()).hexdigest()[:4]}"
         patients[sample] = f"{study}-{_slug(patient)}" if patient.strip() else study
     return patients
@@ -80,8 +96,16 @@ def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
+def pixels(text: str) -> int:
+    """Read a length in pixels; 0 where the table has none."""
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        return 0
+
+
 def pixel_size(row: Mapping[str, str]) -> float | None:
-    """Micrometres per pixel at level 0: estimated from the spots, else as the image says."""
+    """Find micrometres per pixel at level 0: estimated from the spots, else as the image says."""
     for column in ("pixel_size_um_estimated", "pixel_size_um_embedded"):
         try:
             size = float(row.get(column, ""))
@@ -92,45 +116,84 @@ def pixel_size(row: Mapping[str, str]) -> float | None:
     return None
 
 
-def read_expression(sample: HestSample) -> tuple[AnnData, pd.DataFrame]:
-    """Counts and spot table of a sample, both under ids "XxY"; control probes and spots off the tissue left out."""
-    try:
-        data = anndata.read_h5ad(sample.expression)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"Slide {sample.name}: {sample.expression} is not a readable .h5ad file: {error}") from error
-    if "spatial" not in data.obsm or np.shape(data.obsm["spatial"])[1:] != (2,):
+def check_gene_names(samples: Sequence[HestSample], gene_map: Mapping[str, str] | None) -> None:
+    """Raise ValueError if some samples list Ensembl ids, others symbols, and no map brings them together."""
+    if gene_map is not None:
+        return
+    ensembl = {sample.name: np.mean([is_ensembl(gene) for gene in gene_names(sample.expression)]) for sample in samples}
+    with_ids = [name for name, share in ensembl.items() if share > 0.5]
+    if 0 < len(with_ids) < len(samples):
+        others = [name for name in ensembl if name not in with_ids]
         raise ValueError(
-            f"Slide {sample.name}: {sample.expression} lacks obsm['spatial'], the centres in pixels (x, y)."
+            f"The genes of {some(with_ids)} have Ensembl ids, those of {some(others)} have symbols, so none is in common. "
+            f"Give --gene_map FILE, {WHERE}, or prepare them as two data sets."
         )
-    if "in_tissue" in data.obs:
-        data = data[data.obs["in_tissue"].astype(float).to_numpy() != 0]
-    data = data[:, [not gene.startswith(_CONTROLS) for gene in data.var_names]]
+
+
+def read_expression(
+    sample: HestSample, with_patch: Collection[str] = (), gene_map: Mapping[str, str] | None = None
+) -> HestExpression:
+    """Read a sample without control probes and spots off the tissue, Ensembl ids as symbols where the map has them.
+
+    with_patch: barcodes of spots that have a patch; HEST made patches on the tissue, so they go before `in_tissue`.
+    Raises FileNotFoundError, or ValueError naming sample and file if it is damaged, lacks positions, or has no spot on
+    the tissue.
+    """
+    source = f"Slide {sample.name}: {sample.expression}"
+    data = read_h5ad(sample.expression, "the expression of a sample (.h5ad)", ("in_tissue", "array_col", "array_row"))
+    if "spatial" not in data.obsm or np.shape(data.obsm["spatial"])[1:] != (2,):
+        raise ValueError(f"{source} lacks obsm['spatial'], the centres in pixels (x, y).")
+    is_left_out = ~(_in_tissue(data, source) | data.obs_names.isin(list(with_patch)))
+    if is_left_out.all():
+        raise ValueError(
+            f"{source}: in_tissue is 0 for all {data.n_obs} spots, and none has a patch. Correct the column, or leave it out."
+        )
+    notes = [f"left out, as in_tissue is 0 and no patch says otherwise: {is_left_out.sum()} spots"]
+    data = data[~is_left_out, [not gene.startswith(_CONTROLS) for gene in data.var_names]]
     spatial = np.asarray(data.obsm["spatial"], dtype=np.float64)
-    grid = array_positions(data, spatial, f"Slide {sample.name}: {sample.expression}")
+    if not np.isfinite(spatial).all():
+        raise ValueError(f"{source}: obsm['spatial'] holds values that are no numbers.")
+    grid = array_positions(data, spatial, source)
     spots = pd.DataFrame(
         {
             "x": grid[:, 0],
             "y": grid[:, 1],
             "pixel_x": spatial[:, 0],
             "pixel_y": spatial[:, 1],
-            "barcode": data.obs_names.to_numpy(),
+            "barcode": checked_names(data.obs_names.tolist(), "spots", source),
         }
     )
-    spots = check_spots(spots, f"Slide {sample.name}: {sample.expression}")
-    counts = check_counts(
-        data.X, list(spots.index), data.var_names.tolist(), source=f"Slide {sample.name}: {sample.expression}"
-    )
-    return counts, spots
+    spots = check_spots(spots, source)
+    counts = check_counts(data.X, list(spots.index), data.var_names.tolist(), source=source)
+    symbols = symbols_of(counts.var_names.tolist(), gene_map) if any(map(is_ensembl, counts.var_names)) else None
+    if symbols is not None:
+        counts = with_genes(counts, symbols, list(dict.fromkeys(symbols)), source)
+        remaining = [gene for gene in counts.var_names if is_ensembl(gene)]
+        notes += [f"{len(remaining)} of {counts.n_vars} genes are under an Ensembl id"] if remaining else []
+    return HestExpression(counts, spots, notes if is_left_out.any() else notes[1:])
+
+
+def _in_tissue(data: AnnData, source: str) -> np.ndarray:
+    """(N,) bool: what in_tissue says, as a number, a flag or a text; True without it."""
+    if "in_tissue" not in data.obs:
+        return np.ones(data.n_obs, dtype=bool)
+    words = data.obs["in_tissue"].astype(str).str.lower()
+    strange = sorted(set(words) - {*_YES, *_NO})
+    if strange:
+        raise ValueError(f"{source}: in_tissue should be 0 or 1, found {some(strange)}.")
+    return words.isin(_YES).to_numpy()
 
 
 def array_positions(data: AnnData, spatial: np.ndarray, source: str) -> np.ndarray:
-    """(N, 2) integer array positions, column x and row y, the axes pointing as those of the image.
+    """Find (N, 2) integer array positions, column x and row y, the axes pointing as those of the image.
 
     From array_col and array_row, else from names like "10x13", else from the pixels by the distance of neighbors. The
     columns of samples of the older arrays are exchanged in HEST, so the pixels decide which one runs along x.
+    Raises ValueError naming `source` if a position is missing or beyond any array.
     """
     if {"array_col", "array_row"} <= set(data.obs.columns):
-        grid = data.obs[["array_col", "array_row"]].to_numpy(dtype=np.float64)
+        columns = data.obs[["array_col", "array_row"]].apply(pd.to_numeric, errors="coerce")
+        grid = columns.to_numpy(dtype=np.float64)
     elif all(re.fullmatch(r"\d+(\.\d+)?x\d+(\.\d+)?", name) for name in data.obs_names):
         grid = np.array([name.split("x") for name in data.obs_names], dtype=np.float64)
     elif len(spatial) > 1:
@@ -138,10 +201,9 @@ def array_positions(data: AnnData, spatial: np.ndarray, source: str) -> np.ndarr
         grid = (spatial - spatial.min(axis=0)) / np.median(distances[:, 1])
     else:
         grid = np.zeros((len(spatial), 2))
-    if not np.isfinite(grid).all():
-        raise ValueError(
-            f"{source}: array_col or array_row is missing for {(~np.isfinite(grid)).any(axis=1).sum()} spots."
-        )
+    is_wrong = ~(np.abs(grid) <= GREATEST_COORDINATE).all(axis=1)
+    if is_wrong.any():
+        raise ValueError(f"{source}: array_col or array_row is missing for {is_wrong.sum()} spots.")
     grid = np.rint(grid).astype(np.int64)
     straight, crossed = (_alignment(grid[:, order], spatial) for order in ([0, 1], [1, 0]))
     return grid[:, ::-1] if crossed > straight else grid
@@ -157,19 +219,16 @@ def _alignment(grid: np.ndarray, spatial: np.ndarray) -> float:
 
 
 class HestPatches:
-    """The patches of a sample: `img` (N, P, P, 3) uint8, `coords` their top left corners at level 0, `barcode`."""
+    """Patches of a sample: `img` (N, P, P, 3) uint8, `coords` their top left corners at level 0, `barcode`."""
 
-    def __init__(self, sample: HestSample):
-        self.sample = sample
-        self.path = sample.patches
-        try:
-            with h5py.File(self.path, "r") as file:
-                self.barcodes = [_text(name) for name in np.asarray(file["barcode"]).ravel()]
-                self.corners = np.asarray(file["coords"], dtype=np.float64)
-                self.shape, dtype = file["img"].shape, file["img"].dtype
-        except (OSError, KeyError) as error:
-            raise ValueError(f"Slide {sample.name}: {self.path} is no file of patches (truncated?): {error}") from error
+    def __init__(self, sample: HestSample, path: Path):
+        self.sample, self.path = sample, path
+        with opened_hdf5(path, "a file of patches") as file:
+            self.barcodes = [_text(name) for name in np.asarray(file["barcode"]).ravel()]
+            self.corners = np.asarray(file["coords"], dtype=np.float64)
+            self.shape, dtype = file["img"].shape, file["img"].dtype
         square = len(self.shape) == 4 and self.shape[1] == self.shape[2] and self.shape[3] == 3
+        square &= self.corners.ndim == 2 and self.corners.shape[1] == 2
         lengths = {len(self.barcodes), len(self.corners), self.shape[0]}
         if not square or dtype != np.uint8 or len(lengths) != 1 or len(set(self.barcodes)) != len(self.barcodes):
             raise ValueError(
@@ -182,7 +241,7 @@ class HestPatches:
         return self.shape[1]
 
     def scale(self, barcodes: Sequence[str], centers: np.ndarray) -> float:
-        """Level-0 pixels per pixel of a patch, from where the corners lie relative to the centres of their spots.
+        """Find level-0 pixels per pixel of a patch, from where the corners lie relative to the centres of their spots.
 
         Raises ValueError if the patches do not lie around their spots.
         """
@@ -200,9 +259,9 @@ class HestPatches:
         return 2 * half / self.size
 
     def blocks(self, barcodes: Sequence[str]) -> Iterator[np.ndarray]:
-        """The patches of these spots, in this order, some hundred at a time."""
+        """Yield the patches of these spots, in this order, some hundred at a time."""
         rows = self._rows(barcodes)
-        with h5py.File(self.path, "r") as file:
+        with reading(self.path, "a file of patches"), h5py.File(self.path, "r") as file:
             for start in range(0, len(rows), _PATCHES_AT_ONCE):
                 wanted = rows[start : start + _PATCHES_AT_ONCE]
                 order = np.argsort(wanted)
@@ -232,11 +291,13 @@ class HestPatches:
         write_cache(path, identity, list(joined.obs_names), centers, self.blocks(barcodes))
 
     def _rows(self, barcodes: Sequence[str]) -> np.ndarray:
-        return pd.Index(self.barcodes).get_indexer(list(barcodes))
+        rows = pd.Index(self.barcodes).get_indexer(list(barcodes))
+        assert (rows >= 0).all(), "only spots with a patch are asked for"
+        return rows
 
 
 def microns_of_patches(path: Path) -> float | None:
-    """Micrometres per pixel of the patches in a cache."""
+    """Read micrometres per pixel of the patches in a cache; None if it does not say."""
     return read_identity(path).microns_per_pixel
 
 

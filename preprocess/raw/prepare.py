@@ -34,7 +34,8 @@ class RawSlide:
     counts: raw counts, spots x genes.  spots: checked table indexed by id.  source: where both are from, for messages.
     spots_file: the original of the table when it can be copied as it is.  image: None = the source has none; image_name:
     its name here when not its own.  write_patches: given the checked slide, writes the patches that the source has in
-    place of an image.  extra: further files, target -> source.  Files of the source may be compressed (.gz).
+    place of an image.  extra: further files, target -> source.  notes: what the report should say of it.  Files of the
+    source may be compressed (.gz).
     """
 
     name: str
@@ -46,6 +47,7 @@ class RawSlide:
     image_name: str | None = None
     write_patches: Callable[[AnnData], None] | None = None
     extra: dict[Path, Path] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,13 @@ def chosen_slides(
     return sorted(set(names))
 
 
-def prepare(layout: Layout, names: Sequence[str], read: Callable[[str], RawSlide], options: Options) -> list[Prepared]:
+def prepare(
+    layout: Layout, names: Sequence[str], read: Callable[[str], RawSlide], options: Options, *, is_all: bool = True
+) -> list[Prepared]:
     """Bring raw slides into the documented layout, choose the panel, verify what was written, and report.
 
-    read: gives one raw slide; called once a slide, so that only one is held in memory.
+    read: gives one raw slide; called once a slide, so that only one is held in memory.  is_all: whether all slides of the
+    source are asked for, and not only those of --slides.
     Raises ValueError collecting what is wrong with every slide; the good ones are on disk by then.
     """
     assert names, "chosen_slides gives at least one"
@@ -144,7 +149,7 @@ def prepare(layout: Layout, names: Sequence[str], read: Callable[[str], RawSlide
     if problems:
         raise ValueError("\n".join(problems))
     verify(layout, prepared)
-    tell(layout, prepared)
+    tell(layout, prepared, is_all=is_all)
     return prepared
 
 
@@ -172,7 +177,7 @@ def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnDat
         write_spots(layout.spots_path(raw.name), raw.spots, overwrite=options.overwrite)
     for target, origin in raw.extra.items():
         place_file(origin, target, overwrite=options.overwrite)
-    image = "missing" if raw.image is None else place_image(layout, raw, options)
+    image = "missing" if raw.image is None else place_image(layout, raw, raw.image, options)
     notes = [] if raw.image is None else compared_with_image(layout, joined)
     if raw.write_patches is not None:
         raw.write_patches(joined)
@@ -186,7 +191,7 @@ def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnDat
         spots_without_counts=len(dropped["spots_without_counts"]),
         counts_without_spot=len(dropped["counts_without_spot"]),
         image=image,
-        notes=notes + left_out(joined),
+        notes=raw.notes + notes + left_out(joined),
     )
 
 
@@ -205,11 +210,11 @@ def left_out(slide: AnnData) -> list[str]:
     return notes + ([f"{len(not_selected)} spots are marked selected = 0 and left out"] if not_selected else [])
 
 
-def place_image(layout: Layout, raw: RawSlide, options: Options) -> str:
-    """Copy or link the image to the place that the spec's pattern finds; another image there is an error."""
-    name = raw.image_name or raw.image.name.removesuffix(".gz")
+def place_image(layout: Layout, raw: RawSlide, image: Path, options: Options) -> str:
+    """Copy or link the image to the place that the spec's pattern finds; ValueError if another image is there."""
+    name = raw.image_name or image.name.removesuffix(".gz")
     target = layout.images_dir / Path(layout.image_pattern(raw.name)).parent / name
-    done = place_file(raw.image, target, overwrite=options.overwrite, link=options.link)
+    done = place_file(image, target, overwrite=options.overwrite, link=options.link)
     found = layout.image_path(raw.name)  # ValueError if another image is there as well
     assert found == target, f"{target} is not what {layout.image_pattern(raw.name)} finds: {found}"
     return done
@@ -226,8 +231,8 @@ def verify(layout: Layout, prepared: Sequence[Prepared]) -> None:
             slide.notes.append(f"no count of any panel gene, targets stay zero: {some(ids)}")
 
 
-def tell(layout: Layout, prepared: Sequence[Prepared]) -> None:
-    """The report: a table of slides, then what is missing, dropped or other than expected."""
+def tell(layout: Layout, prepared: Sequence[Prepared], *, is_all: bool = True) -> None:
+    """Print the report: a table of slides, then what is missing, dropped or other than expected."""
     spec = layout.spec
     say(f"{'slide':<14}{'patient':<10}{'spots':>7}{'genes':>8}{'dropped':>9}  image")
     for slide in prepared:
@@ -236,7 +241,7 @@ def tell(layout: Layout, prepared: Sequence[Prepared]) -> None:
     for slide in prepared:
         for note in slide.notes:
             say(f"{slide.name}: {note}")
-    for sentence in findings(layout, prepared):
+    for sentence in findings(layout, prepared, is_all=is_all):
         say(sentence)
     patients = sorted({slide.patient for slide in prepared})
     say(
@@ -247,11 +252,13 @@ def tell(layout: Layout, prepared: Sequence[Prepared]) -> None:
         say(f"Folds whose test patient has no slide will be skipped ({spec.fold_scheme}).")
 
 
-def findings(layout: Layout, prepared: Sequence[Prepared]) -> list[str]:
-    """What differs from what the data set is known to be, one sentence each."""
+def findings(layout: Layout, prepared: Sequence[Prepared], *, is_all: bool = True) -> list[str]:
+    """Find what differs from what the data set is known to be, one sentence each."""
     spec, names, sentences = layout.spec, {slide.name for slide in prepared}, []
     absent = [slide for slide in spec.slides if slide not in names]
-    if absent:
+    if absent and not is_all:
+        sentences.append(f"{len(names)} of {len(spec.slides)} slides were asked for and prepared.")
+    elif absent:
         sentences.append(
             f"{len(absent)} of {len(spec.slides)} expected slides are not in the source: {some(absent, 12)}."
         )

@@ -44,6 +44,12 @@ class SpaceRangerOutput:
     scale_factors: dict[str, float]
     hires_size: tuple[int, int] | None
 
+    @property
+    def grid(self) -> np.ndarray:
+        """(N, 2) array positions (array_col, array_row), which Space Ranger's tables always have."""
+        assert self.positions.grid is not None
+        return self.positions.grid
+
 
 def read_outs(source: Path) -> SpaceRangerOutput:
     """Read a folder `outs/`, or one that holds it, also with the file names of a GEO download (<sample>_<name>.gz).
@@ -164,7 +170,7 @@ def microns_per_pixel(output: SpaceRangerOutput) -> float | None:
     Raises ValueError if Space Ranger states another size than the positions show.
     """
     factors = output.scale_factors
-    fitted = _fitted_microns(output.positions, factors.get("bin_size_um"))
+    fitted = _fitted_microns(output.grid, output.positions.pixels, factors.get("bin_size_um"))
     stated = factors.get("microns_per_pixel")
     if stated is not None and fitted is not None and abs(stated / fitted - 1) > _TOLERANCE:
         raise ValueError(
@@ -177,14 +183,12 @@ def microns_per_pixel(output: SpaceRangerOutput) -> float | None:
     return PITCH_SPOT_UM / diameter if diameter and "bin_size_um" not in factors else None
 
 
-def _fitted_microns(positions: Positions, bin_size: float | None) -> float | None:
+def _fitted_microns(grid: np.ndarray, pixels: np.ndarray, bin_size: float | None) -> float | None:
     """Micrometres per pixel from the steps of the array; None where too few spots are there for a fit."""
-    assert positions.grid is not None
-    grid = positions.grid.astype(np.float64)
-    design = np.column_stack([grid, np.ones(len(grid))])
+    design = np.column_stack([grid.astype(np.float64), np.ones(len(grid))])
     if np.linalg.matrix_rank(design) < 3:
         return None
-    steps = np.linalg.lstsq(design, positions.pixels, rcond=None)[0][:2]
+    steps = np.linalg.lstsq(design, pixels, rcond=None)[0][:2]
     ways = [(2.0, 0.0), (1.0, 1.0), (1.0, -1.0)] if bin_size is None else [(1.0, 0.0), (0.0, 1.0)]
     length = float(np.linalg.norm(np.array(ways) @ steps, axis=1).mean())
     return (bin_size or PITCH_UM) / length if length > 0 else None

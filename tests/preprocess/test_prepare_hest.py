@@ -215,7 +215,7 @@ def test_patches_that_do_not_fit_are_refused(raw, tmp_path):
         prepare_hest(raw, tmp_path / "data", SMALL, name="own")
     content = (raw / "patches" / "TENX1.h5").read_bytes()
     (raw / "patches" / "TENX1.h5").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"TENX1\.h5 is no file of patches \(truncated\?\)"):
+    with pytest.raises(ValueError, match=r"TENX1\.h5 cannot be read as a file of patches: it is truncated"):
         prepare_hest(raw, tmp_path / "data", SMALL, name="own")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import pandas as pd
 
@@ -15,11 +15,11 @@ _GZIP = b"\x1f\x8b"
 _MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 
 
-def open_unpacked(path: Path) -> gzip.GzipFile | IO[bytes]:
+def open_unpacked(path: Path) -> IO[bytes]:
     """Open a file for reading, without its compression if its name or its first bytes say that it has one."""
     with open(path, "rb") as file:
         is_packed = path.suffix == ".gz" or file.read(2) == _GZIP
-    return gzip.open(path, "rb") if is_packed else open(path, "rb")
+    return cast(IO[bytes], gzip.open(path, "rb")) if is_packed else open(path, "rb")
 
 
 def unpacked_bytes(path: Path) -> bytes:
