@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor
 from datasets.spots import SlideRecord
 from datasets.tables.expression import highest_mean_panel
 from datasets.targets import absent_genes, store_targets
-from evaluation.gene_lists import highly_predictive_list, highly_variable_list
+from evaluation.gene_lists import HeldOutPatient, highly_predictive_list, highly_variable_list
+from models.baselines import closed_form
 from modes.training.plan import lacks_validation
 from modes.training.run_data import RunData
 from utils.cli import say
 from utils.files import load_names
 from utils.text import some
 from utils.trained_fold import SplitRecord
+
+# Of the reference model, as multiples of the mean variance (sum of squares) of its principal components.
+REFERENCE_PENALTIES = tuple(10.0**power for power in range(-4, 5))
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,35 @@ def _features(run_data: RunData) -> dict[str, Any]:
 
 def _gene_lists(run_data: RunData, outer: list[SlideRecord], targets: Tensor, genes: list[str]) -> dict[str, list[str]]:
     rows = run_data.store.rows_of([slide.name for slide in outer])
-    expression = targets[rows].numpy()
-    lists = {"highly_variable": highly_variable_list(expression, genes)}
-    patients = [slide.patient for slide in outer for _ in range(slide.start, slide.stop)]
-    slides = [slide.name for slide in outer for _ in range(slide.start, slide.stop)]
-    if len(set(patients)) > 1:
-        features = run_data.store.target_features[rows].float().numpy()
-        lists["highly_predictive"] = highly_predictive_list(features, expression, patients, genes, slides=slides)
+    lists = {"highly_variable": highly_variable_list(targets[rows].numpy(), genes)}
+    if len({slide.patient for slide in outer}) > 1:
+        patients = [slide.patient for slide in outer for _ in range(slide.start, slide.stop)]
+        slides = [slide.name for slide in outer for _ in range(slide.start, slide.stop)]
+        held_out = reference_predictions(run_data.store.target_features[rows], targets[rows], patients, slides)
+        lists["highly_predictive"] = highly_predictive_list(held_out, genes)
     return lists
+
+
+def reference_predictions(
+    features: Tensor, expression: Tensor, patients: Sequence[str], slides: Sequence[str], components: int = 256
+) -> Iterator[HeldOutPatient]:
+    """Predict each training patient from the others, by the reference model of the highly predictive list.
+
+    The reference is a ridge regression with intercept on the first `components` principal components of the target
+    feature, under each of REFERENCE_PENALTIES.
+    features (N, D), expression (N, G): spots of the training patients; patients, slides: N names.
+    Raises ValueError when the features of the other patients are all the same.
+    """
+    features, expression = features.double(), expression.double()
+    features = features - features.mean(dim=0)  # keeps the sums of squares free of cancellation
+    folds = closed_form.inner_folds(patients)
+    total = closed_form.moments(features, expression)
+    for ridge in closed_form.held_out_ridges(features, expression, folds, total, components):
+        if len(ridge.components.squares) == 0:
+            raise ValueError("the target features are the same for every training spot; extract the features again.")
+        alphas = closed_form.alpha_grid(ridge.components, REFERENCE_PENALTIES)
+        predicted = torch.stack([ridge.deviation(alpha) + ridge.mean for alpha in alphas])
+        rows = ridge.rows.tolist()
+        yield HeldOutPatient(
+            patients[rows[0]], [slides[row] for row in rows], expression[ridge.rows].numpy(), predicted.numpy()
+        )

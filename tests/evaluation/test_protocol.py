@@ -8,20 +8,16 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
 
 from evaluation import aggregation
 from evaluation.fold_files import find_folds, read_fold, read_run, write_fold
 from evaluation.gene_lists import (
-    RELATIVE_PENALTIES,
-    highly_predictive_list,
     highly_variable_list,
     list_size,
     pcc_ranks,
     ranked_on_test_list,
 )
-from evaluation.metrics import METRIC_NAMES, pearson
+from evaluation.metrics import METRIC_NAMES
 from evaluation.protocol import epoch_scores, score_fold
 from evaluation.slide_scores import SlideResult, score_slide
 from evaluation.summary import summarise
@@ -255,64 +251,6 @@ def test_highly_variable_list_by_hand():
     assert highly_variable_list(expression, list("abcd")) == ["a"]
     with pytest.raises(ValueError, match=r"shape \(3, 4\); expected \(spots, 2 genes\)"):
         highly_variable_list(expression, ["a", "b"])
-
-
-@pytest.fixture
-def training():
-    """Three patients with two slides; genes 0-3 follow the features with falling strength, the others are noise."""
-    generator = np.random.default_rng(0)
-    patients = np.repeat(["P", "Q", "R"], 60)
-    slides = np.char.add(patients, np.tile(np.repeat(["1", "2"], 30), 3))
-    features = generator.normal(size=(180, 12)) * np.linspace(3, 0.5, 12)
-    weights = generator.normal(size=(12, 4)) / 3
-    expression = generator.normal(size=(180, 10))
-    expression[:, :4] += features @ weights * np.array([4, 2, 1, 0.5])
-    expression += 3 * np.array([{"P": 0, "Q": 1, "R": -1}[p] for p in patients])[:, None]
-    return features, expression, patients, slides
-
-
-def test_highly_predictive_list_equals_a_naive_one(training):
-    features, expression, patients, slides = training
-    genes = [f"g{i}" for i in range(10)]
-    scores = np.zeros((len(RELATIVE_PENALTIES), 10))
-    for held_out in "PQR":
-        test = patients == held_out
-        pca = PCA(5, svd_solver="full").fit(features[~test])
-        scale = (pca.explained_variance_ * ((~test).sum() - 1)).mean()
-        for index, penalty in enumerate(RELATIVE_PENALTIES):
-            ridge = Ridge(alpha=penalty * scale).fit(pca.transform(features[~test]), expression[~test])
-            predicted = ridge.predict(pca.transform(features[test]))
-            for name in sorted(set(slides[test])):
-                rows = slides[test] == name
-                scores[index] += pearson(expression[test][rows], predicted[rows]) / 6
-    best = scores[np.argmax(scores.mean(axis=1))]
-    expected = [genes[i] for i in np.argsort(-best)]
-    assert set(expected[:4]) == {"g0", "g1", "g2", "g3"}
-    assert highly_predictive_list(features, expression, patients, genes, 10, slides=slides, components=5) == expected
-    assert highly_predictive_list(features, expression, patients, genes, slides=slides, components=5) == expected[:2]
-
-
-def test_highly_predictive_list_with_fewer_spots_than_features_and_constant_genes(training):
-    features, expression, patients, _ = training
-    wide = np.hstack([features] * 20)[::9]
-    expression = expression[::9].copy()
-    expression[:, 0] = 1.0
-    genes = [f"g{i}" for i in range(10)]
-    chosen = highly_predictive_list(wide, expression, patients[::9], genes, 10)
-    assert chosen[-1] == "g0"  # undefined ranks last
-    with pytest.raises(ValueError, match="no gene of 10 has a defined PCC"):
-        highly_predictive_list(wide, np.ones_like(expression), patients[::9], genes)
-
-
-def test_highly_predictive_list_refuses(training):
-    features, expression, patients, _ = training
-    genes = [f"g{i}" for i in range(10)]
-    with pytest.raises(ValueError, match=r"found only \['P'\]; expected at least two training patients"):
-        highly_predictive_list(features, expression, ["P"] * 180, genes)
-    with pytest.raises(ValueError, match="expected as many spots in each and 10 genes"):
-        highly_predictive_list(features[:5], expression, patients, genes)
-    with pytest.raises(ValueError, match="the same for every training spot"):
-        highly_predictive_list(np.ones_like(features), expression, patients, genes)
 
 
 # --- the fold on disk ---
@@ -552,16 +490,6 @@ def test_random_predictions_score_on_a_list_picked_on_the_test_and_not_on_a_fixe
     assert summary["pcc_h"]["paper"]["mean"] > 0.04
     assert abs(summary["pcc_h"]["clean"]["mean"]) < 0.02
     assert abs(summary["headline"]["pcc_all"]["mean"]) < 0.02
-
-
-def test_fixed_list_is_blind_to_the_test_patient(training):
-    """The list of a fold comes from training rows alone: other values of the test patient change nothing."""
-    features, expression, patients, _ = training
-    genes = [f"g{i}" for i in range(10)]
-    train = patients != "R"
-    before = highly_predictive_list(features[train], expression[train], patients[train], genes)
-    expression[~train] = 99.0
-    assert highly_predictive_list(features[train], expression[train], patients[train], genes) == before
 
 
 def test_aggregation_needs_no_order_of_rows():
