@@ -46,7 +46,7 @@ def make_folds(
             "out and needs at least 2. Add slides of another patient."
         )
     if scheme == LEAVE_ONE_PATIENT_OUT:
-        tests = [(patient,) for patient in patients]
+        tests: list[tuple[str, ...]] = [(patient,) for patient in patients]
     elif scheme == KFOLD:
         tests = _kfold_tests(patients, num_folds, seed)
     else:

@@ -194,7 +194,11 @@ def _flag(value: object) -> bool:
 
 def _microns(value: object) -> float | dict[str, float]:
     if isinstance(value, dict):
-        return {str(patient): _microns(number) for patient, number in value.items()}
+        return {str(patient): _one_size(number) for patient, number in value.items()}
+    return _one_size(value)
+
+
+def _one_size(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
         raise ValueError(f"expected micrometres per pixel, found {brief(value)}")
     return float(value)

@@ -18,7 +18,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -91,7 +91,7 @@ def simulate(
         name=safe_name(name, "Data set"),
         patients=tuple(patients),
         slides_per_patient=slides_per_patient,
-        grid=tuple(grid),
+        grid=grid,
         patch_size=patch_size,
         num_genes=num_genes,
         external=external,
@@ -114,14 +114,15 @@ def simulate(
 
 def _layouts(data_dir: str | Path, arguments: Arguments) -> tuple[Layout, Layout]:
     """Where the training set and the external set lie."""
-    shared = {
-        "patient_pattern": r"^([A-Z]+)\d+$",
-        "image_pattern": "{patient}/{slide}/*",
-        "microns_per_pixel": MICRONS_PER_PIXEL,
-        "prepared_by": "simulate_demo.py",
-    }
-    external = DatasetSpec(name=f"{arguments.name}_external", external=True, training_type=arguments.name, **shared)
-    return Layout(data_dir, DatasetSpec(name=arguments.name, **shared)), Layout(data_dir, external)
+    spec = DatasetSpec(
+        name=arguments.name,
+        patient_pattern=r"^([A-Z]+)\d+$",
+        image_pattern="{patient}/{slide}/*",
+        microns_per_pixel=MICRONS_PER_PIXEL,
+        prepared_by="simulate_demo.py",
+    )
+    external = replace(spec, name=f"{arguments.name}_external", external=True, training_type=arguments.name)
+    return Layout(data_dir, spec), Layout(data_dir, external)
 
 
 def _check(arguments: Arguments) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,11 +21,20 @@ from torch import Tensor
 
 from datasets.features.patch_encoder import BatchedPatchEncoder, pool_tokens
 from datasets.images.geometry import all_views, neighbor_corners, neighbor_validity, patch_corner
-from datasets.images.slides import Slide
 
 KINDS = ("target", "neighbor", "token", "patch")
 VIEW_COUNTS = (1, 2, 4, 8)  # the identity; with the horizontal flip; with both flips; with the quarter turn
 _STAGING_BUFFERS = 3  # one in use by the device, one ready, one being filled
+
+
+class Regions(Protocol):
+    """What is encoded: an open slide, or the patches of one."""
+
+    size: tuple[int, int]
+
+    def read_region(
+        self, x: int, y: int, width: int, height: int, size: tuple[int, int] | None = None
+    ) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class _Launched:
 
 
 def encode_slide(
-    slide: Slide, centers: np.ndarray, encoder: BatchedPatchEncoder, plan: EncodingPlan, *, num_workers: int = 4
+    slide: Regions, centers: np.ndarray, encoder: BatchedPatchEncoder, plan: EncodingPlan, *, num_workers: int = 4
 ) -> Iterator[EncodedSpots]:
     """Yield the features of the spots at `centers` (N, 2) level-0 px (x, y), batch by batch, in their order.
 
@@ -134,7 +144,7 @@ def encode_slide(
     before = None
     with closing(regions):
         for rows, region in regions:
-            launched = _launch(rows, region, is_valid[rows] if with_neighbors else None, encoder, plan)
+            launched = _launch(rows, region, None if is_valid is None else is_valid[rows], encoder, plan)
             if before is not None:
                 yield before.wait()
             before = launched
@@ -143,7 +153,7 @@ def encode_slide(
 
 
 def _staged_regions(
-    slide: Slide,
+    slide: Regions,
     corners: np.ndarray,
     *,
     covered: int,
@@ -151,7 +161,7 @@ def _staged_regions(
     spots_at_once: int,
     pin: bool,
     num_workers: int,
-) -> Iterator[tuple[slice, Tensor]]:
+) -> Generator[tuple[slice, Tensor], None, None]:
     """Yield (rows, uint8 (b, side, side, 3)): the squares of `covered` px at `corners`, filled ahead by threads.
 
     A buffer is filled again two steps after it was given out; by then `encode_slide` has waited for its results.
@@ -207,7 +217,7 @@ def _launch(
     computed = {}
     if "target" in plan.kinds:
         computed["target"] = target
-    if is_valid is not None:
+    if tiles_encoded is not None:
         computed["neighbor"] = _neighbor_features(target, pooled[num_views:], tiles_encoded, plan)
     if tokens is not None:
         tokens = pool_tokens(tokens, encoder.prefix_tokens, plan.token_pool).to(plan.token_dtype)

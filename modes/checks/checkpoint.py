@@ -72,7 +72,7 @@ def check_fields_of_view(layout: Layout, slides: Sequence[str], findings: Findin
             f"microns_per_pixel into {layout.spec_path}, if you know it.",
         )
         return found
-    least, greatest = min(found, key=found.get), max(found, key=found.get)
+    least, greatest = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
     widths = f"patches are {found[least]:.0f} um ({least}) to {found[greatest]:.0f} um ({greatest}) wide"
     if found[greatest] > GREATEST_RATIO * found[least]:
         large = [slide for slide, width in found.items() if width > GREATEST_RATIO * found[least]]

@@ -54,7 +54,7 @@ def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> li
         if expected and not expected[0] <= table.n_obs <= expected[1]:
             odd.append(f"{slide} ({table.n_obs})")
     findings.problems("tables", problems)
-    if odd:
+    if odd and expected:
         findings.warning(
             "tables",
             f"spots outside the known {expected[0]} to {expected[1]}: {some(odd, 12)}. Compare these slides with the "

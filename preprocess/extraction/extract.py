@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from datasets.features.cache import payload_bytes
 from datasets.features.encoding import EncodingPlan, encode_slide
 from datasets.features.identity import NO_ENCODER, CacheIdentity
-from datasets.features.patch_encoder import BatchedPatchEncoder, pooled_grid_side
+from datasets.features.patch_encoder import BatchedPatchEncoder, Encoded, pooled_grid_side
 from datasets.features.verify import verify_cache
 from datasets.images.geometry import check_num_neighbors, check_patch_size
 from datasets.images.overlay import compare_with_image
@@ -133,7 +133,8 @@ def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequen
                 f"--slides {', '.join(unknown)}: no counts in {layout.counts_dir}. Slides there: {_some(known, 40)}."
             )
         return list(dict.fromkeys(requested))
-    chosen, without = [], []
+    chosen: list[str] = []
+    without: list[str] = []
     for slide in known:
         (chosen if _has_pixels(layout, slide, kinds) else without).append(slide)
     if without:
@@ -218,19 +219,20 @@ def _plan_slide(
     spot_ids, centers, totals = list(table.obs_names), table.obsm["center"], np.asarray(table.X.sum(axis=1)).ravel()
     with _open_pixels(layout, slide, settings.kinds) as image:
         check_inside(table, image.size, image.path)
-        common = {
-            "encoder": patch_encoder.name if patch_encoder else NO_ENCODER,
-            "encoder_sha256": patch_encoder.weights_sha256 if patch_encoder else NO_ENCODER,
-            "image_size": image.size,
-            "image_fingerprint": image.fingerprint(),
-            "patch_size": layout.patch_size,
-            "microns_per_pixel": image.microns_per_pixel or layout.spec.microns_of(slide),
-            "num_neighbors": layout.num_neighbors,
-            "precision": encoder.precision if encoder else NO_ENCODER,
-        }
+        common = CacheIdentity(
+            kind="target",
+            encoder=patch_encoder.name if patch_encoder else NO_ENCODER,
+            encoder_sha256=patch_encoder.weights_sha256 if patch_encoder else NO_ENCODER,
+            image_size=image.size,
+            image_fingerprint=image.fingerprint(),
+            patch_size=layout.patch_size,
+            microns_per_pixel=image.microns_per_pixel or layout.spec.microns_of(slide),
+            num_neighbors=layout.num_neighbors,
+            precision=encoder.precision if encoder else NO_ENCODER,
+        )
     pending = {}
     for kind in settings.kinds:
-        identity = CacheIdentity(kind=kind, **_variant(kind, settings), **common)
+        identity = _of_kind(common, kind, settings)
         path = layout.cache_path(kind, slide)
         if path.exists() and not settings.overwrite:
             checked = (*_CHECKED_FIELDS, *_CHECKED_OF_KIND.get(kind, ()))
@@ -243,10 +245,11 @@ def _plan_slide(
     return SlideWork(slide, spot_ids, centers, totals, pending)
 
 
-def _variant(kind: str, settings: ExtractionSettings) -> dict[str, object]:
+def _of_kind(common: CacheIdentity, kind: str, settings: ExtractionSettings) -> CacheIdentity:
     if kind == "token":
-        return {"views": settings.views, "dtype": settings.token_dtype, "token_pool": settings.token_pool}
-    return {"views": 1, "dtype": "uint8" if kind == "patch" else "float32"}
+        pool = settings.token_pool
+        return replace(common, kind=kind, views=settings.views, dtype=settings.token_dtype, token_pool=pool)
+    return replace(common, kind=kind, views=1, dtype="uint8" if kind == "patch" else "float32")
 
 
 def _check_disk(
@@ -354,7 +357,7 @@ def _encode_one(
     return _EncodedSlide(f"{item.slide}: {', '.join(paths)} of {len(item.spot_ids)} spots, {rate:.1f} spots/s", writers)
 
 
-def _no_encoder(images: torch.Tensor) -> None:
+def _no_encoder(images: torch.Tensor) -> Encoded:
     raise AssertionError("patches are cut without an encoder")
 
 

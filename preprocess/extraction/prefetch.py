@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 from datasets.images.slides import Slide
+from preprocess.extraction.patch_slide import PatchSlide
 
 DECODED_AHEAD_BYTES = 1_000_000_000  # a larger image is decoded in its turn; three bytes a pixel, seven while decoding
 
-Pixels = TypeVar("Pixels")  # a Slide, or something that is read and closed like one
+Pixels = Slide | PatchSlide
 
 
 def opened_in_turn(
     slides: Sequence[str], open_pixels: Callable[[str], Pixels], has_image: Callable[[str], bool]
-) -> Iterator[Pixels]:
+) -> Generator[Pixels, None, None]:
     """Yield what `open_pixels` opens, in the order of `slides`, each closed when the next one is asked for.
 
     has_image: whether a slide may be opened ahead of its turn. One is, at most, and decoded if its pixels take no more
@@ -23,7 +23,7 @@ def opened_in_turn(
     What opening or decoding raises is raised when the turn of that slide has come. Close the iterator when it is not
     used up: it then waits for the thread and closes what that has opened.
     """
-    ahead: Future | None = None
+    ahead: Future[Pixels] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="slide-opener") as pool:
         try:
             for slide, following in zip(slides, [*slides[1:], None]):

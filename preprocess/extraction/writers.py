@@ -31,7 +31,7 @@ class CacheWriters:
         spot_ids: Sequence[str],
         centers: np.ndarray,
     ):
-        self._queues = {kind: queue.Queue(maxsize=_BLOCKS_AHEAD) for kind in paths}
+        self._queues: dict[str, queue.Queue] = {kind: queue.Queue(maxsize=_BLOCKS_AHEAD) for kind in paths}
         self._is_aborted = False
         self._pool = ThreadPoolExecutor(len(paths), thread_name_prefix="cache-writer")
         self._written: dict[str, Future] = {
