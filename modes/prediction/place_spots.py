@@ -46,11 +46,13 @@ def spots_on_tissue(
     min_tissue: float | None,
 ) -> SlideSpots:
     """A square grid on the tissue that is found; without a pitch, one patch of `covered_px` beside the other."""
+    pitch = pitch_px or float(covered_px)
     if pitch_um is not None and mpp is None:
         raise ValueError(
             "--pitch_um needs the size of a pixel, which the slide does not tell. Give --mpp or --pitch_px."
         )
-    pitch = pitch_px or (pitch_um / mpp if pitch_um else float(covered_px))
+    if pitch_um and mpp and not pitch_px:
+        pitch = pitch_um / mpp
     mask = find_tissue(slide)
     share = MIN_TISSUE if min_tissue is None else min_tissue
     grid = tissue_grid(mask, slide.size, pitch, covered_px, share)

@@ -221,6 +221,8 @@ def _plan_slide(
         check_inside(table, image.size, image.path)
         common = CacheIdentity(
             kind="target",
+            views=1,
+            dtype="float32",
             encoder=patch_encoder.name if patch_encoder else NO_ENCODER,
             encoder_sha256=patch_encoder.weights_sha256 if patch_encoder else NO_ENCODER,
             image_size=image.size,
@@ -249,7 +251,7 @@ def _of_kind(common: CacheIdentity, kind: str, settings: ExtractionSettings) -> 
     if kind == "token":
         pool = settings.token_pool
         return replace(common, kind=kind, views=settings.views, dtype=settings.token_dtype, token_pool=pool)
-    return replace(common, kind=kind, views=1, dtype="uint8" if kind == "patch" else "float32")
+    return replace(common, kind=kind, dtype="uint8" if kind == "patch" else "float32")
 
 
 def _check_disk(
