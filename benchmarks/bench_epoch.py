@@ -31,8 +31,10 @@ from datasets.targets import store_targets
 from datasets.tokens import CutPatches
 from engine import train_one_epoch
 from models.patch_encoders.build import build_patch_encoder
+from modes.prediction.model import make_model
+from modes.prediction.slide import Encode
 from modes.train import make_step
-from modes.training.compose import Encode, Optimization, make_encode, make_model, open_layout
+from modes.training.compose import Optimization, make_encode, open_layout
 from modes.training.run_data import open_run_data
 from preprocess.extract_features_uni import main as extract
 from preprocess.simulate_demo import simulate

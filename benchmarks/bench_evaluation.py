@@ -31,7 +31,8 @@ from benchmarks.fabricated import random_validity, round_section
 from datasets.batches import SlideBatch, SpotBatch
 from models.gene_dml import GeneDML
 from models.layers.precision import mean_tokens
-from modes.training.compose import make_model, make_predict
+from modes.prediction.model import make_model
+from modes.prediction.slide import predict_slide
 from utils.cli import run
 from utils.config import Config, with_overrides
 from utils.precision import Precision
@@ -86,7 +87,7 @@ class FabricatedSlide:
         )
 
     def whole(self, most_chunks: int | None, clock: list[float]) -> SlideBatch:
-        """For `make_predict`; it ends after `most_chunks` chunks, and notes when each of them was asked for."""
+        """For `predict_slide`; it ends after `most_chunks` chunks, and notes when each of them was asked for."""
 
         def chunks(size: int) -> Iterator[SpotBatch]:
             for number, rows in enumerate(torch.arange(self.count).split(size)):
@@ -98,21 +99,19 @@ class FabricatedSlide:
             synchronise(self.device)
             clock.append(time.perf_counter())
 
-        return SlideBatch(None, self.features.to(self.device), self.grid_xy, chunks)
+        return SlideBatch(self.features.to(self.device), self.grid_xy, chunks)
 
 
 def fast(setting: Setting, count: int, most_chunks: int | None) -> dict[str, object]:
     """The project's evaluation of a slide: predictions, seconds of the global encoder and of all chunks together."""
     model, config = setting.model(), setting.config
     slide, clock = FabricatedSlide(setting, count), []
-    predict = make_predict(
-        model, config, lambda batch: batch.target_tokens, Precision(config.TRAINING.precision, slide.device)
-    )
+    precision, size = Precision(config.TRAINING.precision, slide.device), config.EVALUATION.chunk_size
     started = time.perf_counter()
-    found = predict(slide.whole(most_chunks, clock))["fused"]
+    found = predict_slide([model], slide.whole(most_chunks, clock), precision, chunk_size=size)[0]["fused"]
     per_spot = (clock[-1] - clock[0]) / len(found)
     return {
-        "fused": found.numpy(),
+        "fused": found,
         "is_whole": len(found) == count,
         "seconds": clock[0] - started + per_spot * count,
         "global_seconds": clock[0] - started,

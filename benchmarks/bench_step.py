@@ -43,8 +43,9 @@ from datasets.images.geometry import dihedral_views
 from models.layers.attention import attend_plainly
 from models.losses import GeneDMLLoss
 from models.patch_encoders.build import PatchEncoder, build_patch_encoder
+from modes.prediction.model import make_model
 from modes.train import make_step
-from modes.training.compose import Optimization, make_encode, make_model
+from modes.training.compose import Optimization, make_encode
 from utils.cli import run
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory

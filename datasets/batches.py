@@ -62,7 +62,6 @@ class SpotBatch:
 class SlideBatch:
     """One whole slide: all its rows for the global encoder, and its spots in chunks for everything else."""
 
-    record: SlideRecord
     slide_features: Tensor  # (N, D)
     grid_xy: Tensor  # (N, 2), on the host
     chunks: Callable[[int], Iterator[SpotBatch]]  # chunks(size) -> SpotBatch of at most `size` spots, in order
@@ -146,7 +145,7 @@ class BatchMaker:
                 yield self.spots(rows, torch.zeros_like(rows), expression=None, with_slides=False)
 
         whole = slice(record.start, record.stop)
-        return SlideBatch(record, self.target_features[whole].float(), self.store.grid_xy[whole], chunks)
+        return SlideBatch(self.target_features[whole].float(), self.store.grid_xy[whole], chunks)
 
 
 def goes_to_device(what: str, nbytes: int, device: torch.device, residence: str, reserve: int = 0) -> bool:

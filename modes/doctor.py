@@ -16,7 +16,8 @@ from modes.checks.data import check_features, check_panel, check_slides, read_ta
 from modes.checks.findings import PROBLEM, WARNING, Findings
 from modes.checks.machine import check_device, check_memory, check_patch_encoder_files, check_token_cache
 from modes.checks.tissue import check_spots_on_images
-from modes.training.compose import needs_of, open_layout
+from modes.prediction.model import needs_of
+from modes.training.compose import open_layout
 from modes.training.memory import demand, tokens_of_spot
 from modes.training.plan import lacks_validation, plan_folds
 from modes.training.run_data import check_clusters, runs_encoder

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from datasets.batches import SlideBatch
 from datasets.features.encoding import default_workers
 from datasets.features.reader import read_rows
 from datasets.images.slides import open_slide
@@ -23,22 +27,21 @@ from evaluation.external import (
     summary_table,
     write_external,
 )
-from evaluation.slide_scores import SlideResult
-from modes.prediction.checkpoint import write_slide
-from modes.prediction.encode import Part, encoded_parts, plan_for, spot_batches
+from modes.prediction.encode import Chunk, bare_chunks, encoded_chunks, plan_for, whole_slide
 from modes.prediction.ensemble import (
     CHUNK_SIZE,
     Member,
     columns_of,
     describe_peak,
     load_members,
+    of_genes,
     peak_memory,
     provenance_of,
-    put_rows,
     run_folder,
-    stream_predictions,
 )
 from modes.prediction.external_data import ExternalTest, external_layout, open_test, warnings_of
+from modes.prediction.slide import Scales, predict_slide, slide_result
+from modes.prediction.write import write_slide
 from utils.checkpoint import chosen_checkpoints
 from utils.cli import progress, say
 from utils.files import reading
@@ -114,71 +117,69 @@ def score_slides(test: ExternalTest, predictors: Sequence[Predictor], folder: Pa
     one sum over the folds is held, not those of every fold.
     """
     pairs, slides = list(zip(test.members, predictors)), test.store.slides
-    sums: list[dict[str, np.ndarray]] = [{} for _ in slides]
+    measured = [
+        [slide_targets(record.table, test.genes, smoothing) for smoothing in (True, False)] for record in slides
+    ]
+    sums: list[Scales] = [{} for _ in slides]
     for together in [pairs] if test.encoder is not None else [[pair] for pair in pairs]:
         members = [member for member, _ in together]
         name = members[0].name if len(members) == 1 else f"{len(members)} folds"
-        for record, total in zip(progress(slides, description=f"{test.layout.name}, {name}", unit="slide"), sums):
-            for (_, predictor), prediction in zip(together, _predictions(test, record, members)):
-                predictor.add(_result(test, record, prediction))
+        shown = progress(slides, description=f"{test.layout.name}, {name}", unit="slide")
+        for record, targets, total in zip(shown, measured, sums):
+            predictions = predict_slide(
+                [member.load() for member in members],
+                slide_of(test, record),
+                members[0].precision,
+                chunk_size=min(CHUNK_SIZE, test.config.EVALUATION.chunk_size),
+                keep=of_genes(members, test.genes),
+            )
+            for (_, predictor), prediction in zip(together, predictions):
+                predictor.add(slide_result(record, test.genes, prediction, *targets))
                 for scale, values in prediction.items():
                     total[scale] = np.add(total[scale], values, out=total[scale]) if scale in total else values
         for member in members:
             member.release()
-    for record, total in zip(slides, sums):
-        result = _result(test, record, {scale: values / len(pairs) for scale, values in total.items()})
+    provenance = provenance_of(test.members, test.fold_notes)
+    for record, targets, total in zip(slides, measured, sums):
+        mean = {scale: values / len(pairs) for scale, values in total.items()}
+        result = slide_result(record, test.genes, mean, *targets)
         if len(pairs) > 1:
             predictors[-1].add(result)
-        provenance = provenance_of(test.members, test.fold_notes)
-        write_slide(test.layout, record, result, folder / f"{record.name}.h5ad", provenance)
+        path = folder / f"{record.name}.h5ad"
+        write_slide(path, record, result, patch_size=test.layout.patch_size, provenance=provenance)
 
 
-def _result(test: ExternalTest, record: SlideRecord, prediction: dict[str, np.ndarray]) -> SlideResult:
-    return SlideResult(
-        slide=record.name,
-        patient=record.patient,
-        spot_ids=list(record.table.obs_names),
-        grid_xy=record.table.obsm["grid"],
-        genes=test.genes,
-        measured=slide_targets(record.table, test.genes),
-        measured_unsmoothed=slide_targets(record.table, test.genes, smoothing=False),
-        predictions=prediction,
+def slide_of(test: ExternalTest, record: SlideRecord) -> SlideBatch:
+    """Put a slide together from the caches or, without token caches, from its image as it is encoded."""
+    spots = slice(record.start, record.stop)
+    return whole_slide(
+        test.store.target_features[spots].float(),
+        record.table.obsm["grid"],
+        test.store.neighbor_is_valid[spots].numpy(),
+        partial(chunks_of, test, record),
+        test.device,
     )
 
 
-def _predictions(test: ExternalTest, record: SlideRecord, members: Sequence[Member]) -> list[dict[str, np.ndarray]]:
-    """{scale: (N, G)} of each fold, for the genes that are scored; the spots stream through the folds together."""
-    columns = [columns_of(member, test.genes) for member in members]
-    features = test.store.target_features[record.start : record.stop].float()
-    whole = features.to(test.device), torch.from_numpy(record.table.obsm["grid"])
-    is_valid = test.store.neighbor_is_valid[record.start : record.stop].numpy()
-    batches = spot_batches(parts_of(test, record), features, is_valid, test.device)
-    predictions: list[dict[str, np.ndarray]] = [{} for _ in members]
-    for rows, found in stream_predictions(members, *whole, batches):
-        for held, prediction, chosen in zip(predictions, found, columns):
-            put_rows(held, rows, {scale: values[:, chosen] for scale, values in prediction.items()}, len(features))
-    return predictions
+def chunks_of(test: ExternalTest, record: SlideRecord, size: int) -> Iterator[Chunk]:
+    """Read, or encode, tokens and neighbor features of about `size` spots at a time."""
 
-
-def parts_of(test: ExternalTest, record: SlideRecord) -> Iterator[Part]:
-    """Tokens and neighbor features of consecutive spots, from the caches or, without token caches, encoded now."""
-    size = min(CHUNK_SIZE, test.config.EVALUATION.chunk_size)
-
-    def neighbors(rows: slice) -> np.ndarray | None:
-        return read_rows(test.layout, "neighbor", record, rows) if test.members[0].needs.neighbors else None
+    def neighbors(rows: slice) -> Tensor | None:
+        if not test.members[0].needs.neighbors:
+            return None
+        return torch.from_numpy(read_rows(test.layout, "neighbor", record, rows))
 
     if test.encoder is not None:
         plan = plan_for(test.members[0], ("token",))
         with open_slide(record.image or test.layout.image_path(record.name)) as slide:
             centers = record.table.obsm["center"]
-            for rows, tokens, _ in encoded_parts(slide, centers, test.encoder, plan, default_workers(), size):
-                yield rows, tokens, neighbors(rows)
+            for chunk in encoded_chunks(slide, centers, test.encoder, plan, default_workers(), size):
+                yield replace(chunk, neighbors=neighbors(chunk.rows))
         return
-    for start in range(0, record.table.n_obs, size):
-        rows = slice(start, min(start + size, record.table.n_obs))
-        in_store = record.rows[rows]
+    for chunk in bare_chunks(record.table.n_obs, size):
+        in_store = record.rows[chunk.rows]
         tokens = None if test.tokens is None else test.tokens.get(in_store, torch.zeros_like(in_store))
-        yield rows, tokens, neighbors(rows)
+        yield replace(chunk, tokens=tokens, neighbors=neighbors(chunk.rows))
 
 
 def about(test: ExternalTest, notes: list[str], peak: dict[str, float]) -> dict[str, object]:

@@ -13,7 +13,8 @@ from datasets.field_of_view import field_of_view
 from datasets.layout import Layout
 from models.import_reference import import_reference
 from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
-from modes.training.compose import make_model, open_layout
+from modes.prediction.model import make_model
+from modes.training.compose import open_layout
 from modes.training.plan import find_folds
 from utils.checkpoint import load_weights, save_checkpoint
 from utils.cli import say

@@ -14,39 +14,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from datasets.batches import SlideBatch
 from datasets.features.encoding import default_workers
+from datasets.features.patch_encoder import BatchedPatchEncoder
 from datasets.field_of_view import compare_fields_of_view
+from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import Slide, open_slide
 from evaluation.predictions import read_prediction, tissue_image, write_prediction
 from evaluation.report.maps import Tissue, predicted_map
 from evaluation.report.style import save_figure
-from modes.prediction.checkpoint import THUMBNAIL_PX
 from modes.prediction.encode import (
-    Part,
-    encoded_parts,
+    Chunk,
+    bare_chunks,
+    encoded_chunks,
     open_patch_encoder,
     plan_for,
     pooled_features,
-    spot_batches,
-    validity,
+    whole_slide,
 )
 from modes.prediction.ensemble import (
     CHUNK_SIZE,
     Member,
-    columns_of,
     describe_peak,
     field_of_view_of,
     load_members,
     mean_prediction,
+    of_genes,
     peak_memory,
     provenance_of,
-    put_rows,
     shared_genes,
-    stream_predictions,
 )
 from modes.prediction.place_spots import SlideSpots, spots_of_file, spots_on_tissue
+from modes.prediction.slide import Scales, predict_slide
+from modes.prediction.write import THUMBNAIL_PX
 from utils.checkpoint import chosen_checkpoints
 from utils.cli import say
 from utils.files import require_file, safe_name
@@ -212,47 +213,41 @@ def predict_spots(
     slide: Slide,
     centers: np.ndarray,
     grid_xy: np.ndarray,
-    encoder,
+    encoder: BatchedPatchEncoder,
     covered_px: int,
-) -> dict[str, np.ndarray]:
-    """{scale: (N, G) float32}, the mean over the folds, in the order of `centers` (N, 2).
+) -> Scales:
+    """Predict the spots at `centers` (N, 2) level-0 px, in their order: {scale: (N, G) float32}, the mean over the folds.
 
-    encoder: a BatchedPatchEncoder.  covered_px: level-0 px that a patch covers; it is scaled to the patch size.
+    grid_xy (N, 2).  covered_px: level-0 px that a patch covers; it is scaled to the patch size.
+    Raises ValueError where the image cannot be decoded.
     """
-    member, device, num_workers = members[0], encoder.device, default_workers()
-    source_size = None if covered_px == member.config.DATA.patch_size else covered_px
+    member, num_workers = members[0], default_workers()
+    patch_size, num_neighbors = member.config.DATA.patch_size, member.config.DATA.num_neighbors
+    source_size = None if covered_px == patch_size else covered_px
     kinds = tuple(k for k, is_read in (("token", member.needs.tokens), ("neighbor", member.needs.neighbors)) if is_read)
     target_plan = plan_for(member, ("target",), source_size)
     features = pooled_features(slide, centers, encoder, target_plan, num_workers)
-    is_valid = validity(centers, slide.size, covered_px, member.config)
-    chunk_size = min(CHUNK_SIZE, member.config.EVALUATION.chunk_size)
-    if kinds:
-        parts = encoded_parts(slide, centers, encoder, plan_for(member, kinds, source_size), num_workers, chunk_size)
-    else:
-        parts = _empty_parts(len(centers), chunk_size)
-    batches = spot_batches(parts, features, is_valid, device)
-    return collect_mean(members, genes, features.to(device), torch.from_numpy(grid_xy), batches)
+
+    def chunks(size: int) -> Iterator[Chunk]:
+        if not kinds:
+            return bare_chunks(len(centers), size)
+        return encoded_chunks(slide, centers, encoder, plan_for(member, kinds, source_size), num_workers, size)
+
+    is_valid = neighbor_validity(centers, slide.size, covered_px, num_neighbors)
+    return predict_mean(members, genes, whole_slide(features, grid_xy, is_valid, chunks, encoder.device))
 
 
-def _empty_parts(num_spots: int, size: int) -> Iterator[Part]:
-    """For models that read the pooled feature alone."""
-    for start in range(0, num_spots, size):
-        yield slice(start, min(start + size, num_spots)), None, None
-
-
-def collect_mean(
-    members: Sequence[Member], genes: Sequence[str], features: Tensor, grid_xy: Tensor, batches
-) -> dict[str, np.ndarray]:
-    """The mean prediction of the folds for all spots; only the shared genes of one result are held."""
-    columns = [columns_of(member, genes) for member in members]
-    whole: dict[str, np.ndarray] = {}
-    for rows, found in stream_predictions(members, features, grid_xy, batches):
-        chosen = [
-            {scale: values[:, places] for scale, values in prediction.items()}
-            for prediction, places in zip(found, columns)
-        ]
-        put_rows(whole, rows, mean_prediction(chosen), len(features))
-    return whole
+def predict_mean(members: Sequence[Member], genes: Sequence[str], slide: SlideBatch) -> Scales:
+    """Average the predictions of the folds for all N spots: {scale: (N, G) float32}; of each chunk the mean alone is held."""
+    chosen = of_genes(members, genes)
+    (mean,) = predict_slide(
+        [member.load() for member in members],
+        slide,
+        members[0].precision,
+        chunk_size=min(CHUNK_SIZE, members[0].config.EVALUATION.chunk_size),
+        keep=lambda found: [mean_prediction(chosen(found))],
+    )
+    return mean
 
 
 def draw_maps(out: Path, genes: Sequence[str]) -> list[Path]:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-from modes.prediction.checkpoint import restored_config, score_checkpoint
+from datasets.targets import store_targets
+from modes.prediction.model import restored_config
 from modes.prediction.summary import finish_run
 from modes.training.compose import open_layout
 from modes.training.run_data import open_run_data
+from modes.training.score import score_checkpoint
 from utils.checkpoint import chosen_checkpoints, has_ended, load_checkpoint, result_folder
 from utils.cli import say
 
@@ -72,7 +74,9 @@ def _test_checkpoint(
         )
     run_data = open_run_data(config, trained.config_name, layout, split.test_slides, device)
     folder = result_folder(checkpoint)
-    summary = score_checkpoint(run_data, checkpoint, folder)
+    is_clean = split.protocol == "clean"
+    targets = store_targets(run_data.store, split.test_slides, trained.genes, absent_is_zero=is_clean)
+    summary = score_checkpoint(run_data, checkpoint, folder, targets)
     say(
         f"Fold {split.fold} ({split.name}): PCC(A) {summary['pcc_all']:.4f}, MSE {summary['mse']:.4f} "
         f"(training mean {_known(summary['training_mean']['mse'])}); written to {folder}"

@@ -9,29 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datasets.batches import SlideBatch, SpotBatch, TrainingBatches, epoch_rows
+from datasets.batches import SpotBatch, TrainingBatches, epoch_rows
 from engine import train_one_epoch
 from evaluation.protocol import epoch_scores
-from evaluation.slide_scores import SlideResult
 from models.contract import ExpressionModel
 from models.table import find_model
-from modes.prediction.checkpoint import score_checkpoint
+from modes.prediction.slide import Encode, predict_slide, slide_result
 from modes.prediction.summary import finish_run
 from modes.training.checkpoints import FoldCheckpoints
 from modes.training.clusters import write_clusters
-from modes.training.compose import (
-    Encode,
-    Optimization,
-    forward,
-    groups_spots,
-    is_closed_form,
-    make_predict,
-    open_layout,
-)
+from modes.training.compose import Optimization, forward, groups_spots, is_closed_form, open_layout
 from modes.training.fold import fit_closed_form, new_model, remember_training_spots, start_folder, untrained_fold
 from modes.training.plan import find_folds
 from modes.training.resume import check_continues, check_started_folds
 from modes.training.run_data import RunData, open_run_data
+from modes.training.score import score_checkpoint
 from modes.training.split import Split, prepare_split
 from utils.checkpoint import is_complete
 from utils.cli import progress as progress_bar
@@ -85,7 +77,7 @@ def train(config: Config, options: TrainOptions) -> Path:
             fit_closed_form(run_data, split, folder)
         else:
             train_fold(run_data, split, folder, options.checkpoint_seconds)
-        score_checkpoint(run_data, folder / "best.pt", folder)
+        score_checkpoint(run_data, folder / "best.pt", folder, split.targets)
     say(finish_run(run_dir, options.with_report))
     return run_dir
 
@@ -110,7 +102,6 @@ def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds
     optimization = Optimization.of(model, config, run_data.precision)
     optimizer, scheduler, precision = optimization.optimizer, optimization.scheduler, optimization.precision
     step = make_step(model, config, run_data.encode)
-    predict = make_predict(model, config, run_data.encode, precision)
     expression = split.targets.to(run_data.device)
     checkpoints = FoldCheckpoints(folder, untrained_fold(run_data, split), checkpoint_seconds)
     progress = checkpoints.restore(model, optimization)
@@ -126,7 +117,7 @@ def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds
             scheduler.step()
             if model.needs.training_spots:
                 remember_training_spots(model, run_data, split, expression)
-            record |= scores_of_epoch(run_data, split, predict)
+            record |= scores_of_epoch(run_data, split, model)
             is_better = progress.add(record, score_name)
             board.add(record)
             write_epochs(folder / "metrics.jsonl", progress.history)
@@ -177,27 +168,23 @@ def epoch_batches(run_data: RunData, split: Split, expression: Tensor, epoch: in
     return TrainingBatches(run_data.maker, rows, expression, generator)
 
 
-def scores_of_epoch(
-    run_data: RunData, split: Split, predict: Callable[[SlideBatch], dict[str, Tensor]]
-) -> dict[str, float]:
+def scores_of_epoch(run_data: RunData, split: Split, model: ExpressionModel) -> dict[str, float]:
     """Score the validation slides and the test slides as they are predicted now: {"validation/pcc_all": ..., ...}."""
+    evaluation = run_data.config.EVALUATION
     found: dict[str, float] = {}
     for part, slides in (("validation", split.record.validation_slides), ("test", split.record.test_slides)):
-        records = run_data.store.named(slides)
-        results = [
-            SlideResult(
-                slide=record.name,
-                patient=record.patient,
-                spot_ids=list(record.table.obs_names),
-                grid_xy=None,
-                genes=split.genes,
-                measured=split.targets[record.start : record.stop].numpy(),
-                measured_unsmoothed=None,
-                predictions={scale: values.numpy() for scale, values in predict(run_data.maker.slide(record)).items()},
+        results = []
+        for record in progress_bar(run_data.store.named(slides), description="evaluation", unit="slide", leave=False):
+            (prediction,) = predict_slide(
+                [model],
+                run_data.maker.slide(record),
+                run_data.precision,
+                chunk_size=evaluation.chunk_size,
+                encode=run_data.encode,
             )
-            for record in progress_bar(records, description="evaluation", unit="slide", leave=False)
-        ]
+            measured = split.targets[record.start : record.stop].numpy()
+            results.append(slide_result(record, split.genes, prediction, measured))
         if results:
-            scores = epoch_scores(results, run_data.config.EVALUATION.protocol)
+            scores = epoch_scores(results, evaluation.protocol)
             found |= {f"{part}/{name}": value for name, value in scores.items()}
     return found

@@ -17,7 +17,7 @@ from datasets.spots import SlideRecord
 from datasets.tables.counts import gene_names, round_ids, spot_names
 from datasets.tables.slide_table import join, read_spots
 from modes.checks.findings import Findings
-from modes.training.compose import needs_of
+from modes.prediction.model import needs_of
 from utils.config import Config
 from utils.files import load_names
 from utils.text import some

@@ -11,7 +11,8 @@ from datasets.features.encoding import VIEW_COUNTS
 from datasets.layout import Layout
 from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
 from modes.checks.findings import Findings
-from modes.training.compose import find_patch_encoder_weights, needs_of
+from modes.prediction.model import needs_of
+from modes.training.compose import find_patch_encoder_weights
 from modes.training.memory import BATCHES_ON_DEVICE, Demand
 from modes.training.run_data import runs_encoder
 from utils.config import Config

@@ -1,29 +1,39 @@
-"""Chunks of spots of one slide, encoded on the fly or read from caches, as batches for the models."""
+"""A slide for the models: its spots in chunks, encoded on the fly or read from caches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.batches import SpotBatch
+from datasets.batches import SlideBatch, SpotBatch
 from datasets.features.encoding import EncodedSpots, EncodingPlan, encode_slide
 from datasets.features.patch_encoder import BatchedPatchEncoder
-from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import Slide
-from models.patch_encoders.build import PatchEncoder, build_patch_encoder
+from models.patch_encoders.build import build_patch_encoder
 from modes.prediction.ensemble import Member
 from utils.cli import progress, say
-from utils.config import Config
 from utils.devices import to_device
 
-Part = tuple[slice, Tensor | None, np.ndarray | None]  # rows, target tokens (b, T, D), neighbor features (b, M, D)
+
+@dataclass(frozen=True)
+class Chunk:
+    """What consecutive spots `rows` of a slide are predicted from beside their pooled features; None where not read.
+
+    tokens (b, T, D) of the target patches, neighbors (b, M, D) float32.
+    """
+
+    rows: slice
+    tokens: Tensor | None = None
+    neighbors: Tensor | None = None
 
 
 def open_patch_encoder(member: Member, device: torch.device) -> BatchedPatchEncoder:
-    """The frozen encoder that a fold was trained with; ValueError if the weights found are others."""
+    """Open the frozen encoder that a fold was trained with. Raises ValueError if the weights found are others."""
     config, made = member.config, member.fold.encoder
     patch_encoder = build_patch_encoder(config.DATA.encoder, config.DATA.weights)
     if not made.has_weights(patch_encoder.weights_sha256):
@@ -37,19 +47,14 @@ def open_patch_encoder(member: Member, device: torch.device) -> BatchedPatchEnco
             f"Which weights of {made.name} the run was trained with is not known; "
             f"those of {patch_encoder.weights_path} are used."
         )
-    return on_device(patch_encoder, device)
-
-
-def on_device(patch_encoder: PatchEncoder, device: torch.device) -> BatchedPatchEncoder:
-    return BatchedPatchEncoder(
-        patch_encoder.to(device),
-        device,
-        prefix_tokens=patch_encoder.spec.prefix_tokens,
-    )
+    return BatchedPatchEncoder(patch_encoder.to(device), device, prefix_tokens=patch_encoder.spec.prefix_tokens)
 
 
 def plan_for(member: Member, kinds: tuple[str, ...], source_size: int | None = None) -> EncodingPlan:
-    """What the encoder has to give for a fold: features as it was trained on, unturned."""
+    """Plan what the encoder has to give for a fold: features as it was trained on, unturned.
+
+    source_size: level-0 px that a patch covers, see `EncodingPlan`.
+    """
     data = member.config.DATA
     return EncodingPlan(
         kinds=kinds,
@@ -65,20 +70,20 @@ def plan_for(member: Member, kinds: tuple[str, ...], source_size: int | None = N
 def pooled_features(
     slide: Slide, centers: np.ndarray, encoder: BatchedPatchEncoder, plan: EncodingPlan, num_workers: int
 ) -> Tensor:
-    """(N, D) float32 target features of all spots: what the global encoder sees of a slide."""
+    """Encode the target features (N, D) float32 of all spots: what the global encoder sees of a slide."""
     parts = list(_encoded(slide, centers, encoder, plan, num_workers, "target features"))
     return torch.from_numpy(np.concatenate([part.target for part in parts if part.target is not None]))
 
 
-def encoded_parts(
+def encoded_chunks(
     slide: Slide,
     centers: np.ndarray,
     encoder: BatchedPatchEncoder,
     plan: EncodingPlan,
     num_workers: int,
     chunk_size: int,
-) -> Iterator[Part]:
-    """Tokens and neighbor features of `chunk_size` consecutive spots at a time, encoded as they are asked for."""
+) -> Iterator[Chunk]:
+    """Encode tokens and neighbor features of about `chunk_size` spots at a time, as they are asked for."""
     held: list[EncodedSpots] = []
     count = 0
     for part in _encoded(slide, centers, encoder, plan, num_workers, "prediction"):
@@ -89,6 +94,12 @@ def encoded_parts(
             held, count = [], 0
     if held:
         yield _joined(held)
+
+
+def bare_chunks(num_spots: int, size: int) -> Iterator[Chunk]:
+    """Cut the spots into chunks for models that read the pooled feature alone, and for whoever reads caches."""
+    for start in range(0, num_spots, size):
+        yield Chunk(slice(start, min(start + size, num_spots)))
 
 
 def _encoded(
@@ -105,34 +116,41 @@ def _encoded(
             bar.update(part.rows.stop - part.rows.start)
 
 
-def _joined(parts: list[EncodedSpots]) -> Part:
-    rows = slice(parts[0].rows.start, parts[-1].rows.stop)
+def _joined(parts: list[EncodedSpots]) -> Chunk:
     tokens = [part.token[:, 0] for part in parts if part.token is not None]
     neighbors = [part.neighbor for part in parts if part.neighbor is not None]
-    return (
-        rows,
+    return Chunk(
+        slice(parts[0].rows.start, parts[-1].rows.stop),
         torch.from_numpy(np.concatenate(tokens)) if tokens else None,
-        np.concatenate(neighbors) if neighbors else None,
+        torch.from_numpy(np.concatenate(neighbors)) if neighbors else None,
     )
 
 
-def spot_batches(
-    parts: Iterable[Part], features: Tensor, neighbor_is_valid: np.ndarray, device: torch.device
-) -> Iterator[SpotBatch]:
-    """Batches on the device. features (N, D) and neighbor_is_valid (N, M) are of all spots of the slide."""
-    is_valid = torch.from_numpy(neighbor_is_valid)
-    for rows, tokens, neighbors in parts:
-        yield SpotBatch(
-            rows=torch.arange(rows.start, rows.stop),
-            target_tokens=None if tokens is None else to_device(tokens, device).float(),
-            patches=None,
-            target_features=features[rows].to(device),
-            neighbor_features=None if neighbors is None else to_device(torch.from_numpy(neighbors), device).float(),
-            neighbor_is_valid=is_valid[rows].to(device),
-            expression=None,
-        )
+def whole_slide(
+    features: Tensor,
+    grid_xy: np.ndarray,
+    neighbor_is_valid: np.ndarray,
+    chunks: Callable[[int], Iterable[Chunk]],
+    device: torch.device,
+) -> SlideBatch:
+    """Put a slide of N spots together for `predict_slide`.
 
+    features (N, D) float32, grid_xy (N, 2), neighbor_is_valid (N, M) bool.  chunks: of at most so many spots (or about as
+    many), all of them in order.
+    """
 
-def validity(centers: np.ndarray, image_size: tuple[int, int], covered_px: int, config: Config) -> np.ndarray:
-    """(N, M) bool: neighbor tiles of `covered_px` level-0 px that lie inside the image."""
-    return neighbor_validity(centers, image_size, covered_px, config.DATA.num_neighbors)
+    def batches(size: int) -> Iterator[SpotBatch]:
+        is_valid = torch.from_numpy(neighbor_is_valid)
+        for chunk in chunks(size):
+            rows, send = chunk.rows, partial(to_device, device=device)
+            yield SpotBatch(
+                rows=torch.arange(rows.start, rows.stop),
+                target_tokens=None if chunk.tokens is None else send(chunk.tokens).float(),
+                patches=None,
+                target_features=features[rows].to(device),
+                neighbor_features=None if chunk.neighbors is None else send(chunk.neighbors).float(),
+                neighbor_is_valid=is_valid[rows].to(device),
+                expression=None,
+            )
+
+    return SlideBatch(features.to(device), torch.from_numpy(grid_xy), batches)

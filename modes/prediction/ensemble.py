@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from datasets.batches import SpotBatch
 from evaluation.external import (
     MEAN,
 )
 from models.contract import ExpressionModel, Needs
-from modes.prediction.checkpoint import restored_config, restored_model
-from modes.training.compose import model_inputs, needs_of, scale_predictions
+from modes.prediction.model import needs_of, restored_config, restored_model
+from modes.prediction.slide import Scales
 from utils.checkpoint import fold_checkpoints, load_checkpoint, result_folder
 from utils.config import Config
 from utils.precision import Precision
@@ -129,46 +127,22 @@ def columns_of(member: Member, genes: Sequence[str]) -> np.ndarray:
     return np.array([place[gene] for gene in genes], dtype=np.int64)
 
 
-@torch.inference_mode()
-def stream_predictions(
-    members: Sequence[Member], features: Tensor, grid_xy: Tensor, batches: Iterable[SpotBatch]
-) -> Iterator[tuple[slice, list[dict[str, np.ndarray]]]]:
-    """Yield (rows, [{scale: (b, panel) float32} of each fold]) for the batches, which hold consecutive spots.
+def of_genes(members: Sequence[Member], genes: Sequence[str]) -> Callable[[list[Scales]], list[Scales]]:
+    """Make the function that keeps, of the predictions of each fold, those of some genes in their order."""
+    columns = [columns_of(member, genes) for member in members]
 
-    features (N, D), grid_xy (N, 2): all spots of the slide, for the global encoders. The features of a batch are made
-    once and pass every fold; what is held is one batch, the folds' models, and one global token a spot and fold.
-    """
-    models = [member.load() for member in members]
-    global_tokens = [_global_tokens(member, features, grid_xy) for member in members]
-    for batch in batches:
-        rows = slice(int(batch.rows[0]), int(batch.rows[-1]) + 1)
-        assert rows.stop - rows.start == len(batch), "spots of a batch are consecutive"
-        found = []
-        for member, model, tokens in zip(members, models, global_tokens):
-            inputs = model_inputs(batch, lambda batch: batch.target_tokens, None if tokens is None else tokens[rows])
-            with member.precision.autocast():
-                prediction = model(inputs)
-            found.append({scale: values.numpy() for scale, values in scale_predictions(prediction).items()})
-        yield rows, found
+    def keep(found: list[Scales]) -> list[Scales]:
+        # Not [:, chosen], which would turn rows into columns in memory, and with them the order of later sums.
+        return [
+            {scale: np.take(values, chosen, axis=1) for scale, values in prediction.items()}
+            for prediction, chosen in zip(found, columns)
+        ]
+
+    return keep
 
 
-def _global_tokens(member: Member, features: Tensor, grid_xy: Tensor) -> Tensor | None:
-    if not member.needs.slides:
-        return None
-    with member.precision.autocast():
-        return member.load().encode_slides(features, grid_xy, [len(features)], None)
-
-
-def put_rows(whole: dict[str, np.ndarray], rows: slice, values: dict[str, np.ndarray], num_spots: int) -> None:
-    """Put the predictions (b, G) of consecutive spots into those of the whole slide (num_spots, G), made on first use."""
-    for scale, part in values.items():
-        if scale not in whole:
-            whole[scale] = np.full((num_spots, part.shape[1]), np.nan, dtype=np.float32)
-        whole[scale][rows] = part
-
-
-def mean_prediction(predictions: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Mean over the folds of each scale, (b, G) float32."""
+def mean_prediction(predictions: Sequence[Scales]) -> Scales:
+    """Average over the folds: {scale: (b, G) float32}."""
     return {scale: np.mean([prediction[scale] for prediction in predictions], axis=0) for scale in predictions[0]}
 
 

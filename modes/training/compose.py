@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,18 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datasets.batches import SlideBatch, SpotBatch
+from datasets.batches import SpotBatch
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from models.contract import ExpressionModel, ModelInputs, Needs, Prediction, Sizes
+from models.contract import ExpressionModel, Prediction
 from models.patch_encoders.build import PatchEncoder, build_patch_encoder, find_weights
-from models.table import build_model, find_model
+from models.table import find_model
+from modes.prediction.slide import Encode, model_inputs
 from utils.commands import extraction_command
 from utils.config import Config
 from utils.precision import Precision
 from utils.trained_fold import OptimizationState
-
-Encode = Callable[[SpotBatch], Tensor | None]
 
 
 def open_layout(config: Config, config_name: str, test_name: str | None = None) -> Layout:
@@ -38,11 +36,6 @@ def open_layout(config: Config, config_name: str, test_name: str | None = None) 
         num_neighbors=config.DATA.num_neighbors,
         extraction=partial(extraction_command, config_name=config_name),
     )
-
-
-def needs_of(config: Config) -> Needs:
-    """Say which inputs the configured model reads. Raises ValueError for an unknown name."""
-    return find_model(config.MODEL.name).needs(config.MODEL)
 
 
 def is_closed_form(config: Config) -> bool:
@@ -78,55 +71,13 @@ def make_encode(encoder: nn.Module | None) -> Encode:
     return encode
 
 
-def make_model(config: Config, *, feature_dim: int, token_dim: int, num_genes: int) -> ExpressionModel:
-    """Build the model of the configuration for features of `feature_dim` and target tokens of `token_dim`."""
-    return build_model(config.MODEL, Sizes(feature_dim, token_dim, num_genes, config.DATA.num_neighbors))
-
-
-def make_predict(
-    model: ExpressionModel, config: Config, encode: Encode, precision: Precision
-) -> Callable[[SlideBatch], dict[str, Tensor]]:
-    """Make the function slide -> {scale: (N, G) float32 on the CPU}: global tokens of the whole slide, the rest in chunks."""
-
-    def predict(slide: SlideBatch) -> dict[str, Tensor]:
-        model.eval()
-        with torch.inference_mode(), precision.autocast():
-            global_tokens = None
-            if model.needs.slides:
-                global_tokens = model.encode_slides(slide.slide_features, slide.grid_xy, [len(slide)], None)
-            parts, start = [], 0
-            for batch in slide.chunks(config.EVALUATION.chunk_size):
-                chunk = None if global_tokens is None else global_tokens[start : start + len(batch)]
-                parts.append(scale_predictions(model(model_inputs(batch, encode, chunk))))
-                start += len(batch)
-        return {scale: torch.cat([part[scale] for part in parts]) for scale in parts[0]}
-
-    return predict
-
-
 def forward(model: ExpressionModel, encode: Encode, batch: SpotBatch) -> Prediction:
     """Run the model on a training batch: its slides through the global encoder, then its spots."""
     global_tokens = None
     if model.needs.slides:
         assert batch.slide_features is not None and batch.grid_xy is not None, "training batches hold their slides"
         global_tokens = model.encode_slides(batch.slide_features, batch.grid_xy, list(batch.lengths), batch.slide_rows)
-    return model(model_inputs(batch, encode, global_tokens), batch.expression)
-
-
-def model_inputs(batch: SpotBatch, encode: Encode, global_tokens: Tensor | None) -> ModelInputs:
-    """Put together what a model is called with; global_tokens (B, F) if it needs them."""
-    return ModelInputs(
-        target_features=batch.target_features,
-        target_tokens=encode(batch),
-        neighbor_features=batch.neighbor_features,
-        neighbor_is_valid=batch.neighbor_is_valid,
-        global_tokens=global_tokens,
-    )
-
-
-def scale_predictions(prediction: Prediction) -> dict[str, Tensor]:
-    """Bring to the CPU, {scale: (B, G) float32}, the scales that the model has, the fused prediction first."""
-    return {scale: values.float().cpu() for scale, values in prediction.by_scale().items()}
+    return model(model_inputs(batch, encode(batch), global_tokens), batch.expression)
 
 
 @dataclass

@@ -12,8 +12,10 @@ from torch import Tensor
 from datasets.field_of_view import field_of_view
 from models.baselines.fitted_model import ClosedForm
 from models.contract import ExpressionModel, ModelInputs
+from modes.prediction.model import make_model
+from modes.prediction.slide import model_inputs
 from modes.training.checkpoints import FoldCheckpoints
-from modes.training.compose import is_closed_form, make_model, model_inputs
+from modes.training.compose import is_closed_form
 from modes.training.run_data import RunData
 from modes.training.split import Split
 from utils.files import write_text
@@ -81,7 +83,7 @@ def remember_training_spots(model: ExpressionModel, run_data: RunData, split: Sp
     rows = run_data.store.rows_of(split.record.train_slides)
     batch = run_data.maker.spots(rows, torch.zeros_like(rows), expression, with_slides=False)
     assert batch.expression is not None
-    model.eval().remember(model_inputs(batch, run_data.encode, None), batch.expression)
+    model.eval().remember(model_inputs(batch, run_data.encode(batch), None), batch.expression)
 
 
 def fit_closed_form(run_data: RunData, split: Split, folder: Path) -> None:

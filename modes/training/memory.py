@@ -11,7 +11,8 @@ from datasets.features.cache import read_identity
 from datasets.features.patch_encoder import pooled_grid_side
 from datasets.layout import Layout
 from models.patch_encoders.build import PatchEncoderSpec
-from modes.training.compose import find_patch_encoder_weights, make_model, needs_of
+from modes.prediction.model import make_model, needs_of
+from modes.training.compose import find_patch_encoder_weights
 from utils.config import Config
 
 FLOAT = 4  # bytes

@@ -14,14 +14,9 @@ from datasets.spots import SlideRecord, SpotStore, slide_of_row
 from datasets.targets import check_panel
 from datasets.tokens import CachedTokens, CutPatches, open_tokens
 from models.patch_encoders.build import PatchEncoder, PatchEncoderSpec, patch_encoder_spec
-from modes.training.compose import (
-    Encode,
-    find_patch_encoder_weights,
-    groups_spots,
-    make_encode,
-    make_patch_encoder,
-    needs_of,
-)
+from modes.prediction.model import needs_of
+from modes.prediction.slide import Encode
+from modes.training.compose import find_patch_encoder_weights, groups_spots, make_encode, make_patch_encoder
 from modes.training.memory import demand, tokens_of_spot
 from utils.config import Config
 from utils.files import load_names

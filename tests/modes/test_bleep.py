@@ -16,7 +16,7 @@ from models.baselines.bleep import Bleep
 from models.layers.precision import unit
 from modes.external_test import external_test
 from modes.predict import PredictOptions, predict
-from modes.prediction.checkpoint import restored_model
+from modes.prediction.model import restored_model
 from modes.test import test as evaluate
 from modes.train import TrainOptions, train
 from preprocess.extract_features_uni import main as extract

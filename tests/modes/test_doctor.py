@@ -23,7 +23,7 @@ from models.patch_encoders.build import patch_encoder_spec
 from modes.checks.findings import Findings
 from modes.checks.machine import available_memory, check_memory
 from modes.doctor import Question, examine
-from modes.training.compose import make_model
+from modes.prediction.model import make_model
 from modes.training.memory import Demand, activations, demand, tokens_of_spot
 from tests.caches import edited
 from tests.command_line import call_main

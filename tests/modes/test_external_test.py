@@ -52,7 +52,8 @@ def tested(tiny_run, tmp_path_factory) -> tuple[Path, Path]:
 
 def _by_hand(data_dir: Path, run_dir: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Genes in common, measured targets and the mean prediction, from the checkpoints one whole slide at a time."""
-    from modes.prediction.checkpoint import restored_predict
+    from modes.prediction.model import restored_model
+    from modes.prediction.slide import predict_slide
     from modes.training.compose import open_layout
     from modes.training.run_data import open_run_data
     from utils.config import with_overrides
@@ -67,8 +68,9 @@ def _by_hand(data_dir: Path, run_dir: Path) -> tuple[list[str], np.ndarray, np.n
     genes = [g for g in folds[0].genes if g in folds[1].genes and g in measured]
     predictions = []
     for path, fold in zip(paths, folds):
-        whole = restored_predict(run_data, fold, path)(run_data.maker.slide(record))["fused"].numpy()
-        predictions.append(whole[:, [fold.genes.index(gene) for gene in genes]])
+        model = restored_model(fold, path, CPU)
+        (whole,) = predict_slide([model], run_data.maker.slide(record), run_data.precision, chunk_size=256)
+        predictions.append(whole["fused"][:, [fold.genes.index(gene) for gene in genes]])
     return genes, slide_targets(record.table, genes), np.mean(predictions, axis=0)
 
 
@@ -264,7 +266,7 @@ def _predicted_from_the_picture(run, image: np.ndarray, spots: pd.DataFrame, exc
     from datasets.images.geometry import neighbor_validity
     from models.contract import ModelInputs
     from models.patch_encoders.build import build_patch_encoder
-    from modes.prediction.checkpoint import restored_model
+    from modes.prediction.model import restored_model
 
     first, second = ("pixel_y", "pixel_x") if exchanged else ("pixel_x", "pixel_y")
     centers = spots[[first, second]].to_numpy()

@@ -18,8 +18,9 @@ from torch import Tensor
 from datasets.batches import TrainingBatches, epoch_rows
 from datasets.targets import store_targets
 from datasets.tokens import CachedTokens, CutPatches
+from modes.prediction.model import make_model
 from modes.train import TrainOptions, make_step, train
-from modes.training.compose import Optimization, make_model, open_layout
+from modes.training.compose import Optimization, open_layout
 from modes.training.run_data import open_run_data
 from preprocess.extract_features_uni import main as extract
 from utils.config import load_config

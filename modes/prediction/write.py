@@ -1,0 +1,65 @@
+"""A slide and its predictions as a file `.h5ad`, with a down-scaled image where the image is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial import KDTree
+
+from datasets.images.slides import open_slide
+from datasets.spots import SlideRecord
+from evaluation.predictions import write_prediction
+from evaluation.slide_scores import SlideResult
+from utils.text import UNIT
+
+THUMBNAIL_PX = 2000
+
+
+def write_slide(
+    path: Path, record: SlideRecord, result: SlideResult, *, patch_size: int, provenance: Mapping[str, object]
+) -> None:
+    """Write the prediction of a measured slide. patch_size: px, the size of its spots where there is but one.
+
+    Raises ValueError where its image cannot be decoded.
+    """
+    image, scale = thumbnail(record)
+    write_prediction(
+        path,
+        slide=record.name,
+        spot_ids=result.spot_ids,
+        genes=result.genes,
+        predictions=result.predictions,
+        spatial_px=record.table.obsm["spatial"],
+        grid_xy=record.table.obsm["grid"],
+        measured=result.measured,
+        measured_unsmoothed=result.measured_unsmoothed,
+        image=image,
+        image_scale=scale,
+        spot_diameter_px=spot_diameter(record.table.obsm["spatial"], patch_size),
+        unit=UNIT,
+        provenance=provenance,
+    )
+
+
+def thumbnail(record: SlideRecord) -> tuple[np.ndarray | None, float]:
+    """Scale the slide's image down: (image, its pixels per full-resolution pixel); (None, 1) where there is none.
+
+    Raises ValueError where the image cannot be decoded.
+    """
+    if record.image is None:
+        return None, 1.0
+    with open_slide(record.image) as slide:
+        return slide.thumbnail(THUMBNAIL_PX)
+
+
+def spot_diameter(spatial_px: np.ndarray, patch_size: int) -> float:
+    """Guess the size of spots at `spatial_px` (N, 2), in full-resolution px: half the usual distance to the nearest one.
+
+    That is right of the ST arrays' 100 um spots on a 200 um pitch.  patch_size: what a single spot gets.
+    """
+    if len(spatial_px) < 2:
+        return float(patch_size)
+    nearest = KDTree(spatial_px).query(spatial_px, k=2)[0][:, 1]
+    return float(np.median(nearest)) / 2
