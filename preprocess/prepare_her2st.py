@@ -53,7 +53,7 @@ def prepare_her2st(source: Path, data_dir: Path, options: Options, slides: str |
 
 
 def read_slide(raw: Layout, target: Layout, name: str) -> RawSlide:
-    """One slide of the download, which already lies in folders like ours."""
+    """Read one slide of the download, which already lies in folders like ours."""
     patient = raw.spec.patient_of(name)
     folder = raw.images_dir / patient / name
     images = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
@@ -74,6 +74,7 @@ def read_slide(raw: Layout, target: Layout, name: str) -> RawSlide:
 
 
 def main() -> None:
+    """Read the command line and prepare."""
     arguments = parser(__doc__, source=CONTENTS)
     arguments.add_argument("--slides", help="only these, for example A1,B2 (default: all)")
     given = arguments.parse_args()

@@ -24,16 +24,15 @@ from datasets.layout import IMAGE_SUFFIXES, Layout
 from datasets.spec import DatasetSpec, read_spec, write_spec
 from preprocess.raw.gene_map import read_gene_map
 from preprocess.raw.hest import (
-    HestPatches,
     HestSample,
     check_gene_names,
-    microns_of_patches,
     patients_of,
     pixel_size,
     pixels,
     read_expression,
     read_metadata,
 )
+from preprocess.raw.hest_patches import HestPatches, microns_of_patches
 from preprocess.raw.prepare import (
     Options,
     Prepared,
@@ -202,6 +201,7 @@ def with_pixel_sizes(layout: Layout, samples: Sequence[HestSample]) -> DatasetSp
 
 
 def main() -> None:
+    """Read the command line and prepare."""
     arguments = parser(__doc__, source=CONTENTS)
     arguments.add_argument(
         "--name", default="hest", help="name of the data set, its folder below --data_dir (default: hest)"

@@ -47,12 +47,12 @@ def prepare_skinst(source: Path, data_dir: Path, options: Options, slides: str |
 
 
 def counts_name(slide: str) -> str:
-    """Regular expression: the accession number may stand in front, the file may be compressed."""
+    """Spell the regular expression of the counts: the accession number may stand in front, the file may be compressed."""
     return rf"(.*[_-])?{slide}_stdata\.tsv(\.gz)?"
 
 
 def read_slide(files: Sequence[Path], name: str) -> RawSlide:
-    """One slide from among the files of the series."""
+    """Read one slide from among the files of the series."""
     counts_path = find_file(files, counts_name(name), f"Slide {name}, counts (*{name}_stdata.tsv)")
     # A series may have the spots of the whole array as well; the selection is what lies on tissue.
     selection = find_optional(files, rf".*spot.*selection.*[_-]{name}\.tsv(\.gz)?", f"Slide {name}")
@@ -71,6 +71,7 @@ def read_slide(files: Sequence[Path], name: str) -> RawSlide:
 
 
 def main() -> None:
+    """Read the command line and prepare."""
     arguments = parser(__doc__, source=CONTENTS)
     arguments.add_argument("--slides", help="only these, for example P2_ST_rep1,P5_ST_rep2 (default: all)")
     given = arguments.parse_args()

@@ -72,13 +72,14 @@ def prepare_stnet(
 
 
 def counts_name(slide: str) -> str:
+    """Spell the regular expression of the file of counts, which may be compressed."""
     return rf"B[CT]{slide[2:]}_stdata\.tsv(\.gz)?"
 
 
 def all_genes(
     files: Sequence[Path], slides: Sequence[str], gene_map: dict[str, str] | None, keep_ensembl: bool
 ) -> list[str]:
-    """The genes of all sections together, as symbols, sorted. Raises ValueError if they are Ensembl ids without a map."""
+    """List the genes of all sections together, as symbols, sorted. Raises ValueError if they are Ensembl ids without a map."""
     names: set[str] = set()
     for slide in slides:
         names |= set(gene_names(find_file(files, counts_name(slide), f"Slide {slide}, counts ({slide}_stdata.tsv.gz)")))
@@ -95,7 +96,7 @@ def all_genes(
 
 
 def read_slide(files: Sequence[Path], name: str, genes: Sequence[str], gene_map: dict[str, str] | None) -> RawSlide:
-    """One section of the download, with the genes of all sections."""
+    """Read one section of the download, with the genes of all sections."""
     number = name[2:]
     counts_path = find_file(files, counts_name(name), f"Slide {name}, counts ({name}_stdata.tsv.gz)")
     spots_path = find_file(
@@ -143,6 +144,7 @@ def read_pixel_table(path: Path) -> pd.DataFrame:
 
 
 def main() -> None:
+    """Read the command line and prepare."""
     arguments = parser(__doc__, source=CONTENTS)
     arguments.add_argument("--slides", help="only these, for example BC23287_C1,BC23287_C2 (default: all)")
     arguments.add_argument(

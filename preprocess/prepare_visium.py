@@ -87,6 +87,9 @@ def prepare_visium(
     joined, prepared = place_slide(layout, raw, Options(overwrite=overwrite, link=link, num_genes=0))
     write_dataset_yaml(layout.spec_path, layout.spec)
     prepared.notes += notes + duplicate_notes(names)
+    prepared.notes += [
+        f"left out, as they are no genes: {n} features {kind!r}" for kind, n in output.counts.left_out.items()
+    ]
     prepared.notes.append(pixel_note(microns, output))
     prepared.notes += write_match(layout, panel)
     assert joined.n_obs == prepared.spots
@@ -256,6 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Read the command line (of this process by default) and prepare."""
     given = build_parser().parse_args(argv)
     prepare_visium(
         given.source,

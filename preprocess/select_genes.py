@@ -158,6 +158,7 @@ def _can_be_ranked(slide: AnnData) -> bool:
 
 
 def main() -> None:
+    """Read the command line and choose a panel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="configuration, for example her2st/dml: gives type, data_dir and num_genes")

@@ -147,7 +147,7 @@ def _check(arguments: Arguments) -> None:
 
 
 def _is_complete(root: Path, arguments: Arguments, overwrite: bool) -> bool:
-    """True if exactly this simulation lies in `root` and may stay. Raises ValueError if something else must stay."""
+    """Tell whether exactly this simulation lies in `root` and may stay. Raises ValueError if something else must stay."""
     manifest = root / MANIFEST
     if not manifest.is_file():
         if root.is_dir() and any(root.iterdir()):
@@ -269,6 +269,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Read the command line and simulate."""
     options = vars(_parse())
     options["patients"] = tuple(options["patients"].split(","))
     options["external"] = not options.pop("no_external")

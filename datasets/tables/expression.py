@@ -17,7 +17,7 @@ SCALE = 1e4
 
 
 def normalise(counts_panel: np.ndarray | sparse.spmatrix) -> np.ndarray:
-    """Counts per 10 000 of the panel: 1e4 * count / sum of the row.
+    """Compute counts per 10 000 of the panel: 1e4 * count / sum of the row.
 
     counts_panel: (N, G) raw counts of the panel genes only, dense or sparse.
     returns:      (N, G) float64; a row without any count stays zero (see `empty_spots`).
@@ -28,12 +28,12 @@ def normalise(counts_panel: np.ndarray | sparse.spmatrix) -> np.ndarray:
 
 
 def empty_spots(counts_panel: np.ndarray | sparse.spmatrix) -> np.ndarray:
-    """(N,) bool: True where a spot has no count of any panel gene; such targets are all zero and worth a report."""
+    """Find, (N,) bool, where a spot has no count of any panel gene; such targets are all zero and worth a report."""
     return np.asarray(counts_panel.sum(axis=1)).ravel() == 0
 
 
 def log10p1(values: np.ndarray) -> np.ndarray:
-    """log10(1 + x), elementwise; the published code and all numbers of the field use base ten here."""
+    """Compute log10(1 + x), elementwise; the published code and all numbers of the field use base ten here."""
     return np.log10(1.0 + np.asarray(values, dtype=np.float64))
 
 
@@ -53,7 +53,7 @@ def grid_adjacency(grid_xy: np.ndarray) -> sparse.csr_matrix:
 
 
 def smooth(values: np.ndarray, grid_xy: np.ndarray) -> np.ndarray:
-    """Mean over those of the nine cells of the 3x3 neighborhood that hold a spot, one slide.
+    """Take the mean over those of the nine cells of the 3x3 neighborhood that hold a spot, one slide.
 
     values:  (N, G) one row per spot, any order.
     grid_xy: (N, 2) integer grid position of the same row, no duplicates.
@@ -67,7 +67,7 @@ def smooth(values: np.ndarray, grid_xy: np.ndarray) -> np.ndarray:
 def expression_targets(
     counts_panel: np.ndarray | sparse.spmatrix, grid_xy: np.ndarray, smoothing: bool = True
 ) -> np.ndarray:
-    """The targets of one slide, in `utils.text.UNIT`.
+    """Compute the targets of one slide, in `utils.text.UNIT`.
 
     counts_panel: (N, G) raw counts of the panel genes, in panel order.
     grid_xy:      (N, 2) integer grid positions.
@@ -78,7 +78,7 @@ def expression_targets(
 
 
 def common_genes(slides: Iterable[AnnData]) -> list[str]:
-    """Names, sorted, of the genes that every slide has."""
+    """List, sorted, the genes that every slide has."""
     shared: set[str] | None = None
     for slide in slides:
         shared = set(slide.var_names) if shared is None else shared & set(slide.var_names)
@@ -86,7 +86,7 @@ def common_genes(slides: Iterable[AnnData]) -> list[str]:
 
 
 def highest_mean_panel(slides: Iterable[AnnData], num_genes: int, measure: str = "log") -> list[str]:
-    """The genes with the highest mean expression over all spots of all slides (the panel of the paper).
+    """Choose the genes with the highest mean expression over all spots of all slides (the panel of the paper).
 
     slides, measure: as for `genes_by_mean`.
     returns: `num_genes` names in alphabetical order, the order of the panel.
@@ -97,7 +97,7 @@ def highest_mean_panel(slides: Iterable[AnnData], num_genes: int, measure: str =
 
 
 def genes_by_mean(slides: Iterable[AnnData], measure: str = "log") -> list[str]:
-    """The genes present in every slide, highest mean over all spots of all slides first.
+    """Rank the genes present in every slide, highest mean over all spots of all slides first.
 
     slides:  AnnData with raw counts of all genes in X; read once, one after the other, so a generator will do.
     measure: "log" ranks by the mean of log(1 + counts per 10 000 of all genes of the spot), which is the rule that gives

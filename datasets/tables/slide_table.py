@@ -116,7 +116,7 @@ def check_spots(table: pd.DataFrame, source: str) -> pd.DataFrame:
 
 
 def spot_ids(x: np.ndarray, y: np.ndarray) -> list[str]:
-    """ "round(x)xround(y)" for each spot."""
+    """Name each spot "round(x)xround(y)"."""
     return [f"{column}x{row}" for column, row in zip(_rounded(x), _rounded(y), strict=True)]
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
@@ -37,13 +38,17 @@ _MTX = r"(.*_)?matrix\.mtx(\.gz)?"
 
 @dataclass(frozen=True)
 class GeneCounts:
-    """matrix (barcodes, genes) csr raw counts; ids and symbols of the genes, equal where the file has only one."""
+    """matrix (barcodes, genes) csr raw counts; ids and symbols of the genes, equal where the file has only one.
+
+    left_out: how many features of other types than genes the file has, by type.
+    """
 
     matrix: sparse.csr_matrix
     barcodes: list[str]
     ids: list[str]
     symbols: list[str]
     path: Path
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def read_matrix(files: Sequence[Path], source: Path, expected: str) -> GeneCounts:
@@ -222,7 +227,8 @@ def _genes_only(counts: GeneCounts, kinds: Sequence[str] | None) -> GeneCounts:
             found = some(sorted(set(kinds)))
             raise ValueError(f"{counts.path} holds no features of the type {_EXPRESSION!r}; found {found}.")
         ids, symbols = ([names[i] for i in keep] for names in (counts.ids, counts.symbols))
-        counts = GeneCounts(counts.matrix[:, keep], counts.barcodes, ids, symbols, counts.path)
+        left_out = dict(Counter(kind for kind in kinds if kind != _EXPRESSION))
+        counts = GeneCounts(counts.matrix[:, keep], counts.barcodes, ids, symbols, counts.path, left_out)
     for what, names in (("barcodes", counts.barcodes), ("genes", counts.ids), ("genes", counts.symbols)):
         checked_names(names, what, counts.path)
     return counts

@@ -74,7 +74,7 @@ class Prepared:
 
 
 def parser(description: str, *, source: str) -> argparse.ArgumentParser:
-    """The flags of every preparing script; `source` describes what --source must be."""
+    """Declare the flags of every preparing script; `source` describes what --source must be."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--source", type=Path, required=True, help=source)
     result.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of all data sets (default: data)")
@@ -85,6 +85,7 @@ def parser(description: str, *, source: str) -> argparse.ArgumentParser:
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
+    """Take the options from the flags of `parser`."""
     return Options(overwrite=arguments.overwrite, link=arguments.link, num_genes=arguments.num_genes)
 
 
@@ -98,7 +99,7 @@ def source_folder(source: Path, contents: str) -> Path:
 def chosen_slides(
     found: Sequence[str], wanted: str | None, where: Path, *, of: str, contents: str, flag: str = "--slides"
 ) -> list[str]:
-    """The slides of `--slides A,B` (all without it), sorted; ValueError for one that the source does not have.
+    """Choose the slides of `--slides A,B` (all without it), sorted; ValueError for one that the source does not have.
 
     of, contents: the data set, and what its source should hold; FileNotFoundError with both if nothing was found.
     """
@@ -154,7 +155,7 @@ def prepare(
 
 
 def panel_of(slides: Iterator[AnnData], num_genes: int, problems: list[str]) -> list[str]:
-    """The panel by highest mean; where slides were bad, they are what has to be told, not the panel."""
+    """Choose the panel by highest mean; where slides were bad, they are what has to be told, not the panel."""
     try:
         return highest_mean_panel(slides, num_genes)
     except ValueError as error:
@@ -164,7 +165,11 @@ def panel_of(slides: Iterator[AnnData], num_genes: int, problems: list[str]) -> 
 
 
 def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnData, Prepared]:
-    """Join and check one raw slide, write its counts, spot table and image."""
+    """Join and check one raw slide, write its counts, spot table and image.
+
+    returns: the joined slide, and the report. Raises ValueError if the files do not fit together, the image is not that of
+    the spots, or other files are there and --overwrite is not given.
+    """
     patient = layout.spec.patient_of(raw.name)
     joined = join(raw.counts, raw.spots, layout.spec, f"Slide {raw.name}: {raw.source}")
     joined.uns["slide"], joined.uns["patient"] = raw.name, patient
@@ -204,7 +209,7 @@ def compared_with_image(layout: Layout, slide: AnnData) -> list[str]:
 
 
 def left_out(slide: AnnData) -> list[str]:
-    """Which listed spots are not used, one sentence a reason."""
+    """Say which listed spots are not used, one sentence a reason."""
     without, not_selected = slide.uns["dropped"]["spots_without_counts"], slide.uns["not_selected"]
     notes = [f"without counts: {some(without)}"] if without else []
     return notes + ([f"{len(not_selected)} spots are marked selected = 0 and left out"] if not_selected else [])

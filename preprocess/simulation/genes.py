@@ -92,10 +92,10 @@ def abundances(section: Section, centers: np.ndarray) -> tuple[dict, dict]:
     """
     local, around = {}, {}
     inner, outer = 0.30 * section.pitch / DENSITY_STEP, 1.05 * section.pitch / DENSITY_STEP
-    covered = _density(section, _pixel_grid(section, section.region != BACKGROUND))
+    covered = _density(section, _pixel_grid(section.region != BACKGROUND))
     for tissue in (*TISSUES, "fat"):
         if tissue == "fat":
-            density = _density(section, _pixel_grid(section, section.region == FAT))
+            density = _density(section, _pixel_grid(section.region == FAT))
         else:
             kind = TISSUES[tissue]
             density = _density(section, section.nuclei.position[section.nuclei.kind == kind])
@@ -110,7 +110,7 @@ def abundances(section: Section, centers: np.ndarray) -> tuple[dict, dict]:
     return local, around
 
 
-def _pixel_grid(section: Section, mask: np.ndarray) -> np.ndarray:
+def _pixel_grid(mask: np.ndarray) -> np.ndarray:
     """Every DENSITY_STEP-th pixel of a mask as positions (K, 2), so that areas are counted like nuclei."""
     half = DENSITY_STEP // 2
     y, x = np.nonzero(mask[half::DENSITY_STEP, half::DENSITY_STEP])

@@ -201,7 +201,7 @@ def test_a_table_of_features_that_is_wrong_is_named(mtx, change, message):
     assert str(mtx.folder) in str(caught.value)
 
 
-def test_antibodies_are_left_out(mtx, tmp_path):
+def test_antibodies_are_left_out_and_said(mtx, tmp_path, capsys):
     plain = read_outs(mtx.folder).counts
     rewrite(
         mtx,
@@ -212,6 +212,7 @@ def test_antibodies_are_left_out(mtx, tmp_path):
     assert found.symbols == ["TP53", "CD3E", "KRT5"]
     np.testing.assert_array_equal(found.matrix.toarray(), plain.matrix.toarray()[:, [0, 2, 3]])
     layout = prepare(mtx.folder, mtx.image, tmp_path)
+    assert "left out, as they are no genes: 1 features 'Antibody Capture'" in capsys.readouterr().out
     assert load_names(layout.panel_path) == ["TP53", "CD3E"] and "ERBB2" not in load_slide(layout, "v").var_names
 
 
