@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from datasets.digests import COUNTS, SPOTS, changed_slides
 from datasets.targets import store_targets
 from modes.prediction.model import restored_config
 from modes.prediction.summary import finish_run
@@ -73,6 +74,13 @@ def _test_checkpoint(
             f"test slides {', '.join(missing)} of {checkpoint} are not in {layout.root}. Prepare them, or give --data_dir."
         )
     run_data = open_run_data(config, trained.config_name, layout, split.test_slides, device)
+    tested = {slide: split.digests[slide] for slide in split.test_slides if slide in split.digests}
+    if changed := changed_slides(tested, run_data.digests, (COUNTS, SPOTS)):
+        listed = "\n  ".join(changed)
+        raise ValueError(
+            f"the data in {layout.root} are not those that {checkpoint} was started with:\n  {listed}\n"
+            "Restore them as they were, or give their folder with --data_dir; other data: --mode external_test."
+        )
     folder = result_folder(checkpoint)
     is_clean = split.protocol == "clean"
     targets = store_targets(run_data.store, split.test_slides, trained.genes, absent_is_zero=is_clean)

@@ -71,6 +71,8 @@ class SplitRecord:
     selection: str  # validation | test | fixed | none (a closed form has no epochs)
     features: dict[str, Any] = field(default_factory=dict)  # what the patches and their encoder were; {}: not known
     notes: list[str] = field(default_factory=list)  # for the summary
+    # By slide, as `datasets.digests.digests_of` gives them; {}: of a version that did not record them.
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -94,7 +96,7 @@ class SplitRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the entries as files have them."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "digests" or value}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str) -> SplitRecord:

@@ -200,6 +200,8 @@ def _differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> _D
             fatal.append(f"fold {index} tests patients {b.split['test_patients']}, expected {a.split['test_patients']}")
         elif a.result["slides"] != b.result["slides"]:
             fatal.append(f"fold {index} scores slides (spots) {b.result['slides']}, expected {a.result['slides']}")
+        elif changed := _other_counts(a, b):
+            fatal.append(f"fold {index} was tested on other counts of the slides {', '.join(changed)}")
         elif gone := set(a.genes) ^ set(b.genes):
             mendable.append(f"fold {index} has {len(b.genes)} genes, expected {len(a.genes)}; {len(gone)} not in both")
         elif features := _feature_differences(a, b):
@@ -212,6 +214,13 @@ def _differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> _D
     if not set(folds) & set(other_folds):
         fatal.append("no fold in common")
     return _Differences(fatal, mendable)
+
+
+def _other_counts(first: FoldRecord, other: FoldRecord) -> list[str]:
+    """Test slides whose counts or spots have other digests. Folds that record none are taken to be alike."""
+    a, b = (record.split.get("digests", {}) for record in (first, other))
+    tested = sorted(set(a) & set(b) & {slide for slide in first.split.get("test_slides", [])})
+    return [slide for slide in tested if any(a[slide].get(part) != b[slide].get(part) for part in ("counts", "spots"))]
 
 
 def _seen_in_training(record: FoldRecord) -> set[str]:

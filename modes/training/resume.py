@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasets.digests import COUNTS, FEATURES, SPOTS, changed_slides
 from evaluation.fold_files import read_genes
 from modes.training.plan import plan_folds
 from modes.training.run_data import RunData
 from modes.training.split import Split
 from utils.checkpoint import load_checkpoint
+from utils.cli import say
 from utils.files import load_names, reading
 from utils.text import some
 from utils.trained_fold import SplitRecord
@@ -41,9 +43,12 @@ def check_started_folds(run_dir: Path, run_data: RunData) -> None:
     folds = {split.fold: split for split in planned}
     panel = load_names(run_data.layout.panel_path) if run_data.config.EVALUATION.protocol == "paper" else None
     changes: dict[str, list[str]] = {}
+    without_digests = []
     for folder in sorted(run_dir.glob("fold_*")):
         if (started := _started(folder)) is None:
             continue
+        if not started.split.digests:
+            without_digests.append(folder.name)
         found = _changed_data(started, run_data, folds.get(started.split.fold))
         if panel is not None:
             found += _changed_list("genes of the panel", started.genes, panel)
@@ -51,6 +56,11 @@ def check_started_folds(run_dir: Path, run_data: RunData) -> None:
             changes.setdefault(change, []).append(folder.name)
     if changes:
         _refuse(run_dir, [f"{change} ({', '.join(names)})" for change, names in changes.items()])
+    if without_digests:
+        say(
+            f"{', '.join(without_digests)}: started by a version that recorded no digests of the data; whether the counts and "
+            "features of the slides are still the same is checked only as far as that version could."
+        )
 
 
 def check_continues(folder: Path, split: Split) -> None:
@@ -117,6 +127,7 @@ def _changed_data(started: Started, run_data: RunData, now: SplitRecord | None) 
         ("test slides", then.test_slides, now.test_slides),
     ):
         changes += _changed_list(name, sorted(before), sorted(found))
+    changes += changed_slides(then.digests, run_data.digests, (COUNTS, SPOTS, FEATURES))
     encoder = {"name": run_data.store.encoder.name, "sha256": run_data.store.encoder.sha256}
     changes += _changed_values("encoder", started.encoder, encoder)
     tokens = {"token_pool": run_data.token_pool, **run_data.token_source}

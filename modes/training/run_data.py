@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
+from datasets.digests import digests_of
 from datasets.features.reader import FeatureReader
 from datasets.layout import Layout
 from datasets.spots import SlideRecord, SpotStore, slide_of_row
@@ -42,6 +44,11 @@ class RunData:
     def precision(self) -> Precision:
         """A new one of the configured kind: its gradient scaler belongs to one training."""
         return Precision(self.config.TRAINING.precision, self.device)
+
+    @cached_property
+    def digests(self) -> dict[str, dict[str, str]]:
+        """Of the data of every slide, as `datasets.digests.digests_of`."""
+        return digests_of(self.store, [slide.name for slide in self.store.slides])
 
     @property
     def token_source(self) -> dict[str, object]:

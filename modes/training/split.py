@@ -52,9 +52,11 @@ def prepare_split(run_data: RunData, record: SplitRecord) -> Split:
     targets[tested] = store_targets(run_data.store, record.test_slides, genes, absent_is_zero=is_clean)[tested]
     unsmoothed = store_targets(run_data.store, record.fitted_slides, genes, smoothing=False)
     rows = run_data.store.rows_of(record.fitted_slides)
+    used = [*record.fitted_slides, *record.test_slides]
+    digests = {slide: run_data.digests[slide] for slide in used}
     notes = _absence_notes(run_data.store.named(record.test_slides), genes)
     return Split(
-        record=replace(record, features=_features(run_data), notes=notes),
+        record=replace(record, features=_features(run_data), notes=notes, digests=digests),
         genes=genes,
         targets=targets,
         training_mean=torch.stack([targets[rows].mean(dim=0), unsmoothed[rows].mean(dim=0)]),

@@ -1,0 +1,71 @@
+"""What a slide's data are, in a few digits: whether a run goes on, is tested and is compared on the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from anndata import AnnData
+from scipy import sparse
+from xxhash import xxh3_64
+
+from datasets.spots import SlideRecord, SpotStore
+
+COUNTS, SPOTS, FEATURES = "counts", "spots", "features"
+
+
+def digests_of(store: SpotStore, slides: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Digest counts, spots and features of the named slides; from memory, no file is read.
+
+    Returns {slide: {"counts": ..., "spots": ..., "features": ...}}.
+    """
+    return {
+        record.name: {
+            COUNTS: _counts(record.table),
+            SPOTS: _spots(record.table),
+            FEATURES: _features(store, record),
+        }
+        for record in store.named(slides)
+    }
+
+
+def changed_slides(
+    before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]], parts: Sequence[str]
+) -> list[str]:
+    """Name what has another digest, a sentence for each slide; what only one side knows contradicts nothing."""
+    sentences = []
+    for slide in sorted(set(before) & set(now)):
+        known = [part for part in parts if part in before[slide] and part in now[slide]]
+        if changed := [part for part in known if before[slide][part] != now[slide][part]]:
+            sentences.append(f"slide {slide}: other {' and '.join(changed)} than then")
+    return sentences
+
+
+def _counts(table: AnnData) -> str:
+    """SHA-256 of the names of the spots and genes and of all counts, whatever the order of the genes and the storage."""
+    order = np.argsort(table.var_names.to_numpy().astype(str), kind="stable")
+    counts = sparse.csr_matrix(table.X, dtype=np.float64)[:, order]
+    counts.sum_duplicates()
+    counts.eliminate_zeros()
+    digest = hashlib.sha256("\n".join([*table.obs_names, "", *table.var_names[order]]).encode())
+    for values, kind in ((counts.indptr, "<i8"), (counts.indices, "<i8"), (counts.data, "<f8")):
+        digest.update(values.astype(kind))
+    return digest.hexdigest()
+
+
+def _spots(table: AnnData) -> str:
+    """SHA-256 of the ids, the places in the array and the centres in the image."""
+    digest = hashlib.sha256("\n".join(table.obs_names).encode())
+    for name in ("grid", "center"):
+        digest.update(np.ascontiguousarray(table.obsm[name], dtype="<f8"))
+    return digest.hexdigest()
+
+
+def _features(store: SpotStore, record: SlideRecord) -> str:
+    """XXH3, which is as fast as memory, of the features that are held."""
+    digest = xxh3_64()
+    for values in (store.target_features, store.neighbor_features):
+        if values is not None:
+            digest.update(np.ascontiguousarray(values[record.start : record.stop].numpy()).view(np.uint8))
+    return digest.hexdigest()
