@@ -58,7 +58,7 @@ def _spots(table: AnnData) -> str:
     """SHA-256 of the ids, the places in the array and the centres in the image."""
     digest = hashlib.sha256("\n".join(table.obs_names).encode())
     for name in ("grid", "center"):
-        digest.update(np.ascontiguousarray(table.obsm[name], dtype="<f8"))
+        digest.update(np.ascontiguousarray(table.obsm[name], dtype="<f8").data)
     return digest.hexdigest()
 
 
@@ -67,5 +67,5 @@ def _features(store: SpotStore, record: SlideRecord) -> str:
     digest = xxh3_64()
     for values in (store.target_features, store.neighbor_features):
         if values is not None:
-            digest.update(np.ascontiguousarray(values[record.start : record.stop].numpy()).view(np.uint8))
+            digest.update(np.ascontiguousarray(values[record.start : record.stop].numpy()).view(np.uint8).data)
     return digest.hexdigest()

@@ -120,6 +120,7 @@ def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torc
         residence="host",  # each token is read once for each fold
         num_workers=config.DATA.num_workers,
     )
+    assert isinstance(source, CachedTokens), "asked for the caches"
     pool, trained = source.store.identity.token_pool, member.fold.encoder.token_pool
     if pool != trained:
         raise ValueError(
