@@ -1,4 +1,4 @@
-"""What every benchmark shares: flags, timing, memory of a child process, the machine, the table, JSON and Markdown."""
+"""What every benchmark shares: flags, timing, memory of a child process, the machine, the tables, JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 import torch
 
 from utils.devices import device_from
-from utils.files import write_text
 from utils.runs import versions, write_json
 
 FOLDER = Path(__file__).resolve().parent
@@ -259,7 +258,7 @@ def scratch() -> Iterator[Path]:
 
 
 def finish(report: Report, arguments: argparse.Namespace, device: torch.device, started_on: dict) -> Path:
-    """Print the table and write `<out>/<name>.json` and `.md`; returns the JSON. started_on: `machine` at the start.
+    """Print the tables and write `<out>/<name>.json`; returns its path. started_on: `machine` at the start.
 
     What was measured on another device than the CPU has a name of its own.
     """
@@ -281,25 +280,30 @@ def finish(report: Report, arguments: argparse.Namespace, device: torch.device, 
         **asdict(report),
     }
     write_json(folder / f"{name}.json", content)
-    text = markdown(content)
-    write_text(folder / f"{name}.md", text)
-    print(text)
+    print(described([content]))
     return folder / f"{name}.json"
 
 
-def markdown(content: dict) -> str:
-    """A benchmark's JSON as Markdown."""
-    machine_ = content["machine"]
-    where = machine_.get("gpu") or f"{machine_['cpu']}, {machine_['cores']} cores, {machine_['torch_threads']} threads"
-    parts = [f"# {content['title']}", f"`{content['command']}` on {where}, torch {content['versions']['torch']}."]
-    parts.append(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in content["settings"].items()) + ".")
-    parts.append(table(content["rows"]))
-    for title, rows in content["tables"].items():
-        parts += [f"## {title}", table(rows)]
-    if content["goals"]:
-        parts.append(table([goal_row(goal) for goal in content["goals"]]))
-    parts.append("\n".join(f"- {note}" for note in content["notes"]))
-    return "\n\n".join(part for part in parts if part) + "\n"
+def described(results: list[dict]) -> str:
+    """Show the content of JSON files as Markdown: all goals in one table, then every benchmark's own tables."""
+    goals = [
+        goal_row(goal) | {"command": f"`{content['command']}`"} for content in results for goal in content["goals"]
+    ]
+    parts = ["### What was asked for", table(goals)] if goals else []
+    for content in results:
+        machine, versions = content["machine"], content["versions"]
+        where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+        conditions = (
+            f"{where}; {machine['torch_threads']} threads, load {machine['load_before']} at the start; "
+            f"torch {versions['torch']}, commit {versions['commit']}"
+        )
+        settings = ", ".join(f"{key} {value}" for key, value in content["settings"].items())
+        parts += [f"### {content['title']}", f"`{content['command']}`: {settings}.", f"({conditions})"]
+        parts.append(table(content["rows"]))
+        for title, rows in content.get("tables", {}).items():
+            parts += [f"{title}:", table(rows)]
+        parts.append("\n".join(f"- {note}" for note in content["notes"]))
+    return "\n\n".join(part for part in parts if part)
 
 
 def goal_row(goal: dict) -> dict[str, str]:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so tha
 import argparse
 import json
 
-from benchmarks.common import RESULTS, goal_row, table
+from benchmarks.common import RESULTS, described
 from utils.cli import run, say
 from utils.files import require_file, write_text
 
@@ -31,28 +31,6 @@ def read_results(folder: Path) -> list[dict]:
     if not found:
         raise FileNotFoundError(f"{folder} holds no results of the benchmarks. Run: make bench")
     return found
-
-
-def described(results: list[dict]) -> str:
-    """Markdown: all goals in one table, then every benchmark's own tables."""
-    goals = [
-        goal_row(goal) | {"command": f"`{content['command']}`"} for content in results for goal in content["goals"]
-    ]
-    parts = ["### What was asked for", table(goals)]
-    for content in results:
-        machine, versions = content["machine"], content["versions"]
-        where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
-        conditions = (
-            f"{where}; {machine['torch_threads']} threads, load {machine['load_before']} at the start; "
-            f"torch {versions['torch']}, commit {versions['commit']}"
-        )
-        settings = ", ".join(f"{key} {value}" for key, value in content["settings"].items())
-        parts += [f"### {content['title']}", f"`{content['command']}`: {settings}.", f"({conditions})"]
-        parts.append(table(content["rows"]))
-        for title, rows in content.get("tables", {}).items():
-            parts += [f"{title}:", table(rows)]
-        parts.append("\n".join(f"- {note}" for note in content["notes"]))
-    return "\n\n".join(part for part in parts if part)
 
 
 def fill(page: Path, text: str) -> None:

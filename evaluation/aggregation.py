@@ -1,4 +1,4 @@
-"""From genes to slides, patients, folds and the run: the order of the means is what tells the protocols apart.
+"""Means from genes to slides, patients, folds and the run, in the order that tells the protocols apart.
 
 All functions take the long table of `score_slide` (columns slide, patient, scale, truth, gene and one per metric).
 
@@ -27,14 +27,17 @@ HEADLINE_LIST = {"paper": "ranked_on_test", "clean": "highly_predictive"}
 
 
 def with_headline_list(gene_lists: Mapping[str, Sequence[str]], protocol: str) -> dict[str, list[str]]:
-    """The lists plus "h", the one behind PCC(H); empty (PCC(H) undefined) where the protocol's list is missing."""
+    """Add "h", the list behind PCC(H), to the lists; it is empty (PCC(H) undefined) where the protocol's list is missing."""
     return {"h": list(gene_lists.get(HEADLINE_LIST[protocol], [])), **{k: list(v) for k, v in gene_lists.items()}}
 
 
 def mean_over_genes(
     per_gene: pd.DataFrame, keys: Sequence[str], gene_lists: Mapping[str, Sequence[str]]
 ) -> pd.DataFrame:
-    """One row per `keys`: pcc_all, pcc_<list> for every list, the other metrics, undefined_pearson, num_genes."""
+    """Average over genes: pcc_all, pcc_<list> of every list, the other metrics, undefined_pearson, num_genes per `keys`.
+
+    per_gene: a long table with the columns `keys`, gene and METRIC_NAMES.
+    """
     keys = list(keys)
     pearson = per_gene["pearson"]
     # A gene outside a list is NaN in the column of the list, and means skip NaN.
@@ -48,29 +51,32 @@ def mean_over_genes(
 
 
 def slide_table(per_gene_slide: pd.DataFrame, gene_lists: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """One row per slide, scale and truth."""
+    """Average over the genes of each slide: one row per slide, scale and truth."""
     return mean_over_genes(per_gene_slide, SLIDE_KEYS, gene_lists)
 
 
 def patient_gene_table(per_gene_slide: pd.DataFrame) -> pd.DataFrame:
-    """One row per patient, scale, truth and gene: mean over the slides of the patient."""
+    """Average over the slides of each patient: one row per patient, scale, truth and gene."""
     keys = [*PATIENT_KEYS, "gene"]
     return per_gene_slide.groupby(keys, sort=False)[list(METRIC_NAMES)].mean().reset_index()
 
 
 def patient_table(per_gene_slide: pd.DataFrame, gene_lists: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """One row per patient, scale and truth; undefined_pearson counts genes undefined on every slide of the patient."""
+    """Average over slides, then genes: one row per patient, scale and truth.
+
+    undefined_pearson counts the genes that are undefined on every slide of the patient.
+    """
     return mean_over_genes(patient_gene_table(per_gene_slide), PATIENT_KEYS, gene_lists)
 
 
 def gene_table(per_gene_slide: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """One row per scale, truth and gene: mean over the slides (paper), or over patients' means over slides (clean)."""
+    """Average over slides (paper), or over slides and then patients (clean): one row per scale, truth and gene."""
     values = per_gene_slide if protocol == "paper" else patient_gene_table(per_gene_slide)
     return values.groupby([*FOLD_KEYS, "gene"], sort=False)[list(METRIC_NAMES)].mean().reset_index()
 
 
 def fold_table(slides: pd.DataFrame, patients: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """One row per scale and truth: mean over the slides (paper) or over the patients (clean) of the fold.
+    """Average over the slides (paper) or the patients (clean) of a fold: one row per scale and truth.
 
     slides, patients: `slide_table` and `patient_table` of the fold. undefined_pearson is the number of (slide, gene)
     pairs without a PCC.
@@ -84,26 +90,29 @@ def fold_table(slides: pd.DataFrame, patients: pd.DataFrame, protocol: str) -> p
 
 
 def fused_gene_pcc(per_gene_slide: pd.DataFrame) -> pd.Series:
-    """gene -> PCC of the fused prediction against the smoothed target, mean over the slides of the fold."""
+    """Average the PCC of the fused prediction against the smoothed target over the slides of the fold: gene -> PCC."""
     table = gene_table(select(per_gene_slide), "paper")
     return table.set_index("gene")["pearson"]
 
 
 def select(table: pd.DataFrame, scale: str = "fused", truth: str = "smoothed") -> pd.DataFrame:
-    """The rows of one scale and one truth."""
+    """Select the rows of one scale and one truth."""
     return table[(table["scale"] == scale) & (table["truth"] == truth)]
 
 
 def value_columns(table: pd.DataFrame) -> list[str]:
-    """The columns that hold scores, i.e. may be averaged."""
+    """Name the columns that hold scores and may be averaged."""
     counts = {"undefined_pearson", "num_genes", "num_spots"}
     return [name for name in table.columns if name not in (*SLIDE_KEYS, "gene", "fold") and name not in counts]
 
 
 def lists_of_run(records: Sequence[FoldRecord]) -> tuple[list[dict[str, list[str]]], list[str]]:
-    """For every fold its gene lists, "h" included, with "ranked_on_test" from the ranks averaged over all the folds.
+    """Give every fold its gene lists as the whole run has them.
 
-    The second value: sentences about panels that differ between folds (clean protocol).
+    records: the folds of a run, at least one.
+    returns: for each fold {name: genes}, and sentences for the reader about panels that differ between the folds.
+        The lists are those of the fold, but "ranked_on_test" is ranked over all folds and the same in each; "h" is the
+        one of them that PCC(H) of the run's protocol looks at.
     """
     notes = []
     common = set.intersection(*(set(record.genes) for record in records))

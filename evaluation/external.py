@@ -1,4 +1,4 @@
-"""An external test set: every fold of a run and the mean of their predictions, scored on the genes that are measured.
+"""Scores of an external test set: every fold of a run, and the mean of their predictions.
 
 The headline is declared beforehand: it is the mean of the folds' predictions, not the best fold. PCC(H) is over a list
 that the training run fixed; no number here is chosen on the external slides.
@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 
 from evaluation import aggregation
+from evaluation.fold_files import write_table
 from evaluation.report.tables import Table, label, number
 from evaluation.slide_scores import SlideResult, score_slide, score_training_mean
-from utils.files import write_atomically, write_text
+from utils.files import write_text
 from utils.runs import plain
 
 MEAN = "mean of folds"
@@ -51,7 +52,7 @@ class Predictor:
 
 
 def combined_list(lists: Sequence[Sequence[str]], genes: Sequence[str]) -> list[str]:
-    """One list out of those of the folds: the genes that most folds list; among equals the better mean place.
+    """Make one list out of those of the folds: the genes that most folds list; among equals the better mean place.
 
     genes: those that are scored. The list is as long as those of the folds are on average, restricted to `genes`.
     """
@@ -65,8 +66,11 @@ def combined_list(lists: Sequence[Sequence[str]], genes: Sequence[str]) -> list[
 
 
 def score_predictors(predictors: Sequence[Predictor]) -> dict[str, pd.DataFrame]:
-    """per_gene (predictor, scale, truth, gene, metrics: mean over slides of a patient, then patients), per_slide
-    (predictor, slide, patient, scale, truth, means over genes) and overall (predictor, scale, truth, means)."""
+    """Put the scores of all predictors into three tables, each with the column "predictor" first.
+
+    per_gene: scale, truth, gene, metrics (mean over the slides of a patient, then over patients).
+    per_slide: slide, patient, scale, truth, means over genes.  overall: scale, truth, means.
+    """
     found: dict[str, list[pd.DataFrame]] = {"per_gene": [], "per_slide": [], "overall": []}
     for predictor in predictors:
         scores = pd.concat(predictor.tables, ignore_index=True)
@@ -84,7 +88,7 @@ def score_predictors(predictors: Sequence[Predictor]) -> dict[str, pd.DataFrame]
 
 
 def external_summary(predictors: Sequence[Predictor], about: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
-    """The summary (plain values; undefined is None) and the tables of `score_predictors`.
+    """Make the summary (plain values; undefined is None), and give it with the tables of `score_predictors`.
 
     about: what the scores are of: run, test_name, protocol, slides {slide: spots}, genes, missing_genes, notes, unit, ...;
     kept as it is. Added: headline (of the mean of the folds' predictions, or of the only fold), predictors (rows of the
@@ -118,14 +122,14 @@ def external_summary(predictors: Sequence[Predictor], about: Mapping[str, Any]) 
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Predictors as rows; the last one is the headline."""
+    """Show one row a predictor; the last one is the headline."""
     names = [*SCORES, "training_mean_mse", "training_mean_mae"]
     rows = [(str(row["predictor"]), *(number(row.get(name)) for name in names)) for row in summary["predictors"]]
     return Table(("prediction", *(label(name) for name in names)), tuple(rows), footer=1 if len(rows) > 1 else 0)
 
 
 def list_note(found: Sequence[str], listed: int, origin: str) -> str:
-    """What PCC(H) is over."""
+    """Say which genes PCC(H) is over. found: those scored; listed: how many the training listed; origin: of whom."""
     if not found:
         return f"PCC(H) is undefined: {origin}."
     return f"PCC(H) is over {len(found)} genes of {origin}; {listed} were listed there."
@@ -134,10 +138,7 @@ def list_note(found: Sequence[str], listed: int, origin: str) -> str:
 def write_external(folder: Path, summary: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> None:
     """Write per_gene.csv, per_slide.csv, summary.md and, last, summary.json into `folder`."""
     for name in ("per_gene", "per_slide"):
-        table = tables[name]
-        write_atomically(
-            folder / f"{name}.csv", lambda path, table=table: table.to_csv(path, index=False, float_format="%.10g")
-        )
+        write_table(tables[name], folder / f"{name}.csv")
     write_text(folder / "summary.md", _markdown(summary))
     write_text(folder / "summary.json", json.dumps(plain(summary), indent=1, sort_keys=True, allow_nan=False) + "\n")
 

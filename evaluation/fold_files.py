@@ -1,4 +1,4 @@
-"""What a fold leaves in its folder, written and read.
+"""The files of a fold, written and read.
 
     split.json           fold, name, protocol, selection, the patients and slides of each part     (main)
     metrics.jsonl        one JSON object per epoch: epoch, train/.., validation/.., test/..        (main)
@@ -95,13 +95,16 @@ def write_fold(scores: FoldScores, fold_dir: str | Path, extra: Mapping[str, Any
     result_path.unlink(missing_ok=True)
     write_text(genes_path, "".join(f"{gene}\n" for gene in scores.genes))
     for name in _TABLES:
-        _write_table(getattr(scores, name), fold_dir / f"{name}.csv")
+        write_table(getattr(scores, name), fold_dir / f"{name}.csv")
     result = plain({**scores.summary, **extra, "notes": notes})
     return write_text(result_path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def read_fold(fold_dir: str | Path) -> FoldRecord:
-    """Read a complete fold. FileNotFoundError / ValueError name the file and what makes it whole again."""
+    """Read a complete fold.
+
+    Raises FileNotFoundError or ValueError that names the file and what makes it whole again.
+    """
     fold_dir = Path(fold_dir)
     result = _read_json(fold_dir / "result.json", _RESULT)
     split = _read_json(fold_dir / "split.json", _SPLIT)
@@ -124,7 +127,7 @@ def read_fold(fold_dir: str | Path) -> FoldRecord:
 
 
 def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
-    """The folders of complete folds in the order of their index, and sentences about what is not there.
+    """Find the folders of complete folds, in the order of their index, and say in sentences what is not there.
 
     Raises FileNotFoundError when the folder does not exist and ValueError when no fold of it is complete.
     """
@@ -143,14 +146,17 @@ def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
         )
     notes = []
     if unfinished := [index for index in sorted(found) if index not in complete]:
-        notes.append(f"Not complete, left out: fold {_enumerate(unfinished)}. Continue the run with --resume.")
+        notes.append(f"Not complete, left out: fold {', '.join(map(str, unfinished))}. Continue the run with --resume.")
     if absent := [index for index in range(max(found)) if index not in found]:
-        notes.append(f"Not in this run (skipped or not asked for): fold {_enumerate(absent)}.")
+        notes.append(f"Not in this run (skipped or not asked for): fold {', '.join(map(str, absent))}.")
     return list(complete.values()), notes
 
 
 def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
-    """All complete folds of a run and the notes of `find_folds`. ValueError when the folds follow other protocols."""
+    """Read all complete folds of a run; returns them and the notes of `find_folds`.
+
+    Raises ValueError or FileNotFoundError as `find_folds` and `read_fold` do, and ValueError for folds of both protocols.
+    """
     paths, notes = find_folds(run_dir)
     records = [read_fold(path) for path in paths]
     protocols = {record.protocol: record.path.name for record in records}
@@ -164,12 +170,13 @@ def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
 
 
 def read_genes(path: Path) -> list[str]:
-    """One gene a line."""
+    """Read a list of one gene a line; FileNotFoundError or ValueError names the file."""
     with reading(require_file(path, _RERUN), "a list of genes", remedy=_RERUN):
         return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
-def _write_table(table: pd.DataFrame, path: Path) -> None:
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table of scores as CSV, whole or not at all."""
     # Ten digits: beyond the float32 of the predictions, and the file stays readable.
     write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.10g"))
 
@@ -204,7 +211,3 @@ def _read_json(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
         if type(content[name]) is not kind:
             raise ValueError(f"{path}: {name} should be a {kind.__name__}, found {brief(content[name])}. {_RERUN}")
     return content
-
-
-def _enumerate(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))

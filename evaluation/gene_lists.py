@@ -1,4 +1,4 @@
-"""The genes that PCC(H) and the HVG score are about, and what each list was allowed to see.
+"""Lists of genes behind PCC(H) and the HVG score, and what each list was allowed to see.
 
 A list has 20 % of the panel, at most 50 genes (`list_size`): the 50 of 250 of the literature, in proportion for the
 smaller panels of the demo and of external sets. The size is recorded with every list.

@@ -109,8 +109,9 @@ class GeneEffect:
 
 
 def gene_effect(first: pd.Series, second: pd.Series, *, greater_is_better: bool = True) -> GeneEffect:
-    """Measure the paired effect on every gene: both indexed by (patient, gene); only pairs defined on both sides count.
+    """Measure the paired effect on every gene.
 
+    first, second: indexed by (patient, gene); only pairs that are defined on both sides count.
     The difference of a gene is the mean over patients of (second - first). A gene without any difference is neither
     improved nor worsened but stays in the denominator.
     """

@@ -29,32 +29,32 @@ from utils.grid import steps_within
 
 
 def pearson(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Pearson's correlation coefficient (PCC): covariance over the product of the standard deviations."""
+    """Compute Pearson's correlation coefficient (PCC): covariance over the product of the standard deviations."""
     measured, predicted, constant = _checked(measured, predicted)
     return np.where(constant.any(axis=0), np.nan, _correlation(measured, predicted))
 
 
 def spearman(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Spearman's correlation: Pearson's of the ranks; tied values share the average of their ranks."""
+    """Compute Spearman's correlation: Pearson's of the ranks; tied values share the average of their ranks."""
     measured, predicted, constant = _checked(measured, predicted)
     ranks = [scipy.stats.rankdata(values, axis=0) for values in (measured, predicted)]
     return np.where(constant.any(axis=0), np.nan, _correlation(*ranks))
 
 
 def mse(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Mean squared error."""
+    """Compute the mean squared error."""
     measured, predicted, _ = _checked(measured, predicted)
     return np.mean((predicted - measured) ** 2, axis=0)
 
 
 def mae(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Mean absolute error."""
+    """Compute the mean absolute error."""
     measured, predicted, _ = _checked(measured, predicted)
     return np.mean(np.abs(predicted - measured), axis=0)
 
 
 def ccc(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Lin's concordance correlation coefficient, with the variances of divisor N as in Lin (Biometrics 1989).
+    """Compute Lin's concordance correlation coefficient, with the variances of divisor N as in Lin (Biometrics 1989).
 
     2 cov / (var_measured + var_predicted + (mean_measured - mean_predicted)^2)
     """
@@ -66,20 +66,20 @@ def ccc(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def r2(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Coefficient of determination: 1 - residual sum of squares / total sum of squares of the measured gene."""
+    """Compute the coefficient of determination: 1 - residual sum of squares / total sum of squares of the measured gene."""
     measured, predicted, constant = _checked(measured, predicted)
     residual = np.mean((measured - predicted) ** 2, axis=0)
     return 1 - _divide(residual, measured.var(axis=0), undefined=constant[0])
 
 
 def explained_variance(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """1 - variance of the residual / variance of the measured gene: R2 without the punishment of an offset."""
+    """Compute 1 - variance of the residual / variance of the measured gene: R2 without the punishment of an offset."""
     measured, predicted, constant = _checked(measured, predicted)
     return 1 - _divide((measured - predicted).var(axis=0), measured.var(axis=0), undefined=constant[0])
 
 
 def rvd(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Relative variance distance of each gene: (var_predicted - var_measured)^2 / var_measured^2.
+    """Compute the relative variance distance of each gene: (var_predicted - var_measured)^2 / var_measured^2.
 
     Its mean over genes is the RVD of Stem (Zhu et al., "Diffusion Generative Modeling for Spatially Resolved Gene
     Expression Inference from Histology Images", ICLR 2025). 0: the prediction varies as much as the measurement;
@@ -98,7 +98,7 @@ def ssim(
     window: str = "gaussian",
     windows: scipy.sparse.csr_array | None = None,
 ) -> np.ndarray:
-    """Structural similarity of the gene maps on the spot grid (Wang et al., IEEE TIP 2004).
+    """Compute the structural similarity of the gene maps on the spot grid (Wang et al., IEEE TIP 2004).
 
     grid_xy: (N, 2) integer grid positions, no duplicates. window: see `spot_windows`, whose result can be passed as
     `windows` when several maps of one slide are compared.
@@ -110,9 +110,12 @@ def ssim(
     than the radius have the value of the usual image SSIM.
     The dynamic range L of each gene is the range of its measured values on the slide; C1 = (0.01 L)^2,
     C2 = (0.03 L)^2. NaN where the measured gene is constant.
+    Raises ValueError without grid or windows, and for those of another number of spots.
     """
     measured, predicted, constant = _checked(measured, predicted)
     if windows is None:
+        if grid_xy is None:
+            raise ValueError("SSIM needs the grid positions of the spots, or the windows made of them; found neither.")
         windows = spot_windows(grid_xy, window=window)
     if windows.shape[0] != len(measured):
         raise ValueError(f"the grid has {windows.shape[0]} spots, the expression {len(measured)}; expected as many.")
@@ -165,7 +168,10 @@ METRIC_NAMES = (*METRICS, "ssim")
 def per_gene_metrics(
     measured: np.ndarray, predicted: np.ndarray, windows: scipy.sparse.csr_array | None
 ) -> dict[str, np.ndarray]:
-    """Every metric of METRIC_NAMES -> (G,). windows: `spot_windows` of the slide; None (no spot grid): SSIM is NaN."""
+    """Compute every metric of METRIC_NAMES -> (G,).
+
+    windows: `spot_windows` of the slide; None (no spot grid): SSIM is NaN.
+    """
     scores = {name: metric(measured, predicted) for name, metric in METRICS.items()}
     if windows is None:
         scores["ssim"] = np.full(np.shape(measured)[1], np.nan)
@@ -175,7 +181,7 @@ def per_gene_metrics(
 
 
 def mean_defined(values: np.ndarray) -> float:
-    """Mean over the values that are not NaN; NaN when none is left."""
+    """Average the values that are not NaN; NaN when none is left."""
     values = np.asarray(values, dtype=np.float64)
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else float("nan")

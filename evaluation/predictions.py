@@ -14,6 +14,7 @@ from PIL import Image
 
 from evaluation.slide_scores import SCALES
 from utils.files import reading, require_file, safe_name, write_atomically
+from utils.text import some
 
 MEASURED = "measured"
 MEASURED_UNSMOOTHED = "measured_unsmoothed"
@@ -55,9 +56,9 @@ def write_prediction(
     Raises ValueError naming every array whose shape or content does not fit the spots and genes.
     """
     safe_name(slide, "slide")
-    arrays = {scale: predictions.get(scale) for scale in SCALES}
-    arrays[MEASURED], arrays[MEASURED_UNSMOOTHED] = measured, measured_unsmoothed
-    arrays = {name: np.asarray(values) for name, values in arrays.items() if values is not None}
+    given = {scale: predictions.get(scale) for scale in SCALES}
+    given |= {MEASURED: measured, MEASURED_UNSMOOTHED: measured_unsmoothed}
+    arrays = {name: np.asarray(values) for name, values in given.items() if values is not None}
     spatial_px = np.asarray(spatial_px, dtype=np.float64)
     problems = _names_problems(spot_ids, genes, predictions)
     problems += _array_problems(arrays, spatial_px, grid_xy, (len(spot_ids), len(genes)))
@@ -83,7 +84,7 @@ def write_prediction(
 
 
 def read_prediction(path: Path) -> anndata.AnnData:
-    """Read a file of `write_prediction`; FileNotFoundError or ValueError when it is none."""
+    """Read a file of `write_prediction`; raises FileNotFoundError or ValueError when it is none."""
     path = require_file(
         path, "Predictions are written by: python main.py --config_name CONFIG --mode test --model_path RUN"
     )
@@ -100,7 +101,7 @@ def read_prediction(path: Path) -> anndata.AnnData:
 
 
 def slide_of(adata: anndata.AnnData) -> str:
-    """The name of the one slide of a prediction file."""
+    """Name the one slide of a prediction file; raises ValueError for a file of several."""
     names = list(adata.uns["spatial"])
     if len(names) != 1:
         raise ValueError(f"A prediction file holds one slide; this one holds {len(names)}: {', '.join(names)}.")
@@ -108,7 +109,8 @@ def slide_of(adata: anndata.AnnData) -> str:
 
 
 def tissue_image(adata: anndata.AnnData) -> tuple[np.ndarray | None, float, float]:
-    """(uint8 image or None, image pixels per full-resolution pixel, spot diameter in full-resolution pixels)."""
+    """Take the image out of a prediction file: (H, W, 3) uint8 or None, its pixels per full-resolution pixel, and the
+    diameter of a spot in full-resolution pixels."""
     entry = adata.uns["spatial"][slide_of(adata)]
     factors = entry["scalefactors"]
     return (
@@ -124,7 +126,7 @@ def _names_problems(spot_ids: Sequence[str], genes: Sequence[str], predictions: 
         counts = pd.Series(list(names), dtype=object).value_counts()
         repeated = sorted(str(name) for name in counts.index[counts > 1])
         if repeated:
-            problems.append(f"{what} are not unique: {', '.join(repeated[:5])}")
+            problems.append(f"{what} are not unique: {some(repeated)}")
     unknown = sorted(set(predictions) - set(SCALES))
     if unknown:
         problems.append(f"unknown scales {', '.join(unknown)}; known are {', '.join(SCALES)}")

@@ -1,4 +1,4 @@
-"""The two protocols: what is scored and in which order it is averaged.
+"""Scores of a fold under the two protocols: what is scored, and in which order it is averaged.
 
 paper   per gene within one slide -> mean over genes -> over the slides of the fold -> over folds. PCC(H): genes ranked
         by PCC in every fold, ranks averaged over folds, first 50. The epoch with the best PCC(A) *on the test fold*.
@@ -22,6 +22,7 @@ from evaluation.fold_files import FoldScores
 from evaluation.gene_lists import ranked_on_test_list
 from evaluation.metrics import mae, mse, pearson
 from evaluation.slide_scores import TRAINING_MEAN, SlideResult, long_table, score_slide, score_training_mean
+from utils.text import some
 
 PROTOCOLS = ("paper", "clean")
 PCC_H_NOTES = {
@@ -57,7 +58,7 @@ def score_fold(
         raise ValueError(f"protocol {protocol!r} is unknown; expected one of {PROTOCOLS}.")
     genes = _shared_panel(results)
     if unknown := sorted({gene for names in gene_lists.values() for gene in names} - set(genes)):
-        raise ValueError(f"gene lists name {len(unknown)} genes outside the panel ({', '.join(unknown[:5])}).")
+        raise ValueError(f"gene lists name {len(unknown)} genes outside the panel ({some(unknown)}).")
     means = {"smoothed": training_mean, "unsmoothed": training_mean_unsmoothed}
     tables = []
     for result in results:
@@ -89,7 +90,7 @@ def score_fold(
 
 
 def epoch_scores(results: Sequence[SlideResult], protocol: str = "clean") -> dict[str, float]:
-    """The few numbers of an epoch, cheaply: pcc_all, mse, mae of the fused prediction, and <name>_<scale> of each scale.
+    """Score an epoch, cheaply: pcc_all, mse, mae of the fused prediction, and <name>_<scale> of each scale.
 
     Against the smoothed target; averaged in the order of the protocol. Undefined values are NaN.
     """

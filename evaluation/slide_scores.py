@@ -1,4 +1,4 @@
-"""One slide: what was measured and predicted, and every metric of it in one long table."""
+"""What was measured and predicted of one slide, and every metric of it in one long table."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class SlideResult:
 
     @property
     def truths(self) -> dict[str, np.ndarray]:
-        """What the predictions are compared with: "smoothed" and, if there, "unsmoothed"."""
+        """The values that the predictions are compared with: "smoothed" and, if there, "unsmoothed"."""
         truths = {"smoothed": self.measured, "unsmoothed": self.measured_unsmoothed}
         return {name: values for name, values in truths.items() if values is not None}
 
 
 def score_slide(result: SlideResult) -> pd.DataFrame:
-    """Every metric of every scale against every truth: columns slide, patient, scale, truth, gene, METRIC_NAMES."""
+    """Score every scale against every truth by every metric: columns slide, patient, scale, truth, gene, METRIC_NAMES."""
     return _score(result, result.predictions, result.truths)
 
 
@@ -74,7 +74,7 @@ def _score(
 
 
 def long_table(result: SlideResult, scale: str, truth: str, values: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """Per-gene values (metric -> (G,)) of one slide, scale and truth as rows of the long table."""
+    """Put per-gene values (metric -> (G,)) of one slide, scale and truth into rows of the long table."""
     keys = {"slide": result.slide, "patient": result.patient, "scale": scale, "truth": truth}
     # A metric that was not asked for is a column of NaN: every long table has the same columns.
     columns = {name: values.get(name, np.nan) for name in METRIC_NAMES}
@@ -82,7 +82,11 @@ def long_table(result: SlideResult, scale: str, truth: str, values: Mapping[str,
 
 
 def score_training_mean(result: SlideResult, means: Mapping[str, np.ndarray | None]) -> pd.DataFrame:
-    """The table of `score_slide` for the constant prediction of the training mean (G,) of each truth that has one."""
+    """Score the constant prediction of the training mean, as `score_slide` does.
+
+    means: truth -> (G,) mean over the training spots; a truth whose mean is None is left out.
+    Raises ValueError for a mean of another shape.
+    """
     tables = []
     for truth, measured in result.truths.items():
         if means[truth] is None:

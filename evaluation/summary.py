@@ -1,4 +1,4 @@
-"""A run in one dictionary: its folds together, in the order of its protocol, with every bias named."""
+"""The summary of a run: its folds together, in the order of its protocol, with every bias named."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PAPER_NOTES = (
 
 
 def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """Read what the folds of a run wrote and put it together. Plain values; None where a value is undefined.
+    """Summarise what the folds of a run wrote. Plain values; None where a value is undefined.
 
     notes: sentences the run itself cannot know, e.g. which folds were skipped for want of slides.
 
@@ -65,6 +65,8 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
     selection_price     what choosing the epoch on the test fold would have gained: {mean, folds: rows of fold,
                         chosen_epoch, chosen, best_epoch, best, price}; None when no fold recorded "test/pcc_all"
     notes               sentences: biases, skipped folds, undefined genes
+
+    Raises ValueError or FileNotFoundError as `fold_files.read_run`.
     """
     records, found_notes = read_run(run_dir)
     protocol = records[0].protocol
@@ -96,13 +98,16 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def choice_of_epoch(records: Sequence[FoldRecord]) -> str:
-    """How the epochs of the folds were chosen, in words; folds may differ (one training patient leaves none to hold out)."""
-    found = dict.fromkeys(record.split.get("selection") for record in records)
+    """Say how the epochs of the folds were chosen; folds may differ (one training patient leaves none to hold out)."""
+    found = dict.fromkeys(str(record.split.get("selection")) for record in records)
     return " / ".join(CHOICES.get(name, "choice of the epoch unknown") for name in found)
 
 
 def selection_price(records: Sequence[FoldRecord]) -> dict[str, Any] | None:
-    """Best test PCC(A) of any epoch minus that of the chosen epoch, for every fold that recorded "test/pcc_all"."""
+    """Compare the best test PCC(A) of any epoch with that of the chosen one, in every fold that recorded "test/pcc_all".
+
+    returns: see "selection_price" of `summarise`; None when no fold recorded it.
+    """
     rows = []
     for record in records:
         if "test/pcc_all" not in record.epochs or record.result.get("epoch") is None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.layers.attention import relative_offset_index
+from utils.text import some
 
 # What training wrappers put before every name.
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.")
@@ -156,14 +157,10 @@ def _expected(imported: Mapping[str, Tensor]) -> set[str]:
 def _complaint(unknown: list[str], missing: list[str]) -> str:
     lines = ["This is not a whole checkpoint of the published Gene-DML code."]
     if unknown:
-        lines.append(f"{len(unknown)} names are unknown: {_some(unknown)}.")
+        lines.append(f"{len(unknown)} names are unknown: {some(unknown, 8)}.")
     if missing:
-        lines.append(f"{len(missing)} parameters are missing (named as here): {_some(missing)}.")
+        lines.append(f"{len(missing)} parameters are missing (named as here): {some(missing, 8)}.")
     lines.append(
         "Give the file that its training wrote, with all learned parameters; a checkpoint of ours needs no import."
     )
     return "\n".join(lines)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")

@@ -26,7 +26,7 @@ _LOWER_IS_BETTER = ("mse", "mae", "rvd")
 
 
 def seed_runs(run_dir: str | Path) -> list[Path]:
-    """The runs of one method: the `seed_<s>` folders of `run_dir` in the order of s, or `run_dir` itself."""
+    """Find the runs of one method: the `seed_<s>` folders of `run_dir` in the order of s, or `run_dir` itself."""
     run_dir = Path(run_dir)
     seeds = [path for path in run_dir.glob("seed_*") if path.is_dir() and path.name[5:].isdigit()]
     return sorted(seeds, key=lambda path: int(path.name[5:])) or [run_dir]
@@ -35,7 +35,11 @@ def seed_runs(run_dir: str | Path) -> list[Path]:
 def compare_runs(
     run_dirs: Sequence[str | Path], *, names: Sequence[str] | None = None, intersect: bool = False, **options
 ) -> pd.DataFrame:
-    """`compare_methods` of one method per folder (its seeds inside, if any); `names` default to the folder names."""
+    """Compare the methods in `run_dirs`, one a folder (with its seeds inside, if any), as `compare_methods` does.
+
+    names: of the methods; default: as much of the paths as tells them apart. options: of `compare_methods`.
+    Raises ValueError also for a run given twice and for names that are not one distinct name for each.
+    """
     paths = [Path(path) for path in run_dirs]
     names = list(names) if names is not None else _distinct_names(paths)
     if len(names) != len(paths) or len(set(names)) != len(names):
@@ -56,13 +60,17 @@ def compare_methods(
 ) -> pd.DataFrame:
     """Compare methods, each given as the runs of its seeds, with the first of them.
 
-    One row per metric and method: metric, method, num_seeds, num_patients, mean, low, high (bootstrap 95 % over
-    patients), seed_std (of the mean, NaN for one seed), difference, difference_low, difference_high (method - first,
-    paired over patients), wilcoxon_p, wilcoxon_note, genes_improved (share), gene_difference_median. The columns
-    about the first method are NaN in its own rows. Values per patient: PCC per gene within each slide -> mean over
-    the patient's slides -> over genes. `table.attrs["notes"]` holds what a reader must know.
-
-    metrics: pcc_all, pcc_h, pcc_<list> or a metric of `evaluation.metrics`.
+    returns: one row per metric and method, and `table.attrs["notes"]`, which a reader must know. Columns:
+        metric, method, num_seeds, num_patients
+        mean, low, high             over patients, with the bootstrap 95 % interval
+        seed_std                    of the mean; NaN for one seed
+        difference, difference_low, difference_high     method - first, paired over patients
+        wilcoxon_p, wilcoxon_note   of the same pairs
+        genes_improved              share of the genes that are better than with the first method
+        gene_difference_median      median over genes of method - first
+    What compares with the first method is NaN in its own rows. The value of a patient is the mean over the genes of the
+    mean over the patient's slides.
+    metrics: pcc_all, pcc_h, pcc_<list> or a metric of `evaluation.metrics`. scale, truth: of the rows that are compared.
     intersect: compare what the runs share (folds, genes) instead of refusing, and accept other features (encoder, patch
     size, neighbors, token variant). Protocols, patients, slides and spots of a shared fold must agree in any case.
     Raises ValueError with every difference between the runs.
@@ -77,14 +85,14 @@ def compare_methods(
     notes = _check(labels, intersect)
     if intersect:
         runs = _restricted(runs)
-    tables = {name: [_Values.of(run, scale, truth) for run in seeds] for name, seeds in runs.items()}
+    values_of = {name: [_Values.of(run, scale, truth) for run in seeds] for name, seeds in runs.items()}
     if runs[next(iter(runs))][0][0].protocol == "paper" and "pcc_h" in metrics:
         notes.append("pcc_h: every run is scored on its own list, ranked on its test predictions; not comparable.")
     rows = []
     for metric in metrics:
         reference = None
-        for name, seeds in tables.items():
-            row, values = _row(metric, seeds, reference, resamples, seed)
+        for name, by_seed in values_of.items():
+            row, values = _row(metric, by_seed, reference, resamples, seed)
             rows.append({"metric": metric, "method": name, **row})
             reference = reference or values
     table = pd.DataFrame(rows)
@@ -103,7 +111,8 @@ class _Values:
     @classmethod
     def of(cls, run: Sequence[FoldRecord], scale: str, truth: str) -> _Values:
         lists, _ = aggregation.lists_of_run(run)
-        patients, genes, listed = [], [], {}
+        patients, genes = [], []
+        listed: dict[str, set[tuple[str, str]]] = {}
         for record, fold_lists in zip(run, lists):
             chosen = aggregation.select(record.per_gene_slide, scale, truth)
             if chosen.empty:
@@ -246,12 +255,13 @@ def _feature_differences(first: FoldRecord, other: FoldRecord) -> list[str]:
 
 def _training_differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> list[str]:
     """What a reader must know of how the two came to their weights."""
-    folds, choices = {record.index: record for record in first}, {}
+    folds = {record.index: record for record in first}
+    choices: dict[tuple[str, str], list[int]] = {}
     for record in other:
         if record.index in folds:
-            pair = tuple(each.split.get("selection") for each in (record, folds[record.index]))
-            if pair[0] != pair[1] and None not in pair:
-                choices.setdefault(pair, []).append(record.index)
+            mine, its = (each.split.get("selection") for each in (record, folds[record.index]))
+            if mine and its and mine != its:
+                choices.setdefault((mine, its), []).append(record.index)
     return [
         f"{CHOICES.get(mine, mine)}; the first method: {CHOICES.get(its, its)} (folds {', '.join(map(str, indices))}). "
         "A patient held out to choose the epoch is one patient less to learn from."

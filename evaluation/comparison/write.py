@@ -56,7 +56,7 @@ def write_comparison(table: pd.DataFrame, out_dir: str | Path) -> tuple[Path, Pa
 
 
 def comparison_intervals(table: pd.DataFrame) -> Figure:
-    """One panel a metric, one row a method: the mean over patients and its interval; the first method's mean as a line."""
+    """Draw one panel a metric, one row a method: mean over patients and interval; a line: the first method."""
     groups = list(table.groupby("metric", sort=False))
     methods = list(dict.fromkeys(table["method"].astype(str)))
     figure = new_figure(1.4 + 2.3 * len(groups), 1.0 + 0.3 * len(methods))

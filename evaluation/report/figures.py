@@ -35,7 +35,7 @@ MAX_POINTS = 3000
 
 
 def scatter(gene: str, *, measured: np.ndarray, predicted: np.ndarray, unit: str, pearson: float | None) -> Figure:
-    """Predicted against measured expression of one gene, one point a spot, with the line of equality."""
+    """Draw predicted against measured expression of one gene, one point a spot, with the line of equality."""
     measured, predicted = np.ravel(measured).astype(float), np.ravel(predicted).astype(float)
     known = np.isfinite(measured) & np.isfinite(predicted)
     figure = new_figure(4.0, 4.0)
@@ -60,7 +60,7 @@ def scatter(gene: str, *, measured: np.ndarray, predicted: np.ndarray, unit: str
 
 
 def pcc_distribution(scores: Mapping[str, np.ndarray], *, label: str = "PCC of a gene") -> Figure:
-    """PCC over genes, one row a scale (or method): every gene a point, the middle half a bar, the median a line."""
+    """Draw PCC over genes, one row a scale (or method): every gene a point, the middle half a bar, the median a line."""
     figure = new_figure(6.4, 0.9 + 0.72 * max(1, len(scores)))
     axes = figure.subplots()
     plain_axes(axes, x_label=label, grid="x")
@@ -93,7 +93,7 @@ def pcc_distribution(scores: Mapping[str, np.ndarray], *, label: str = "PCC of a
 
 
 def training_curves(records: Sequence[Mapping[str, float]], *, selected_epoch: int | None = None) -> Figure:
-    """Loss terms, MSE and PCC(A) over the epochs of one fold.
+    """Draw loss terms, MSE and PCC(A) over the epochs of one fold.
 
     records: one mapping an epoch as in `metrics.jsonl`; keys that no epoch has are not drawn.
     selected_epoch: the epoch whose weights were evaluated, marked by a line.
@@ -130,7 +130,7 @@ def training_curves(records: Sequence[Mapping[str, float]], *, selected_epoch: i
 def gene_bars(
     genes: Sequence[str], pearson: np.ndarray, *, spread: np.ndarray | None = None, count: int = 15
 ) -> Figure:
-    """The genes predicted best and worst, by PCC. spread: (G,) standard deviation over slides, drawn as a line."""
+    """Draw the genes predicted best and worst, by PCC. spread: (G,) standard deviation over slides, drawn as a line."""
     pearson = np.asarray(pearson, dtype=float)
     known = np.flatnonzero(np.isfinite(pearson))
     order = known[np.lexsort((np.asarray(genes, dtype=str)[known], -pearson[known]))]
@@ -165,7 +165,7 @@ def patient_dots(
     interval: tuple[float, float] | None,
     label: str = "PCC(A)",
 ) -> Figure:
-    """One row a patient: its slides as small dots and their mean as a large one; the mean over patients below.
+    """Draw one row a patient: its slides as small dots and their mean as a large one; the mean over patients below.
 
     slide_scores: patient -> score of each of its slides. interval: of the mean over patients, None when there are too
     few of them.
@@ -174,8 +174,8 @@ def patient_dots(
     axes = figure.subplots()
     plain_axes(axes, x_label=label, grid="x")
     axes.axvline(0.0, color=MUTED, linewidth=0.9)
-    for row, scores in enumerate(slide_scores.values()):
-        scores = np.asarray(scores, dtype=float)
+    for row, given in enumerate(slide_scores.values()):
+        scores = np.asarray(given, dtype=float)
         known = scores[np.isfinite(scores)]
         axes.scatter(known, np.full(known.size, row), s=16, color=PALETTE[0], alpha=0.45, linewidths=0, zorder=2)
         if known.size:
@@ -198,16 +198,16 @@ def patient_dots(
 def cluster_composition(
     image_clusters: np.ndarray, gene_clusters: np.ndarray, patients: Sequence[str], *, max_groups: int = 6
 ) -> Figure:
-    """Of which patients the clusters of one batch are made, in both modalities; a bar is a cluster, largest first.
+    """Draw of which patients the clusters of one batch are made, in both modalities; a bar is a cluster, largest first.
 
     image_clusters, gene_clusters: (B,) cluster of each spot by its fused vector and by its gene vector.
     patients: (B,) patient (or slide) of the same spot. The smallest groups beyond `max_groups` are drawn as "other".
     """
-    patients = np.asarray(patients, dtype=str)
-    names, sizes = np.unique(patients, return_counts=True)
+    of_spot = np.asarray(patients, dtype=str)
+    names, sizes = np.unique(of_spot, return_counts=True)
     shown = sorted(names[np.argsort(-sizes, kind="stable")][:max_groups])
-    groups = [(name, patients == name, PALETTE[index]) for index, name in enumerate(shown)]
-    rest = ~np.isin(patients, shown)
+    groups = [(name, of_spot == name, PALETTE[index]) for index, name in enumerate(shown)]
+    rest = ~np.isin(of_spot, shown)
     if rest.any():
         groups.append((f"other ({len(names) - len(shown)})", rest, "#bdbdbd"))
     figure = new_figure(8.0, 4.6)

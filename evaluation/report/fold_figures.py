@@ -1,4 +1,4 @@
-"""The pictures of one fold, made from what the fold left on disk, and their list beside them."""
+"""Pictures of one fold, made from what the fold left on disk, and their list beside them."""
 
 from __future__ import annotations
 
@@ -60,13 +60,16 @@ def write_figures(fold_dir: str | Path, *, genes: Sequence[str] = (), count: int
 
 
 def figures_of(fold_dir: str | Path, *, genes: Sequence[str] = (), count: int = 2) -> list[Picture]:
-    """The figures of a fold as they are on disk, made anew when results or wishes have changed since."""
+    """Give the figures of a fold as they are on disk, made anew when results or wishes have changed since.
+
+    genes, count: as in `write_figures`, which also says what is raised.
+    """
     found = figures_on_disk(fold_dir, genes=genes, count=count)
     return write_figures(fold_dir, genes=genes, count=count) if found is None else found
 
 
 def figures_on_disk(fold_dir: str | Path, *, genes: Sequence[str] = (), count: int = 2) -> list[Picture] | None:
-    """The figures of a fold if all are there and neither results nor wishes have changed since; otherwise None."""
+    """Find the figures of a fold if all are there and neither results nor wishes have changed since; otherwise None."""
     folder = Path(fold_dir) / "figures"
     if not (folder / INDEX).is_file():
         return None
@@ -127,7 +130,7 @@ def _charts(record: FoldRecord) -> Iterable[tuple[Picture, Figure]]:
 
 
 def pcc_by_scale(gene_table: pd.DataFrame) -> dict[str, np.ndarray]:
-    """scale -> PCC of every gene against the smoothed target, for the scales that were predicted."""
+    """Collect scale -> PCC (G,) of every gene against the smoothed target, for the scales that were predicted."""
     scales = [scale for scale in gene_table["scale"].unique() if scale != "training_mean"]
     return {scale: aggregation.select(gene_table, scale)["pearson"].to_numpy() for scale in scales}
 
@@ -165,14 +168,13 @@ def _one_gene(adata: AnnData, gene: str, group: str, pearson: float) -> Iterable
     image, image_scale, diameter = tissue_image(adata)
     tissue = Tissue(slide, np.asarray(adata.obsm["spatial"]), diameter, image, image_scale)
     stem = f"{group}_{re.sub(r'[^A-Za-z0-9._-]+', '_', gene)}_{slide}"
-    values = {"measured": measured, "predicted": predicted, "unit": unit, "pearson": pearson}
     chosen = {"best": "among the best genes of this fold", "worst": "among the worst genes of this fold"}
     caption = f"{gene} on slide {slide}" + (f", {chosen[group]}" if group in chosen else "")
     yield (
         Picture(f"map_{stem}", "map", caption, f"Measured, predicted and error of {gene} on slide {slide}", group),
-        gene_maps(tissue, gene, **values),
+        gene_maps(tissue, gene, measured=measured, predicted=predicted, unit=unit, pearson=pearson),
     )
     yield (
         Picture(f"scatter_{stem}", "scatter", caption, f"Predicted against measured {gene}, slide {slide}", group),
-        figures.scatter(gene, **values),
+        figures.scatter(gene, measured=measured, predicted=predicted, unit=unit, pearson=pearson),
     )

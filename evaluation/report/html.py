@@ -64,7 +64,7 @@ class Section:
 
 
 def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str:
-    """The whole page. title, lead, footer: plain text."""
+    """Put together the whole page. title, lead, footer: plain text."""
     links = "".join(f'<li><a href="#{part.anchor}">{escape(part.heading)}</a></li>' for part in sections)
     parts = "\n".join(
         f'<section id="{part.anchor}"><h2>{escape(part.heading)}</h2>\n{part.body}\n</section>' for part in sections
@@ -87,7 +87,7 @@ def paragraph(text: str) -> str:
 
 
 def note_list(notes: Sequence[str]) -> str:
-    """What a reader must know before the numbers."""
+    """List what a reader must know before the numbers; nothing if there is nothing."""
     return '<ul class="notes">' + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
 
 
@@ -96,12 +96,12 @@ def preformatted(text: str) -> str:
 
 
 def scrollable(table: str) -> str:
-    """A table that scrolls by itself on a narrow screen. It takes the focus, so that it scrolls by keyboard too."""
+    """Let a table scroll by itself on a narrow screen. It takes the focus, so that it scrolls by keyboard too."""
     return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def picture(path: Path, *, alt: str, caption: str, photograph: bool = False) -> str:
-    """A <figure> with the image at `path` inside it as a data URI.
+    """Make a <figure> with the image at `path` inside it as a data URI.
 
     photograph: pictures with tissue are embedded as JPEG, charts as PNG of few colors: a page of many stays small.
     """

@@ -46,10 +46,11 @@ def gene_maps(
     unit: str,
     pearson: float | None,
 ) -> Figure:
-    """Measured and predicted expression on one color scale, and predicted minus measured on a symmetric one.
+    """Draw measured and predicted expression on one color scale, and predicted minus measured on a symmetric one.
 
     measured, predicted: (N,) in `unit`; NaN spots are drawn gray. pearson: printed in the title; None or NaN reads
     "undefined".
+    Raises ValueError for a slide without spots.
     """
     measured, predicted = np.asarray(measured, dtype=float), np.asarray(predicted, dtype=float)
     error = predicted - measured
@@ -67,7 +68,10 @@ def gene_maps(
 
 
 def predicted_map(tissue: Tissue, gene: str, *, predicted: np.ndarray, unit: str) -> Figure:
-    """The predicted expression of a gene on a slide without counts, beside the tissue itself where there is an image."""
+    """Draw the predicted expression of a gene on a slide without counts, beside the tissue itself where there is an image.
+
+    predicted: (N,) in `unit`. Raises ValueError for a slide without spots.
+    """
     predicted = np.asarray(predicted, dtype=float)
     figure, axes = _panels(tissue, 1 if tissue.image is None else 2)
     if tissue.image is not None:

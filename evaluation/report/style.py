@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -24,23 +25,25 @@ TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 10.5, 9.0, 8.0
 PNG_DPI = 160
 
 
-def new_figure(width: float, height: float, *, layout: str = "constrained") -> Figure:
-    """An empty white figure (inches) that no pyplot session knows about."""
+def new_figure(width: float, height: float, *, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
+    """Make an empty white figure (inches) that no pyplot session knows about."""
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white", dpi=PNG_DPI)
     FigureCanvasAgg(figure)
     return figure
 
 
 def title(target: Axes | Figure, text: str) -> None:
-    """A left-aligned title on an axes, a centred one on a figure."""
+    """Write a left-aligned title on an axes, a centred one on a figure."""
     if isinstance(target, Figure):
         target.suptitle(text, fontsize=TITLE_SIZE + 1, color=INK, fontweight="bold")
     else:
         target.set_title(text, fontsize=TITLE_SIZE, color=INK, loc="left")
 
 
-def plain_axes(axes: Axes, *, x_label: str = "", y_label: str = "", grid: str | None = None) -> None:
-    """Axes with two quiet spines, readable labels and, where it helps reading, light grid lines ("x", "y", "both")."""
+def plain_axes(
+    axes: Axes, *, x_label: str = "", y_label: str = "", grid: Literal["x", "y", "both"] | None = None
+) -> None:
+    """Give axes two quiet spines, readable labels and, where it helps reading, light grid lines."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -55,7 +58,7 @@ def plain_axes(axes: Axes, *, x_label: str = "", y_label: str = "", grid: str | 
 
 
 def legend(axes: Axes, **placement) -> None:
-    """A legend without a frame that covers no line, when there is anything to explain."""
+    """Add a legend without a frame that covers no line, when there is anything to explain."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
@@ -65,7 +68,7 @@ def legend(axes: Axes, **placement) -> None:
 
 
 def note(axes: Axes, text: str) -> None:
-    """What an empty picture says instead of data."""
+    """Write what an empty picture says instead of data."""
     axes.text(
         0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED, fontsize=LABEL_SIZE, zorder=9,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 4},
@@ -73,7 +76,7 @@ def note(axes: Axes, text: str) -> None:
 
 
 def color_range(*arrays: np.ndarray, percentiles: tuple[float, float] = (1.0, 99.0)) -> tuple[float, float]:
-    """Lower and upper end of a color scale over all finite values; never empty, also for constants and nothing."""
+    """Find lower and upper end of a color scale over all finite values; never empty, also for constants and nothing."""
     values = np.concatenate([np.ravel(array) for array in arrays])
     values = values[np.isfinite(values)]
     if values.size == 0:
@@ -83,24 +86,26 @@ def color_range(*arrays: np.ndarray, percentiles: tuple[float, float] = (1.0, 99
 
 
 def widened(low: float, high: float) -> tuple[float, float]:
-    """The same range, or one around it when it is too narrow to draw."""
+    """Return the same range, or one around it when it is too narrow to draw."""
     if high - low > 1e-9 * max(1.0, abs(low), abs(high)):
         return low, high
     return low - 0.5, high + 0.5
 
 
 def score_text(value: float | None) -> str:
-    """A correlation as text: "0.42", or "undefined" where a value is constant or missing."""
+    """Show a correlation as text: "0.42", or "undefined" where a value is constant or missing."""
     return f"{value:.2f}".replace("-", "\N{MINUS SIGN}") if value is not None and np.isfinite(value) else "undefined"
 
 
 def save_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
     """Write `path` (without suffix) as PNG and SVG, each whole or not at all; equal figures give equal bytes."""
     # Drawing is what takes the time, so one drawing gives the layout of both files and the pixels of the first.
-    figure.canvas.draw()
-    figure.set_layout_engine("none")
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg), "figures come from new_figure"
+    canvas.draw()
+    figure.set_layout_engine(None)  # "none" would lay out a second time for the SVG
     box = figure.get_tightbbox().padded(0.08)
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     left, right = max(0, int(box.x0 * figure.dpi)), int(box.x1 * figure.dpi)
     top, bottom = max(0, len(pixels) - int(box.y1 * figure.dpi)), len(pixels) - int(box.y0 * figure.dpi)
     png = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, left:right]))

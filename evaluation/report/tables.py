@@ -1,4 +1,4 @@
-"""The tables of a summary: the same cells as terminal text, Markdown and HTML."""
+"""Tables of a summary: the same cells as terminal text, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Table:
     footer: int = 0
 
     def to_text(self) -> str:
-        """Columns padded with spaces, for a terminal."""
+        """Pad the columns with spaces, for a terminal."""
         widths = [max(len(row[index]) for row in (self.columns, *self.rows)) for index in range(len(self.columns))]
         rule = "  ".join("-" * width for width in widths)
         lines = [self._padded(self.columns, widths), rule]
@@ -58,7 +58,7 @@ class Table:
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
-        """A pipe table, padded so that it also reads well as text."""
+        """Make a pipe table, padded so that it also reads well as text."""
         escaped = [tuple(cell.replace("|", "\\|") for cell in row) for row in (self.columns, *self.rows)]
         widths = [max(3, *(len(row[index]) for row in escaped)) for index in range(len(self.columns))]
         rule = ["-" * width if index < self.left else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
@@ -67,7 +67,7 @@ class Table:
         return "\n".join(f"| {line} |" for line in lines)
 
     def to_html(self, caption: str) -> str:
-        """A <table> with a caption; class "sum" marks the rows that sum up."""
+        """Make a <table> with a caption; class "sum" marks the rows that sum up."""
         head = "".join(f'<th scope="col"{self._class(i)}>{html.escape(c)}</th>' for i, c in enumerate(self.columns))
         lines = [f"<table><caption>{html.escape(caption)}</caption>", f"<thead><tr>{head}</tr></thead>", "<tbody>"]
         for number, row in enumerate(self.rows):
@@ -88,19 +88,19 @@ class Table:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A score as text; a dash where it is undefined."""
+    """Show a score as text; a dash where it is undefined."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NOT_DEFINED
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def label(name: str) -> str:
-    """The name of a score or scale as a reader knows it."""
+    """Name a score or scale as a reader knows it."""
     return LABELS.get(name, name.replace("_", " "))
 
 
 def check_summary(summary: Mapping[str, Any], source: str) -> None:
-    """ValueError that lists everything a summary lacks. source: where it came from, for the message."""
+    """Raise ValueError that lists everything a summary lacks. source: where it came from, for the message."""
     missing = [name for name in _REQUIRED if name not in summary]
     for row in summary.get("folds", []):
         missing += [f"folds[{row.get('fold', '?')}].{name}" for name in _REQUIRED_OF_FOLD if name not in row]
@@ -114,7 +114,7 @@ def check_summary(summary: Mapping[str, Any], source: str) -> None:
 
 
 def fold_rows(summary: Mapping[str, Any]) -> Table:
-    """One row a fold, then the mean and the standard deviation over folds."""
+    """Show one row a fold, then the mean and the standard deviation over folds."""
     rows = [
         (
             f"{row['fold']} ({row['name']})" if str(row["name"]) != str(row["fold"]) else str(row["fold"]),
@@ -136,7 +136,7 @@ def fold_rows(summary: Mapping[str, Any]) -> Table:
 
 
 def interval_rows(summary: Mapping[str, Any]) -> Table | None:
-    """Mean over patients with its 95 % interval; None when the summary has none."""
+    """Show the mean over patients with its 95 % interval; None when the summary has none."""
     intervals = summary.get("intervals") or {}
     rows = [
         (label(name), *(number(intervals[name][key]) for key in ("mean", "low", "high", "num_patients")))
@@ -147,7 +147,7 @@ def interval_rows(summary: Mapping[str, Any]) -> Table | None:
 
 
 def scale_rows(summary: Mapping[str, Any]) -> Table | None:
-    """Every score of the fused prediction, of each scale and of the training mean, against each truth."""
+    """Show every score of the fused prediction, of each scale and of the training mean, against each truth."""
     scales = summary.get("scales") or []
     if not scales:
         return None
@@ -158,7 +158,7 @@ def scale_rows(summary: Mapping[str, Any]) -> Table | None:
 
 
 def list_rows(summary: Mapping[str, Any]) -> Table | None:
-    """PCC(H) under the list of either protocol."""
+    """Show PCC(H) under the list of either protocol."""
     both = summary.get("pcc_h") or {}
     kinds = {"paper": "paper: ranked on test predictions", "clean": "clean: fixed from training data"}
     rows = [
@@ -170,7 +170,7 @@ def list_rows(summary: Mapping[str, Any]) -> Table | None:
 
 
 def protocol_rows(summary: Mapping[str, Any]) -> Table | None:
-    """The same predictions in the order of averages of either protocol."""
+    """Show the same predictions in the order of averages of either protocol."""
     both = summary.get("both_protocols") or {}
     kinds = {"paper": "paper: slides of a fold, folds", "clean": "clean: slides of a patient, patients"}
     names = ("pcc_all", "pcc_h", "mse", "mae")
@@ -179,7 +179,7 @@ def protocol_rows(summary: Mapping[str, Any]) -> Table | None:
 
 
 def price_rows(summary: Mapping[str, Any]) -> Table | None:
-    """What choosing the epoch on the test fold would have gained in PCC(A)."""
+    """Show what choosing the epoch on the test fold would have gained in PCC(A)."""
     price = summary.get("selection_price")
     if not price:
         return None

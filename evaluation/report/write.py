@@ -1,4 +1,4 @@
-"""What a run leaves for its readers: summary.json, summary.md, figures and report.html.
+"""Files of a run for its readers: summary.json, summary.md, figures and report.html.
 
 Everything is made from the files of the run folder (`evaluation.fold_files` lists them), so it can be made again at
 any time.
@@ -59,7 +59,10 @@ def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> tuple[Path
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
-    """The folds, their mean and standard deviation as text for the terminal; the first line names the protocol."""
+    """Show the folds, their mean and standard deviation on a terminal; the first line names the protocol.
+
+    Raises ValueError that lists what the summary lacks.
+    """
     check_summary(summary, "the summary")
     return "\n".join(
         [
@@ -103,7 +106,8 @@ def _counts(summary: Mapping[str, Any]) -> str:
 def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int = 2) -> Path:
     """Write report.html from the files of a run (summary.json first of all); returns its path.
 
-    genes, count: as in `write_figures`; figures that are on disk and up to date are taken as they are.
+    genes, count: as in `fold_figures.write_figures`; figures that are on disk and up to date are taken as they are.
+    Raises FileNotFoundError or ValueError when the run has no summary or no complete fold.
     """
     run_dir = Path(run_dir)
     path = require_file(

@@ -32,8 +32,8 @@ from preprocess.extraction.patch_slide import PatchSlide
 from preprocess.extraction.prefetch import opened_in_turn
 from preprocess.extraction.writers import CacheWriters
 from utils.cli import progress, say
+from utils.text import some
 
-_NAMED_AT_MOST = 8
 _CHECKED_FIELDS = ("kind", "encoder", "encoder_sha256", "image_fingerprint", "patch_size", "fill")
 _CHECKED_OF_KIND = {"neighbor": ("num_neighbors",), "token": ("views", "dtype", "token_pool")}
 
@@ -130,7 +130,7 @@ def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequen
         unknown = [slide for slide in requested if slide not in known]
         if unknown:
             raise ValueError(
-                f"--slides {', '.join(unknown)}: no counts in {layout.counts_dir}. Slides there: {_some(known, 40)}."
+                f"--slides {', '.join(unknown)}: no counts in {layout.counts_dir}. Slides there: {some(known, 40)}."
             )
         return list(dict.fromkeys(requested))
     chosen: list[str] = []
@@ -138,7 +138,7 @@ def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequen
     for slide in known:
         (chosen if _has_pixels(layout, slide, kinds) else without).append(slide)
     if without:
-        say(f"{len(without)} of {len(known)} slides have no image and are skipped: {_some(without, 40)}.")
+        say(f"{len(without)} of {len(known)} slides have no image and are skipped: {some(without, 40)}.")
     if not chosen:
         raise FileNotFoundError(
             f"None of the {len(known)} slides of {layout.name} has an image in {layout.images_dir}. Expected for "
@@ -204,7 +204,7 @@ def plan(
         listed = "\n".join(f"- {problem}" for problem in problems)
         raise ValueError(f"{len(problems)} slides cannot be extracted:\n{listed}")
     if complete:
-        say(f"{len(complete)} slides are complete and skipped: {_some(complete, 40)}.")
+        say(f"{len(complete)} slides are complete and skipped: {some(complete, 40)}.")
     return work
 
 
@@ -361,7 +361,3 @@ def _encode_one(
 
 def _no_encoder(images: torch.Tensor) -> Encoded:
     raise AssertionError("patches are cut without an encoder")
-
-
-def _some(names: Sequence[str], most: int = _NAMED_AT_MOST) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
