@@ -25,7 +25,7 @@ demo: setup
 	$(PYTHON) main.py --config_name demo/dml --mode train --k 8 --use_kmeans --data_dir $(DEMO)/data --log_path $(DEMO)/logs --run_name demo --resume
 	$(PYTHON) preprocess/extract_features_uni.py --mode external --test_name demo_external --extract_mode all --views 1 --data_dir $(DEMO)/data
 	$(PYTHON) main.py --mode external_test --test_name demo_external --model_path $(DEMO)/logs/demo/dml/demo --data_dir $(DEMO)/data
-	$(PYTHON) main.py --mode predict --image $(DEMO)/data/test/demo_external/ST-imgs/X/X1/X1.jpg --model_path $(DEMO)/logs/demo/dml/demo --mpp 1.6 --pitch_um 100 --genes COL1A1,ERBB2 --out $(DEMO)/predicted/X1.h5ad
+	$(PYTHON) main.py --mode predict --image $(DEMO)/data/test/demo_external/ST-imgs/X/X1/X1.jpg --model_path $(DEMO)/logs/demo/dml/demo --mpp 1.6 --pitch_um 100 --genes COL1A1,ERBB2 --out $(DEMO)/predicted/X1.h5ad --overwrite
 	@echo "Report: $(DEMO)/logs/demo/dml/demo/report.html"
 
 # One process a core, one thread each: threads of small tensors only wait for each other.

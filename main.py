@@ -84,6 +84,7 @@ RUN = (
          needed_by=("predict", "import_reference"),
          instead={"train": "writes to --log_path and --run_name", "test": "writes beside the checkpoint",
                   "external_test": "writes below the run"}),
+    Flag("overwrite", ("predict",), "replace the file of --out if it is there", kind=bool),
     Flag("test_name", ("external_test", "doctor"), "external test set below <data_dir>/test",
          needed_by=("external_test",)),
 )
@@ -228,6 +229,7 @@ def predict_options(arguments: argparse.Namespace) -> PredictOptions:
         match_mpp=arguments.match_mpp,
         min_tissue=arguments.min_tissue,
         genes=tuple(arguments.genes or ()),
+        overwrite=arguments.overwrite,
     )
 
 

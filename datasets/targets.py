@@ -9,8 +9,9 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from datasets.spots import SpotStore
+from datasets.spots import SlideRecord, SpotStore
 from datasets.tables.expression import expression_targets
+from utils.text import some
 
 MOST_ABSENT = 0.1  # of a panel may be absent from the counts of a test slide
 
@@ -48,6 +49,14 @@ def check_panel(table: AnnData, genes: Sequence[str]) -> None:
             f"({', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}). Make a panel of the genes that all slides "
             "have: python preprocess/select_genes.py --config NAME --overwrite"
         )
+
+
+def note_on_counts(slides: Iterable[SlideRecord]) -> str | None:
+    """Return a sentence about the slides of which no spot has a count of any gene that was read; None without one."""
+    empty = [f"{slide.name} ({slide.table.n_obs} spots)" for slide in slides if not slide.table.X.sum()]
+    if not empty:
+        return None
+    return f"WARNING: no spot has a count of any gene on {some(empty)}: taken as tissue where nothing is expressed."
 
 
 def store_targets(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
+from anndata.io import write_elem
 from PIL import Image
 
 from evaluation.slide_scores import SCALES
 from utils.files import reading, require_file, safe_name, write_atomically
 from utils.text import some
+from utils.untrusted.hdf5 import probe_hdf5
 
 MEASURED = "measured"
 MEASURED_UNSMOOTHED = "measured_unsmoothed"
@@ -79,8 +83,13 @@ def write_prediction(
     adata.uns["spatial"] = {slide: _spatial_entry(image, image_scale, spot_diameter_px, spatial_px)}
     adata.uns["unit"] = unit
     adata.uns["gene_dml"] = _storable(provenance)
+    adata.strings_to_categoricals()
+    # HDF5 writes into memory: on a full disk it would crash the process when that ends.
     # Level 1: on expression values the higher levels cost three times the time for a few percent of size.
-    write_atomically(path, lambda temporary: adata.write_h5ad(temporary, compression="gzip", compression_opts=1))
+    image_of_file = io.BytesIO()
+    with h5py.File(image_of_file, "w") as file:
+        write_elem(file, "/", adata, dataset_kwargs={"compression": "gzip", "compression_opts": 1})
+    write_atomically(path, lambda temporary: temporary.write_bytes(image_of_file.getbuffer()))
 
 
 def read_prediction(path: Path) -> anndata.AnnData:
@@ -88,7 +97,9 @@ def read_prediction(path: Path) -> anndata.AnnData:
     path = require_file(
         path, "Predictions are written by: python main.py --config_name CONFIG --mode test --model_path RUN"
     )
-    with reading(path, "a prediction (.h5ad)", remedy="It may be truncated: predict again, into another file."):
+    what, remedy = "a prediction (.h5ad)", "It may be truncated: predict again, into another file."
+    with reading(path, what, remedy):
+        probe_hdf5(path, what, remedy)
         adata = anndata.read_h5ad(path)
     missing = [f"uns['{key}']" for key in ("spatial", "unit", "gene_dml") if key not in adata.uns]
     missing += ["obsm['spatial']"] if "spatial" not in adata.obsm else []
@@ -142,6 +153,11 @@ def _array_problems(
         f"{name} has shape {values.shape}, expected {shape} (spots, genes)"
         for name, values in arrays.items()
         if values.shape != shape
+    ]
+    problems += [
+        f"{name} holds {count} numbers that are not finite"
+        for name, values in arrays.items()
+        if (count := np.count_nonzero(~np.isfinite(values)))
     ]
     positions = {"spatial_px": spatial_px} | ({} if grid_xy is None else {"grid_xy": np.asarray(grid_xy)})
     for name, values in positions.items():

@@ -73,7 +73,7 @@ def score_fold(
     summary |= {
         "gene_lists": lists,
         "gene_list_sizes": {name: len(names) for name, names in lists.items()},
-        "notes": _fold_notes(per_gene_slide, lists, protocol),
+        "notes": _fold_notes(results, per_gene_slide, lists, protocol),
     }
     num_spots = {result.slide: len(result.spot_ids) for result in results}
     per_slide.insert(2, "num_spots", per_slide["slide"].map(num_spots))
@@ -150,7 +150,9 @@ def _fold_summary(results: Sequence[SlideResult], table: pd.DataFrame, protocol:
     }
 
 
-def _fold_notes(per_gene_slide: pd.DataFrame, lists: dict[str, list[str]], protocol: str) -> list[str]:
+def _fold_notes(
+    results: Sequence[SlideResult], per_gene_slide: pd.DataFrame, lists: dict[str, list[str]], protocol: str
+) -> list[str]:
     notes = []
     fused_rows = aggregation.select(per_gene_slide)
     if protocol == "clean" and not lists.get("highly_predictive"):
@@ -160,6 +162,10 @@ def _fold_notes(per_gene_slide: pd.DataFrame, lists: dict[str, list[str]], proto
             f"PCC undefined for {undefined} of {len(fused_rows)} (slide, gene) pairs, where the measured or the "
             "predicted gene is constant within the slide; means skip them."
         )
-    if broken := int(fused_rows["mse"].isna().sum()):
-        notes.append(f"{broken} (slide, gene) pairs hold values that are not finite and are left out of every mean.")
+    for result in results:
+        if not np.any(result.measured):
+            notes.append(
+                f"Slide {result.slide}: no count of any gene of the panel in its {len(result.spot_ids)} spots; it is scored "
+                "as if nothing were expressed there."
+            )
     return notes

@@ -21,7 +21,8 @@ class SlideResult:
     grid_xy: (N, 2) integer grid positions, or None where the spots have no grid (SSIM is then undefined).
     measured: the smoothed target; measured_unsmoothed: the same before smoothing, if it is to be scored too.
     predictions: "fused" and optionally "target", "neighbor", "global".
-    Raises ValueError that names the slide and every array that does not fit.
+    Raises ValueError that names the slide and every array that does not fit or holds a number that is not finite: no slide
+    may drop out of a mean by a NaN.
     """
 
     slide: str
@@ -44,10 +45,16 @@ class SlideResult:
         for name, values in arrays.items():
             if values is not None and np.shape(values) != shape:
                 problems.append(f"{name} has shape {np.shape(values)}; expected (spots, genes) = {shape}")
+            elif values is not None and (count := np.count_nonzero(~np.isfinite(values))):
+                problems.append(f"{count} numbers of {name} are not finite, first of spot {self._first_broken(values)}")
         if len(set(self.genes)) != len(self.genes):
             problems.append("a gene is listed twice; expected distinct genes")
         if problems:
             raise ValueError(f"slide {self.slide}: " + "; ".join(problems) + ".")
+
+    def _first_broken(self, values: np.ndarray) -> str:
+        spot, gene = np.argwhere(~np.isfinite(values))[0]
+        return f"{self.spot_ids[spot]}, gene {self.genes[gene]}"
 
     @property
     def truths(self) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import pandas as pd
 from evaluation.comparison.runs import compare_runs
 from evaluation.comparison.write import write_comparison
 from utils.cli import say
+from utils.files import check_writable
 
 
 def compare(runs: Sequence[str], out: str | None, intersect: bool) -> None:
@@ -19,8 +20,9 @@ def compare(runs: Sequence[str], out: str | None, intersect: bool) -> None:
     """
     if len(runs) < 2:
         raise ValueError(f"--mode compare needs at least two run folders: --runs RUN RUN ...; found {len(runs)}.")
-    table = compare_runs(runs, intersect=intersect)
     folder = Path(out) if out else Path(runs[0]).resolve().parent / "comparison"
+    check_writable(folder / "comparison.html")
+    table = compare_runs(runs, intersect=intersect)
     written = write_comparison(table, folder)
     columns = ["method", "mean", "low", "high", "difference", "wilcoxon_p", "genes_improved"]
     with pd.option_context("display.width", 160, "display.float_format", "{:.4f}".format):

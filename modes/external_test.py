@@ -44,8 +44,10 @@ from modes.prediction.slide import Scales, predict_slide, slide_result
 from modes.prediction.write import write_slide
 from utils.checkpoint import chosen_checkpoints
 from utils.cli import progress, say
-from utils.files import reading
+from utils.files import check_writable, reading
 from utils.text import UNIT
+
+_BYTES_A_NUMBER = 4
 
 
 def external_test(
@@ -57,6 +59,8 @@ def external_test(
     layout = external_layout(members[0], test_name)
     test = open_test(members, layout, device, fold_notes)
     folder = run_folder(members, model_path, fold) / "external" / layout.name
+    numbers = test.store.slides[-1].stop * len(test.genes)
+    check_writable(folder / "predictions" / "slide.h5ad", needed=_BYTES_A_NUMBER * numbers)
     notes = warnings_of(test)
     for note in notes:
         say(note)

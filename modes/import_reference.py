@@ -19,7 +19,7 @@ from modes.training.plan import find_folds
 from utils.checkpoint import load_weights, save_checkpoint
 from utils.cli import say
 from utils.config import Config, save_config, with_overrides
-from utils.files import load_names, write_text
+from utils.files import check_writable, load_names, write_text
 from utils.runs import write_json
 from utils.trained_fold import PatchEncoderRecord, Progress, SplitRecord, TrainedFold
 from utils.untrusted.tensors import load_tensors
@@ -85,6 +85,7 @@ def _new_file(out: Path, fold: int) -> Path:
     path = out if out.suffix == ".pt" else out / f"fold_{fold}" / "best.pt"
     if path.exists():
         raise ValueError(f"{path} is there already. Give another --out, or move it away.")
+    check_writable(path)
     return path
 
 

@@ -50,8 +50,10 @@ from modes.prediction.slide import Scales, predict_slide
 from modes.prediction.write import THUMBNAIL_PX
 from utils.checkpoint import chosen_checkpoints
 from utils.cli import say
-from utils.files import require_file, safe_name
+from utils.files import check_writable, require_file, safe_name
 from utils.text import UNIT, some
+
+_BYTES_A_NUMBER = 4  # of the fused prediction; what the scales take compressed varies
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class PredictOptions:
     pixel, default that of the slide's metadata.  match_mpp: scale patches to the training's field of view.
     exchanged_pixels: the positions are of a published external set, whose two pixel columns are exchanged.
     min_tissue: share of a patch that must be tissue.  genes: maps of these are drawn beside the file.
+    overwrite: replace a file that is there.
     """
 
     image: str | Path
@@ -74,6 +77,7 @@ class PredictOptions:
     match_mpp: bool = False
     min_tissue: float | None = None
     genes: tuple[str, ...] = ()
+    overwrite: bool = False
 
 
 def predict(
@@ -81,7 +85,8 @@ def predict(
 ) -> Path:
     """Predict a slide with the mean of the finished folds of a run, or with one of them; returns the file written.
 
-    Everything that can be wrong is found before the encoder runs. Raises ValueError / FileNotFoundError.
+    Everything that can be wrong is found before the encoder runs, also with the file to be written.
+    Raises ValueError, FileNotFoundError, or OSError where `options.out` cannot be written.
     """
     out = _check_options(options)
     checkpoints, notes = chosen_checkpoints(model_path, fold)
@@ -99,10 +104,10 @@ def predict(
         say(view_note)
         spots = find_spots(slide, options, mpp, covered_px)
         say(spots.note)
+        check_writable(out, needed=_BYTES_A_NUMBER * len(spots.table) * len(genes))
         encoder = open_patch_encoder(members[0], device)
         predictions = predict_spots(members, genes, slide, spots.centers, spots.table.obsm["grid"], encoder, covered_px)
         picture, scale = slide.thumbnail(THUMBNAIL_PX)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_prediction(
         out,
         slide=safe_name(image.stem, "Image"),
@@ -161,8 +166,11 @@ def _check_options(options: PredictOptions) -> Path:
             problems.append(f"{name} should be more than zero, found {value:g}.")
     if options.min_tissue is not None and options.min_tissue > 1:
         problems.append(f"--min_tissue is a share of a patch, at most 1, found {options.min_tissue:g}.")
+    if out.exists() and not options.overwrite:
+        problems.append(f"--out {out} exists. Give another name, or --overwrite to replace it.")
     if problems:
         raise ValueError("\n".join(problems))
+    check_writable(out)
     return out
 
 

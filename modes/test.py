@@ -17,6 +17,7 @@ from modes.training.run_data import open_run_data
 from modes.training.score import score_checkpoint
 from utils.checkpoint import chosen_checkpoints, has_ended, load_checkpoint, result_folder
 from utils.cli import say
+from utils.files import check_writable
 
 
 def test(
@@ -44,6 +45,8 @@ def test(
             )
     for note in notes:
         say(note)
+    for checkpoint in checkpoints:
+        check_writable(result_folder(checkpoint) / "predictions" / "slide.h5ad")
     for checkpoint in checkpoints:
         _test_checkpoint(checkpoint, fold, overrides, device, data_type)
     run_dir = checkpoints[0].parent.parent

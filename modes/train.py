@@ -104,6 +104,7 @@ def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds
     step = make_step(model, config, run_data.encode)
     expression = split.targets.to(run_data.device)
     checkpoints = FoldCheckpoints(folder, untrained_fold(run_data, split), checkpoint_seconds)
+    checkpoints.check_room(model)
     progress = checkpoints.restore(model, optimization)
     board = Board(folder / "tensorboard", progress.epoch + 1)
     try:

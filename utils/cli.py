@@ -11,7 +11,9 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from utils.files import reason_of
+from utils.text import shortened
 
+_OF_PYTORCH_WITHOUT_MEMORY = ("can't allocate memory", "CUDA out of memory")
 WRONG_USE, INTERRUPTED = 2, 130
 INTERRUPTED_TEXT = "interrupted: finished work is kept; run the same command again (a training with --resume added)."
 
@@ -41,7 +43,10 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"\n{INTERRUPTED_TEXT}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except Exception:
+    except Exception as error:
+        if any(words in str(error) for words in _OF_PYTORCH_WITHOUT_MEMORY):
+            print(f"error: it takes more memory than there is ({shortened(str(error))})", file=sys.stderr)
+            sys.exit(WRONG_USE)
         traceback.print_exc()
         sys.exit(1)
     sys.exit(0)

@@ -34,7 +34,15 @@ def device_from(gpu: int | None = None, device: str | None = None) -> torch.devi
             chosen = torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"--device {device} is not a device of PyTorch: {str(error).splitlines()[0]}") from error
-        return _cuda_device(chosen.index, f"--device {device}") if chosen.type == "cuda" else chosen
+        if chosen.type == "cuda":
+            return _cuda_device(chosen.index, f"--device {device}")
+        try:
+            torch.zeros(1, device=chosen).item()
+        except (RuntimeError, NotImplementedError, AssertionError) as error:
+            raise ValueError(
+                f"--device {device} cannot compute on this machine: {str(error).splitlines()[0]}"
+            ) from error
+        return chosen
     if gpu is not None:
         return _cuda_device(gpu, f"--gpu {gpu}")
     if torch.cuda.is_available():

@@ -48,6 +48,7 @@ _SYSTEM_ERRORS = {
 }
 _FAILED_WRITE_OF_TORCH = re.compile("inline_container|PytorchStreamWriter|file write failed")
 _NEARLY_FULL = 1 << 16  # bytes
+_TEMPORARY = "..12345678"  # what the name of a temporary file has more than that of the file
 
 
 class UnreadableFile(ValueError):
@@ -109,7 +110,8 @@ def _is_complete(error: Exception, path: str | Path) -> bool:
 def _is_failed_write(error: OSError | RuntimeError, path: Path) -> bool:
     """Whether it was our file that could not be written, and not another that could not be read meanwhile."""
     if isinstance(error, OSError):
-        return error.filename is None or Path(os.fsdecode(error.filename)).parent in (path.parent, *path.parent.parents)
+        where = path.absolute()
+        return error.filename is None or Path(os.fsdecode(error.filename)).absolute().parent in (where, *where.parents)
     return _FAILED_WRITE_OF_TORCH.search(str(error)) is not None
 
 
@@ -138,6 +140,30 @@ def free_bytes(path: str | Path) -> int | None:
         except OSError:
             continue
     return None
+
+
+def check_writable(path: str | Path, needed: int = 0) -> None:
+    """See that a file can be written, before anything is computed for it; nothing is left behind.
+
+    needed: bytes that it will take.
+    Raises OSError as `write_atomically` would in the end: for a part of the path that is a file, for a folder in its place,
+    for a permission, a read-only or full disk, a name too long.
+    """
+    path = Path(path)
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "")
+        there = next(folder for folder in path.parents if os.path.lexists(folder))
+        if not there.is_dir():
+            raise UnwritableFile(f"{path} cannot be written: {there} is a file and no folder. Choose another place.")
+        longest = max(len(os.fsencode(part)) for part in path.relative_to(there).parts)
+        if longest + len(_TEMPORARY) > os.pathconf(there, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, "")
+        with tempfile.NamedTemporaryFile(dir=there, prefix="."):
+            pass
+        free = free_bytes(there)
+        if free is not None and free < needed:
+            raise OSError(errno.ENOSPC, "")
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:

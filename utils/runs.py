@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from utils.config import Config, differences, read_config, save_config
-from utils.files import reading, write_text
+from utils.files import check_writable, reading, write_text, writing
 from utils.text import brief
 
 VERSION = "1.0.0"
@@ -68,8 +68,10 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
     """Whether a run may start or go on in the folder; nothing is written.
 
     A folder that holds a run is continued only on request and only with the configuration it was started with.
+    Raises ValueError for that, OSError where nothing can be written.
     """
     saved = folder / "config.yaml"
+    check_writable(saved)
     if not saved.exists():
         if resume and folder.exists():
             raise ValueError(f"--resume: {folder} holds no config.yaml, so no run was started there.")
@@ -159,20 +161,27 @@ def read_epochs(path: Path) -> list[dict[str, float]]:
 
 
 class Board:
-    """TensorBoard beside `metrics.jsonl`; epochs that are trained again after an interruption replace the old ones."""
+    """TensorBoard beside `metrics.jsonl`; epochs that are trained again after an interruption replace the old ones.
+
+    Its methods raise OSError if the disk cannot take it.
+    """
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_epoch)
+        self._folder = folder
+        with writing(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=first_epoch)
 
     def add(self, record: Mapping[str, float]) -> None:
         """Show an epoch at once."""
-        for name, value in record.items():
-            if name != "epoch" and value is not None:
-                self._writer.add_scalar(name, value, int(record["epoch"]))
-        self._writer.flush()
+        with writing(self._folder):
+            for name, value in record.items():
+                if name != "epoch" and value is not None:
+                    self._writer.add_scalar(name, value, int(record["epoch"]))
+            self._writer.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        with writing(self._folder):
+            self._writer.close()

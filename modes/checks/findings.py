@@ -51,7 +51,7 @@ class Findings:
         """What `check` returns; None when it raises a user's error, which becomes a problem."""
         try:
             return check()
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             self.problem(topic, str(error))
             return None
 

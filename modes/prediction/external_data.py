@@ -15,6 +15,7 @@ from datasets.known_sets import get_spec, leaking_slides
 from datasets.layout import Layout
 from datasets.spots import SpotStore
 from datasets.tables.counts import gene_names
+from datasets.targets import note_on_counts
 from datasets.tokens import CachedTokens, open_tokens
 from modes.prediction.encode import open_patch_encoder
 from modes.prediction.ensemble import Member, field_of_view_of, shared_genes
@@ -133,7 +134,8 @@ def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torc
 def warnings_of(test: ExternalTest) -> list[str]:
     """What a reader of the scores must know before them: what was left out, leaks, fields of view, features of no origin."""
     layout, config = test.layout, test.config
-    notes = [*test.fold_notes, *([test.left_out] if test.left_out else [])]
+    without_counts = note_on_counts(test.store.slides)
+    notes = [*test.fold_notes, *(note for note in (test.left_out, without_counts) if note)]
     patients = {patient for member in test.members for patient in member.fold.split.fitted_patients}
     slides = {record.name: record.patient for record in test.store.slides}
     leaks = leaking_slides(config.DATA.type, patients, slides)

@@ -38,6 +38,7 @@ def predict_slide(
     The global encoders see the whole slide; everything else passes in chunks of at most `chunk_size` spots, each made once
     for all models. Held are one chunk, one global token a spot and model, and what is kept of the predictions.
     keep: what of the predictions of a chunk (b, G), one of each model, for instance some genes or the mean; default all.
+    Raises ValueError for a prediction that is not finite.
     """
     global_tokens = [_global_tokens(model.eval(), slide, precision) for model in models]
     parts: list[list[Scales]] = []
@@ -51,9 +52,21 @@ def predict_slide(
                 model(model_inputs(batch, tokens, None if whole is None else whole[chunk])).by_scale()
                 for model, whole in zip(models, global_tokens)
             ]
-        parts.append(keep([{scale: values.float().cpu().numpy() for scale, values in one.items()} for one in found]))
+        arrays = [{scale: values.float().cpu().numpy() for scale, values in one.items()} for one in found]
+        _check_finite(arrays, chunk)
+        parts.append(keep(arrays))
         start = chunk.stop
     return [_joined(list(of_one)) for of_one in zip(*parts)]
+
+
+def _check_finite(predictions: list[Scales], rows: slice) -> None:
+    """Raise ValueError for numbers that are not finite; weights and features are, when they come here."""
+    count = sum(int(np.count_nonzero(~np.isfinite(values))) for one in predictions for values in one.values())
+    if count:
+        raise ValueError(
+            f"{count} numbers predicted for the spots {rows.start} to {rows.stop - 1} of a slide are not finite. Try --set "
+            "TRAINING.precision=float32; where the training diverged, start another with a smaller TRAINING.learning_rate."
+        )
 
 
 def _global_tokens(model: ExpressionModel, slide: SlideBatch, precision: Precision) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modes.training.compose import Optimization
 from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.cli import say
+from utils.files import check_writable
 from utils.trained_fold import Progress, TrainedFold
 
 
@@ -41,6 +42,16 @@ class FoldCheckpoints:
         optimization.load_state(last.optimization)
         say(f"{self.fold.split.title}: goes on after epoch {last.epoch}.")
         return last.progress
+
+    def check_room(self, model: nn.Module) -> None:
+        """See that the files will fit on the disk, before the first epoch: the weights, with two moments of each in last.pt.
+
+        Raises OSError with the room there is.
+        """
+        weights = sum(value.nbytes for value in model.state_dict().values())
+        there = sum(path.stat().st_size for path in (self.best_path, self.last_path) if path.exists())
+        # Each file is there twice while it is written.
+        check_writable(self.last_path, needed=max(0, 4 * weights - there) + 3 * weights)
 
     def save(self, model: nn.Module, optimization: Optimization, progress: Progress, is_better: bool) -> None:
         """Keep the weights of an epoch if they are the best so far; write both files if it is time, and at the end.

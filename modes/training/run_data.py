@@ -13,13 +13,14 @@ from datasets.digests import digests_of
 from datasets.features.reader import FeatureReader
 from datasets.layout import Layout
 from datasets.spots import SlideRecord, SpotStore, slide_of_row
-from datasets.targets import check_panel
+from datasets.targets import check_panel, note_on_counts
 from datasets.tokens import CachedTokens, CutPatches, open_tokens
 from models.patch_encoders.build import PatchEncoder, PatchEncoderSpec, patch_encoder_spec
 from modes.prediction.model import needs_of
 from modes.prediction.slide import Encode
 from modes.training.compose import find_patch_encoder_weights, groups_spots, make_encode, make_patch_encoder
 from modes.training.memory import demand, tokens_of_spot
+from utils.cli import say
 from utils.config import Config
 from utils.files import load_names
 from utils.precision import Precision
@@ -95,6 +96,8 @@ def open_run_data(
     panel = load_names(layout.panel_path) if folds and config.EVALUATION.protocol == "paper" else []
     reader = FeatureReader(layout, config.DATA.encoder, with_neighbors=needs.neighbors)
     records = reader.read_tables(slides)
+    if note := note_on_counts(records):
+        say(note)
     check_clusters(config, records, folds)
     for record in records:
         check_panel(record.table, panel)

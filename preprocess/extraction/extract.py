@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from preprocess.extraction.patch_slide import PatchSlide
 from preprocess.extraction.prefetch import opened_in_turn
 from preprocess.extraction.writers import CacheWriters
 from utils.cli import progress, say
+from utils.files import check_writable
 from utils.text import some
 
 _CHECKED_FIELDS = ("kind", "encoder", "encoder_sha256", "image_fingerprint", "patch_size", "fill")
@@ -93,7 +93,7 @@ def extract(
     if not work:
         say(f"Nothing to do: all caches are there and valid ({', '.join(settings.kinds)}).")
         return
-    _check_disk(layout.root, work, shapes, settings)
+    _check_disk(layout, work, shapes, settings)
     try:
         extract_slides(layout, work, encoder, settings)
     except KeyboardInterrupt:
@@ -255,12 +255,18 @@ def _of_kind(common: CacheIdentity, kind: str, settings: ExtractionSettings) -> 
 
 
 def _check_disk(
-    root: Path, work: Sequence[SlideWork], shapes: dict[str, tuple[int, ...]], settings: ExtractionSettings
+    layout: Layout, work: Sequence[SlideWork], shapes: dict[str, tuple[int, ...]], settings: ExtractionSettings
 ) -> None:
-    """Announce what will be written; ValueError with numbers and remedies if it does not fit on the disk."""
+    """Announce what will be written.
+
+    Raises ValueError with numbers and remedies if it does not fit on the disk, OSError if nothing can be written there.
+    """
+    root = layout.root
     sizes: dict[str, int] = dict.fromkeys(shapes, 0)
     for item in work:
         for kind, identity in item.identities.items():
+            if not sizes[kind]:
+                check_writable(layout.cache_path(kind, item.slide))
             sizes[kind] += payload_bytes((len(item.spot_ids), *shapes[kind]), identity.dtype)
     free = shutil.disk_usage(root).free
     spots = sum(len(item.spot_ids) for item in work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -169,12 +170,26 @@ def test_undefined_genes_are_skipped_and_counted():
     assert everything.summary["mse"] == pytest.approx(1.0)
 
 
-def test_predictions_that_are_not_finite_are_reported():
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_no_result(bad):
+    """Otherwise a slide would drop out of the means without a word."""
     result = slide("A1", [0.5] * 6)
-    result.predictions["fused"][3, 2] = np.nan
-    scores = score([result])
-    assert any("1 (slide, gene) pairs hold values that are not finite" in note for note in scores.summary["notes"])
-    assert scores.summary["pcc_all"] == pytest.approx(0.5)
+    for name in ("fused", "measured"):
+        values = (result.predictions["fused"] if name == "fused" else result.measured).copy()
+        values[3, 2] = bad
+        changes = {"predictions": {"fused": values}} if name == "fused" else {"measured": values}
+        with pytest.raises(
+            ValueError, match=rf"slide A1: 1 numbers of {name} are not finite, first of spot .*, gene c"
+        ):
+            dataclasses.replace(result, **changes)
+
+
+def test_a_slide_without_counts_is_said():
+    result = dataclasses.replace(slide("A1", [0.5] * 6), measured=np.zeros((8, 6)))
+    notes = score([result, slide("A2", [0.5] * 6)]).summary["notes"]
+    assert [note for note in notes if "no count of any gene" in note] == [
+        "Slide A1: no count of any gene of the panel in its 8 spots; it is scored as if nothing were expressed there."
+    ]
 
 
 def test_score_fold_refuses():

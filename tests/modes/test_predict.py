@@ -47,7 +47,7 @@ def predicted(tiny_run, external, tmp_path_factory) -> anndata.AnnData:
 
 def _predict(run, tmp_path: Path, image, *, fold: int | None = 0, **options) -> anndata.AnnData:
     out = tmp_path / "out" / "prediction.h5ad"
-    return anndata.read_h5ad(predict(run.path, PredictOptions(image, out, **options), fold, [], CPU))
+    return anndata.read_h5ad(predict(run.path, PredictOptions(image, out, overwrite=True, **options), fold, [], CPU))
 
 
 def _tissue_slide(path: Path, *, mpp: float = 1.6, kind: str = "pyramid") -> tuple[np.ndarray, tuple[int, int]]:

@@ -6,6 +6,10 @@ import subprocess
 
 import pytest
 
+from tests.modes.conftest import tiny_run
+
+__all__ = ["small_disk", "tiny_run"]
+
 
 @pytest.fixture
 def small_disk(tmp_path):

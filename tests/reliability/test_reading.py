@@ -132,6 +132,10 @@ def test_a_value_is_shortened_before_it_is_written_out():
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), "its name is too long for the file system"),
         (MemoryError("Unable to allocate 6.98 GiB"), "error: it takes more memory than there is (Unable to"),
         (RecursionError(), "error: it is nested too deeply"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "error: it takes more memory than there is",
+        ),
         (OSError("x.h5 cannot be written: no room"), "error: x.h5 cannot be written: no room\n"),
     ],
 )

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from utils.files import UnwritableFile, write_atomically, write_text
+from tests.command_line import Left, call_main
+from utils.files import UnwritableFile, check_writable, write_atomically, write_text
 
+ROOT = Path(__file__).resolve().parents[2]
 MEBIBYTE = 1 << 20
 
 
@@ -58,3 +63,110 @@ def test_an_error_while_writing_that_is_no_failed_write_stays_what_it_is(tmp_pat
             write_atomically(tmp_path / "a.h5", write)
         assert caught.value is error
     assert os.listdir(tmp_path) == []
+
+
+def test_what_can_be_written_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "a" / "b" / "x.h5ad", Path("x.h5ad"), Path("a/x.h5ad")):
+        check_writable(path, needed=1000)
+    (tmp_path / "x.h5ad").touch()
+    check_writable(Path("x.h5ad"))
+    assert os.listdir(tmp_path) == ["x.h5ad"]
+
+
+@pytest.mark.parametrize(
+    ("path", "needed", "text"),
+    [
+        ("blocker/x.h5ad", 0, "blocker is a file and no folder"),
+        ("blocker/a/b/x.h5ad", 0, "blocker is a file and no folder"),
+        ("folder", 0, "it is a folder"),
+        ("folder/" + "n" * 250, 0, "its name is too long for the file system"),
+        ("n" * 300 + "/x.h5ad", 0, "its name is too long for the file system"),
+        ("x.h5ad", 10**18, "there is no space left"),
+        ("/proc/x.h5ad", 0, "cannot be written"),
+    ],
+)
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_what_cannot_be_written_is_found_beforehand(path, needed, text, is_relative, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blocker").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UnwritableFile, match="cannot be written: ") as caught:
+        check_writable(Path(path) if is_relative else tmp_path / path, needed)
+    assert text in str(caught.value)
+
+
+def predict(run, out, *more) -> Left:
+    image = run.data_dir / "test" / "demo_external" / "ST-imgs/X/X1/X1.jpg"
+    return call_main(
+        "--mode", "predict", "--image", image, "--model_path", run.path, "--fold", 0, "--out", out, "--device", "cpu", *more
+    )  # fmt: skip
+
+
+def train(run, logs, *more) -> Left:
+    return call_main(
+        "--mode", "train", "--config_name", run.config_name, "--data_dir", run.data_dir, "--log_path", logs, "--fold", 0,
+        "--device", "cpu", "--no_report", *more,
+    )  # fmt: skip
+
+
+def refused(left: Left, *texts: str) -> None:
+    assert left.status == 2, left.said
+    assert "Traceback" not in left.said and left.said.count("error:") == 1
+    for text in texts:
+        assert text in left.said, left.said
+
+
+def test_no_mode_computes_what_it_cannot_write(tiny_run, tmp_path):
+    (tmp_path / "blocker").touch()
+    refused(
+        predict(tiny_run, tmp_path / "blocker" / "x.h5ad"), "blocker/x.h5ad cannot be written: ", "blocker is a file"
+    )
+    refused(predict(tiny_run, "/proc/x.h5ad"), "/proc/x.h5ad cannot be written")
+    refused(predict(tiny_run, tmp_path / f"{'n' * 250}.h5ad"), "its name is too long")
+    refused(train(tiny_run, tmp_path / "blocker"), "config.yaml cannot be written: ", "blocker is a file")
+    refused(train(tiny_run, tmp_path / "logs", "--run_name", "n" * 300), "its name is too long")
+    assert not (tmp_path / "logs").exists()
+    left = call_main("--mode", "compare", "--runs", tiny_run.path, tiny_run.path, "--out", tmp_path / "blocker")
+    refused(left, "comparison.html cannot be written: ", "blocker is a file")
+
+
+def test_the_doctor_finds_it_too(tiny_run, tmp_path):
+    (tmp_path / "blocker").touch()
+    left = call_main(
+        "--mode", "doctor", "--config_name", tiny_run.config_name, "--data_dir", tiny_run.data_dir, "--log_path",
+        tmp_path / "blocker", "--device", "cpu",
+    )  # fmt: skip
+    assert left.status == 2 and "cannot be written" in left.said
+
+
+def test_a_file_that_is_there_is_replaced_only_on_request(tiny_run, tmp_path):
+    out = tmp_path / "precious.h5ad"
+    out.write_bytes(b"a table of counts")
+    refused(predict(tiny_run, out, "--pitch_px", 64), f"--out {out} exists", "--overwrite to replace it")
+    assert out.read_bytes() == b"a table of counts"
+    left = predict(tiny_run, out, "--pitch_px", 64, "--overwrite")
+    assert left.status == 0 and anndata.read_h5ad(out).n_vars == 24, left.said
+
+
+def test_a_full_disk_in_a_prediction_and_in_a_training(tiny_run, small_disk):
+    """In processes of their own: HDF5 once crashed when they ended."""
+    image = tiny_run.data_dir / "test" / "demo_external" / "ST-imgs/X/X1/X1.jpg"
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(MEBIBYTE - 200_000))
+    model, data, logs = tiny_run.path, tiny_run.data_dir, small_disk / "logs"
+    commands = {
+        "predict": ["--image", image, "--model_path", model, "--out", small_disk / "x.h5ad", "--pitch_px", 256],
+        "train": ["--config_name", tiny_run.config_name, "--data_dir", data, "--log_path", logs],
+    }
+    for mode, flags in commands.items():
+        command = [sys.executable, "main.py", "--mode", mode, *map(str, flags), "--fold", "0", "--device", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2, done
+        assert "cannot be written: there is no space left (" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_read_only_disk_is_found_before_anything_is_computed(tiny_run, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    refused(predict(tiny_run, small_disk / "x.h5ad"), "its file system is read-only")
+    refused(train(tiny_run, small_disk / "logs"), "its file system is read-only")

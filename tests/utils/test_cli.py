@@ -44,6 +44,9 @@ def test_devices(capsys):
         device_from(0, "cpu")
     with pytest.raises(ValueError, match="not a device of PyTorch"):
         device_from(device="gpu7")
+    for device in ("meta", "xpu"):
+        with pytest.raises(ValueError, match=f"--device {device} cannot compute on this machine"):
+            device_from(device=device)
     with pytest.raises(ValueError, match=r"--gpu 99: this machine has \d+ CUDA devices?\. Leave the flag out"):
         device_from(99)
     if not torch.cuda.is_available():
