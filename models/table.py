@@ -31,7 +31,7 @@ class Row:
     groups_spots: bool = False
 
 
-def _features(config: Model) -> Needs:
+def _features(_config: Model) -> Needs:
     return Needs()
 
 
@@ -39,7 +39,7 @@ def _features_and_neighbors(config: Model) -> Needs:
     return Needs(neighbors=config.use_neighbor)
 
 
-def _features_and_training_spots(config: Model) -> Needs:
+def _features_and_training_spots(_config: Model) -> Needs:
     return Needs(training_spots=True)
 
 
@@ -54,10 +54,10 @@ MODELS = {
     "ridge": Row(build_ridge, _features, loss=None),
     "ridge_neighbor": Row(build_ridge_neighbor, _features_and_neighbors, loss=None),
     "knn": Row(build_knn, _features, loss=None),
-    "mlp": Row(build_mlp, _features, loss=lambda settings: fused_loss),
-    "linear_probe": Row(build_linear_probe, _features, loss=lambda settings: fused_loss),
-    "bleep": Row(build_bleep, _features_and_training_spots, loss=lambda settings: bleep_loss),
-    "triplex": Row(build_triplex, _all_scales, loss=lambda settings: triplex_loss),
+    "mlp": Row(build_mlp, _features, loss=lambda _settings: fused_loss),
+    "linear_probe": Row(build_linear_probe, _features, loss=lambda _settings: fused_loss),
+    "bleep": Row(build_bleep, _features_and_training_spots, loss=lambda _settings: bleep_loss),
+    "triplex": Row(build_triplex, _all_scales, loss=lambda _settings: triplex_loss),
 }
 
 

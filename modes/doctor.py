@@ -76,7 +76,7 @@ def examine(config: Config, question: Question) -> Findings:
     if records and question.test_name is None and question.model_path is None:
         _check_training(config, question, layout, slides, records, findings)
     if records and spec is not None:
-        _check_sizes(config, question, layout, records, spec, device, findings)
+        _check_sizes(config, layout, records, spec, device, findings)
     if question.model_path is not None:
         check_checkpoints(question.model_path, question.fold, config, layout, slides, findings)
     return findings
@@ -99,7 +99,6 @@ def _check_training(
 
 def _check_sizes(
     config: Config,
-    question: Question,
     layout: Layout,
     records: Sequence[SlideRecord],
     spec: PatchEncoderSpec,

@@ -40,7 +40,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_term():
     layer = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
 
-    def step(batch):
+    def step(_batch):
         loss = layer.weight.sum()
         return {"total": loss, "group": loss * math.nan}
 
@@ -59,7 +59,7 @@ def test_mixed_precision_step_on_cuda(name):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     inputs = torch.randn(32, 64, device=device)
 
-    def step(batch):
+    def step(_batch):
         return {"total": (model(inputs).float() - inputs[:, :1]).square().mean()}
 
     precision = Precision(name, device)

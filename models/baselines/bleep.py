@@ -45,7 +45,7 @@ class Bleep(FittedModel):
         self._register_fitted("bank_expression", (None, num_genes))
 
     @torch.no_grad()
-    def remember(self, inputs: ModelInputs, expression: Tensor) -> None:
+    def remember(self, inputs: ModelInputs, expression: Tensor) -> None:  # noqa: ARG002 - of the contract
         """Fill the bank: unit gene embeddings of the training spots beside their expression; see the contract."""
         assert not self.training, "the embeddings of the bank are those of evaluation mode"
         with torch.autocast(expression.device.type, enabled=False):
@@ -73,7 +73,7 @@ class Bleep(FittedModel):
         return Prediction(fused=fused)
 
 
-def bleep_loss(prediction: Prediction, expression: Tensor) -> dict[str, Tensor]:
+def bleep_loss(prediction: Prediction, _expression: Tensor) -> dict[str, Tensor]:
     """Soft-target contrastive loss of image and gene embeddings, the mean of `instance_loss` over the spots."""
     assert prediction.embeddings is not None, "training gives embeddings"
     image, gene = prediction.embeddings.scales[TARGET], prediction.embeddings.gene
@@ -81,7 +81,7 @@ def bleep_loss(prediction: Prediction, expression: Tensor) -> dict[str, Tensor]:
     return {"instance": instance, "total": instance}
 
 
-def build_bleep(config: Model, sizes: Sizes) -> Bleep:
+def build_bleep(_config: Model, sizes: Sizes) -> Bleep:
     """Build BLEEP with random heads and an empty bank."""
     return Bleep(
         image_head=ProjectionHead(input_dim=sizes.feature_dim, dim=WIDTH, dropout=DROPOUT),

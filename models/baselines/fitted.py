@@ -29,7 +29,7 @@ class TrainingMean(ClosedForm):
         super().__init__(feature_dim=feature_dim, num_genes=num_genes)
         self._register_fitted("mean", (num_genes,))
 
-    def _fit(self, features: Tensor, expression: Tensor, patients: list, slides: list | None) -> dict[str, object]:
+    def _fit(self, features: Tensor, expression: Tensor, patients: list, slides: list | None) -> dict[str, object]:  # noqa: ARG002 - of the contract
         self._store(mean=expression.mean(dim=0))
         return {"notes": []}
 
@@ -169,12 +169,12 @@ def _tuning_report(
     }
 
 
-def build_mean(config: Model, sizes: Sizes) -> TrainingMean:
+def build_mean(_config: Model, sizes: Sizes) -> TrainingMean:
     """Build the training mean, unfitted."""
     return TrainingMean(feature_dim=sizes.feature_dim, num_genes=sizes.num_genes)
 
 
-def build_ridge(config: Model, sizes: Sizes) -> Ridge:
+def build_ridge(_config: Model, sizes: Sizes) -> Ridge:
     """Build the ridge regression on the target feature, unfitted."""
     return _ridge(sizes, neighbor_dim=0)
 
@@ -198,7 +198,7 @@ def _ridge(sizes: Sizes, neighbor_dim: int) -> Ridge:
     )
 
 
-def build_knn(config: Model, sizes: Sizes) -> Retrieval:
+def build_knn(_config: Model, sizes: Sizes) -> Retrieval:
     """Build the retrieval by cosine among principal components, unfitted."""
     return Retrieval(
         feature_dim=sizes.feature_dim,

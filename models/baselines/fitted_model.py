@@ -91,7 +91,7 @@ class ClosedForm(FittedModel):
         self._store(num_training_spots=len(features))
         return {"num_training_spots": len(features), **report}
 
-    def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:
+    def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:  # noqa: ARG002 - of the contract
         """Predict the expression (B, G) from the features of B spots, in their order.
 
         Always float32: under autocast a retrieval would confuse near neighbors. Raises ValueError before `fit`.

@@ -22,14 +22,14 @@ class FeatureRegressor(ExpressionModel):
         """Give the head that predicts expression."""
         return [self.head]
 
-    def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:
+    def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:  # noqa: ARG002 - of the contract
         """Predict the expression (B, G) from the target features (B, F); everything else is ignored."""
         assert inputs.target_features is not None, "the model reads the pooled features"
         features = inputs.target_features.to(next(self.parameters()).dtype)
         return Prediction(fused=full_precision(self.head(features)))
 
 
-def build_linear_probe(config: Model, sizes: Sizes) -> FeatureRegressor:
+def build_linear_probe(_config: Model, sizes: Sizes) -> FeatureRegressor:
     """Build Linear F -> genes."""
     return FeatureRegressor(nn.Linear(sizes.feature_dim, sizes.num_genes))
 

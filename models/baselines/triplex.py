@@ -109,7 +109,7 @@ class Triplex(ExpressionModel):
         assert self.global_encoder is not None, "the model was built without use_global"
         return self.global_encoder(slide_features, grid_xy, lengths, rows)
 
-    def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:
+    def forward(self, inputs: ModelInputs, expression: Tensor | None = None) -> Prediction:  # noqa: ARG002 - of the contract
         """Predict the expression of B spots, in their order; the measured one is not used."""
         assert inputs.target_tokens is not None, "the model reads the tokens of the target patches"
         tokens = {TARGET: project(self.projections[TARGET], inputs.target_tokens)}

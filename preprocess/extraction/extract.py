@@ -365,5 +365,5 @@ def _encode_one(
     return _EncodedSlide(f"{item.slide}: {', '.join(paths)} of {len(item.spot_ids)} spots, {rate:.1f} spots/s", writers)
 
 
-def _no_encoder(images: torch.Tensor) -> Encoded:
+def _no_encoder(_images: torch.Tensor) -> Encoded:
     raise AssertionError("patches are cut without an encoder")

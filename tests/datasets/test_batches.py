@@ -164,7 +164,7 @@ CUDA = torch.device("cuda")
 def test_arrays_go_to_the_device_where_the_step_still_fits_beside_them(
     gigabytes, reserve, residence, expected, monkeypatch, capsys
 ):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (16 * 10**9, 24 * 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (16 * 10**9, 24 * 10**9))
     assert goes_to_device("tokens", gigabytes * 10**9, CUDA, residence, reserve * 10**9) is expected
     told = capsys.readouterr().out
     assert f"{'device' if expected else 'host'} memory (16.0 GB free on cuda, {reserve}.0 GB of them kept" in told
@@ -174,7 +174,7 @@ def test_arrays_go_to_the_device_where_the_step_still_fits_beside_them(
 
 def test_a_device_without_an_index_is_the_device_its_arrays_lie_on(monkeypatch):
     """torch.device("cuda") is not equal to torch.device("cuda:0"), where arrays sent to it lie."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10**9, 10**9))
 
     def send(tensor, device):
         assert not tensor.is_cuda, "sent to the device a second time"

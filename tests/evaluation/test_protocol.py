@@ -312,7 +312,7 @@ def test_result_is_written_last_and_never_stale(tmp_path, monkeypatch):
     result = run / "fold_0" / "result.json"
     assert result.is_file()
     scores = score([slide("A1", [0.1] * 6)])
-    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *_a, **_k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_fold(scores, run / "fold_0")
     assert not result.exists()

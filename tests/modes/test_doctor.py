@@ -86,7 +86,7 @@ def test_a_healthy_set_passes(tiny_run, tmp_path):
     assert not any(tmp_path.iterdir()), "the doctor writes nothing"
 
 
-def test_no_data_folder(tiny_run, tmp_path):
+def test_no_data_folder(tmp_path):
     left = call_main("--mode", "doctor", "--config_name", "her2st/dml", "--data_dir", tmp_path, "--device", "cpu")
     assert left.status == 2 and "would stop this run" in left.said
     has(left.said, "problem", "data", "her2st/ST-cnts does not exist", r"prepare_her2st\.py --source RAW --data_dir")
@@ -251,7 +251,7 @@ def test_what_a_token_cache_would_take(config, layout, ask):
     has(text, "ok", "encoder", r"efficientnet-lite0: .*\(it runs in every step\)")
 
 
-def test_memory_is_counted_from_sizes_alone(config):
+def test_memory_is_counted_from_sizes_alone():
     """UNI, HER2ST, batch 512: the parts that can be counted by hand; more than there is, is a problem."""
     large = with_overrides(load_config("her2st/dml"), [])
     need = demand(large, patch_encoder_spec("uni"), spots=13620, slide_sizes=[378] * 36, online=False, half=False)
@@ -368,7 +368,7 @@ def test_a_run_that_has_seen_the_tissue(config, data_dir, tiny_run, tmp_path, as
     has(text, "warning", "tissue", "1 of 3 slides show tissue that the run has been trained on", "BC23567.*her2st E")
 
 
-def test_a_run_of_other_features_or_another_field_of_view(config, layout, tiny_run, tmp_path, ask):
+def test_a_run_of_other_features_or_another_field_of_view(config, tiny_run, tmp_path, ask):
     run = tiny_run.copy(tmp_path)
     has(ask(config, model_path=str(run)), "ok", "view", r"A patch is 102 um wide on demo and was 102 um")
     path = run / "fold_0" / "best.pt"
@@ -397,7 +397,7 @@ def test_fields_of_view_that_differ_within_a_set(config, data_dir, ask):
     has(ask(config), "ok", "view", r"patches are 102 um \(A1\) to 102 um")
 
 
-def test_an_external_set(config, data_dir, tiny_run, ask):
+def test_an_external_set(config, tiny_run, ask):
     external = ask(config, test_name="demo_external", model_path=str(tiny_run.path))
     has(external, "ok", "data", r"demo_external in .*test/demo_external: 1 slides")
     has(

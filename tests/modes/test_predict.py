@@ -242,7 +242,7 @@ def test_streaming_holds_one_batch_at_a_time_however_many_spots_there_are(tiny_r
             )
 
     genes = shared_genes(members)
-    whole = predict_mean(members, genes, SlideBatch(features, grid, lambda size: batches()))
+    whole = predict_mean(members, genes, SlideBatch(features, grid, lambda _size: batches()))
     assert greatest <= 2 and len(alive) == num_spots // size
     assert whole["fused"].shape == (num_spots, len(genes)) and not np.isnan(whole["fused"]).any()
 
@@ -253,7 +253,7 @@ def test_streamed_rows_must_be_consecutive(tiny_run):
     batch = SpotBatch(torch.tensor([0, 2]), None, None, torch.zeros(2, dim), None, torch.ones(2, 9).bool(), None)
     grid = torch.tensor([[0, 0], [1, 0], [2, 0]])
     with pytest.raises(AssertionError, match="consecutive"):
-        predict_mean(members, members[0].genes, SlideBatch(torch.zeros(3, dim), grid, lambda size: iter([batch])))
+        predict_mean(members, members[0].genes, SlideBatch(torch.zeros(3, dim), grid, lambda _size: iter([batch])))
 
 
 class TestRefusals:

@@ -237,7 +237,8 @@ def test_an_interrupted_slide_leaves_nothing_and_is_made_again(data_dir, patch_e
     assert len(_caches(data_dir)) == 4
 
 
-def test_a_slide_that_cannot_be_decoded_costs_no_other(data_dir, patch_encoder, capsys):
+@pytest.mark.usefixtures("patch_encoder")
+def test_a_slide_that_cannot_be_decoded_costs_no_other(data_dir, capsys):
     """It is opened while the slide before is encoded, and its error comes when that one is on the disk."""
     layout = _layout(data_dir)
     path = layout.image_path("B1")
@@ -325,7 +326,7 @@ def test_a_truncated_image_leaves_no_cache(data_dir):
 
 def test_the_size_is_announced_and_checked(data_dir, capsys, monkeypatch):
     free = shutil.disk_usage(data_dir)._replace(free=1_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
     with pytest.raises(ValueError, match=r"0\.001 GB are free there.*--views 1.*--token_pool 2"):
         _run(data_dir, "token")
     said = capsys.readouterr().out

@@ -284,7 +284,7 @@ def test_scale_factors_stand_in_where_the_array_cannot_be_fitted(tmp_path, pictu
     assert microns_per_pixel(read_outs(outs.folder)) is None
 
 
-def test_geo_names_are_found(tmp_path, picture, panel_file):
+def test_geo_names_are_found(tmp_path, picture):
     outs = write_outs(tmp_path / "outs", picture, SYMBOLS, generation=1)
     flat = tmp_path / "geo"
     flat.mkdir()

@@ -192,7 +192,7 @@ def test_attributes_are_compared_with_the_data(name, tmp_path):
         lambda file: file.create_dataset("features", (6 * 10**10,), "float32"),
         lambda file: file.__setitem__("features", h5py.SoftLink("/coords")),
         lambda file: file.__setitem__("features", h5py.ExternalLink("other.h5", "/features")),
-        lambda file: None,
+        lambda _file: None,
     ],
 )
 def test_what_stands_in_the_place_of_features(change, tmp_path):

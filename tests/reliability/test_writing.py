@@ -56,7 +56,7 @@ def test_a_name_too_long(tmp_path):
 def test_an_error_while_writing_that_is_no_failed_write_stays_what_it_is(tmp_path):
     for error in (RuntimeError("CUDA error"), OSError(5, "Input/output error", "/elsewhere/slide.svs")):
 
-        def write(temporary, error=error):
+        def write(_temporary, error=error):
             raise error
 
         with pytest.raises(type(error)) as caught:

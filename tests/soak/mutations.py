@@ -123,9 +123,9 @@ def _swap_lines(content: bytes, draw: random.Random) -> Mutation:
     return f"lines {a + 1} and {b + 1} exchanged", b"".join(lines)
 
 
-def _windows_lines(content: bytes, draw: random.Random) -> Mutation:
+def _windows_lines(content: bytes, _draw: random.Random) -> Mutation:
     return "Windows line ends", content.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
 
 
-def _byte_order_mark(content: bytes, draw: random.Random) -> Mutation:
+def _byte_order_mark(content: bytes, _draw: random.Random) -> Mutation:
     return "a byte order mark", b"\xef\xbb\xbf" + content

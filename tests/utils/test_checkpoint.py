@@ -46,7 +46,7 @@ def test_other_files_are_refused(tmp_path):
         load_checkpoint(tmp_path / "part.pt")
 
 
-def test_weights_must_fit(tmp_path):
+def test_weights_must_fit():
     model = nn.Linear(3, 2)
     wrong = {"weight": torch.zeros(2, 4), "extra": torch.zeros(1)}
     with pytest.raises(

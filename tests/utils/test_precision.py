@@ -21,6 +21,6 @@ def test_precision_of_the_cpu():
 @pytest.mark.parametrize(("capability", "name"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_mixed_precision_follows_the_matrix_units_of_the_device(capability, name, monkeypatch):
     """A card of before 2020 says that it supports bf16, and emulates it."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     assert Precision("auto", torch.device("cuda", 1)).name == name

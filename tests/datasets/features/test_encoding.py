@@ -113,7 +113,7 @@ def test_features_belong_to_their_spots(slide, picture, centers, kinds, batch_si
         np.testing.assert_allclose(got[kind], slow[kind], rtol=1e-5, atol=1e-4, err_msg=kind)
 
 
-def test_the_order_of_spots_is_the_order_of_features(slide, picture, centers):
+def test_the_order_of_spots_is_the_order_of_features(slide, centers):
     plan = EncodingPlan(("target", "neighbor", "token"), patch_size=SIZE, views=2)
     order = np.random.default_rng(3).permutation(len(centers))
     straight, permuted = (_encode(slide, chosen, plan, 90) for chosen in (centers, centers[order]))

@@ -318,9 +318,8 @@ def test_file_without_batch_counters_and_model_with_constants(tmp_path: Path) ->
         assert torch.equal(loaded(images).tokens, original(images).tokens)
 
 
-def test_search_order(
-    tiny: patch_encoders.PatchEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_variables: None
-) -> None:
+@pytest.mark.usefixtures("no_variables")
+def test_search_order(tiny: patch_encoders.PatchEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     explicit = save(tiny, tmp_path / "explicit.bin")
     beside = save(tiny, tmp_path / "weights" / "timm-test_vit.pth")
     in_folder = save(tiny, tmp_path / "weights" / "timm-test_vit" / "model.safetensors")
@@ -343,7 +342,8 @@ def test_search_order(
         find_weights(TINY, search=search)
 
 
-def test_missing_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_variables: None) -> None:
+@pytest.mark.usefixtures("no_variables")
+def test_missing_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError) as error:
         build_patch_encoder("uni", search=(tmp_path,))
     for part in (
@@ -500,8 +500,9 @@ def raise_from_hub(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         ("EntryNotFoundError", "holds none of pytorch_model.bin"),
     ],
 )
+@pytest.mark.usefixtures("no_variables")
 def test_hub_errors_become_one_clear_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_variables: None, error: str, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, reason: str
 ) -> None:
     import huggingface_hub.errors
 
@@ -511,8 +512,9 @@ def test_hub_errors_become_one_clear_message(
         build_patch_encoder("uni", allow_download=True, search=(tmp_path,))
 
 
+@pytest.mark.usefixtures("no_variables")
 def test_hub_is_asked_only_when_allowed(
-    tiny: patch_encoders.PatchEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_variables: None
+    tiny: patch_encoders.PatchEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 

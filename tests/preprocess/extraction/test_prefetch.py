@@ -50,7 +50,7 @@ def wait_for(condition) -> bool:
 
 def test_the_next_slide_is_decoded_while_the_present_one_is_in_use(folder):
     opener = Opener(folder)
-    for number, slide in enumerate(opened_in_turn(NAMES, opener, lambda name: True)):
+    for number, slide in enumerate(opened_in_turn(NAMES, opener, lambda _name: True)):
         assert slide.path.stem == NAMES[number]
         assert (slide.read_region(0, 0, 30, 20) == 40 * number).all()
         expected = set(NAMES[number : number + 2])
@@ -65,7 +65,7 @@ def test_the_next_slide_is_decoded_while_the_present_one_is_in_use(folder):
 def test_large_images_are_decoded_in_their_turn(folder, monkeypatch):
     monkeypatch.setattr(slides_ahead, "DECODED_AHEAD_BYTES", 30 * 20 * 3 - 1)
     opener = Opener(folder)
-    for slide in opened_in_turn(NAMES, opener, lambda name: True):
+    for slide in opened_in_turn(NAMES, opener, lambda _name: True):
         slide.read_region(0, 0, 4, 4)
         following = NAMES[NAMES.index(slide.path.stem) + 1 :][:1]
         assert wait_for(lambda: all(name in opener.opened for name in following))  # noqa: B023
@@ -88,7 +88,7 @@ def test_errors_of_a_slide_wait_for_its_turn(folder, content):
     path.write_bytes(content or path.read_bytes()[:-30])
     opener, seen = Opener(folder), []
     with pytest.raises(ValueError, match=r"C\.png"):
-        for slide in opened_in_turn(NAMES, opener, lambda name: True):
+        for slide in opened_in_turn(NAMES, opener, lambda _name: True):
             seen.append(slide.path.stem)
             time.sleep(0.02)
     assert seen == ["A", "B"] and opener.decoded() == set() and "D" not in opener.opened
@@ -97,7 +97,7 @@ def test_errors_of_a_slide_wait_for_its_turn(folder, content):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_whoever_leaves_early_leaves_nothing_open(folder, error):
     opener = Opener(folder)
-    with pytest.raises(error), closing(opened_in_turn(NAMES, opener, lambda name: True)) as slides:
+    with pytest.raises(error), closing(opened_in_turn(NAMES, opener, lambda _name: True)) as slides:
         for slide in slides:
             slide.read_region(0, 0, 4, 4)
             if slide.path.stem == "B":
@@ -107,5 +107,5 @@ def test_whoever_leaves_early_leaves_nothing_open(folder, error):
 
 
 def test_one_slide_and_none(folder):
-    assert [slide.path.stem for slide in opened_in_turn(["B"], Opener(folder), lambda name: True)] == ["B"]
-    assert list(opened_in_turn([], Opener(folder), lambda name: True)) == []
+    assert [slide.path.stem for slide in opened_in_turn(["B"], Opener(folder), lambda _name: True)] == ["B"]
+    assert list(opened_in_turn([], Opener(folder), lambda _name: True)) == []
