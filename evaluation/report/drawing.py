@@ -34,12 +34,13 @@ def draw_side_by_side(
     wishes = ["--count", str(count), *(f"--genes={gene}" for gene in genes)]
     command = [sys.executable, "-m", "evaluation.report.drawing", *wishes]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     processes = []
     try:
         for i in range(number):
             share = [*command, "--", *map(str, todo[i::number])]
-            processes.append(subprocess.Popen(share, cwd=ROOT, env=environment, **quiet))
+            processes.append(
+                subprocess.Popen(share, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            )
         for process in processes:
             process.wait()
     finally:
