@@ -96,7 +96,7 @@ def inspect_tiff(file: tifffile.TiffFile, path: Path) -> TiffImage:
     levels = [TiffLevel(level.keyframe, [_page_of(level, plane, path) for plane in order]) for level in series.levels]
     for level in levels:
         kind_of(level.page, path)
-        _check_length(level.planes, path)
+        _check_length(level, path)
     return TiffImage(kind, levels, microns_of_tiff(file))
 
 
@@ -214,12 +214,19 @@ def _giant_tiles(path: Path, size: int) -> UnreadableFile:
     )
 
 
-def _check_length(pages: Sequence[TiffPage | TiffFrame], path: Path) -> None:
-    """The pixels of these pages must lie inside the file."""
-    end = max(
-        (offset + count for page in pages for offset, count in zip(page.dataoffsets, page.databytecounts)), default=0
-    )
-    length = path.stat().st_size
+def _check_length(level: TiffLevel, path: Path) -> None:
+    """There must be as many tiles or strips as the size asks for, and all must lie inside the file."""
+    page = level.page
+    pieces = -(-page.imagelength // (page.tilelength if page.is_tiled else max(1, page.rowsperstrip)))
+    pieces *= -(-page.imagewidth // page.tilewidth) if page.is_tiled else 1
+    pieces *= page.samplesperpixel if page.planarconfig == 2 else 1
+    if len(page.dataoffsets) < pieces:
+        raise UnreadableFile(
+            f"{path} is damaged: {page.imagewidth} x {page.imagelength} pixels are {pieces} tiles or strips, it lists "
+            f"{len(page.dataoffsets)}. Download or copy it again."
+        )
+    ends = (offset + count for plane in level.planes for offset, count in zip(plane.dataoffsets, plane.databytecounts))
+    end, length = max(ends, default=0), path.stat().st_size
     if end > length:
         raise UnreadableFile(
             f"{path} is truncated: its pixels reach to byte {end}, it has {length}. Download or copy it again."

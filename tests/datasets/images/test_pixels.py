@@ -335,3 +335,13 @@ def test_a_tiff_without_its_end_is_refused_when_it_is_opened(tmp_path):
         path.write_bytes(path.read_bytes()[:-5000])
         with pytest.raises(ValueError, match=rf"{stored}\.tif (is truncated|cannot be decoded)"):
             open_slide(path)
+
+
+def test_a_size_that_the_tiles_do_not_fill_is_refused_when_it_is_opened(tmp_path):
+    """One wrong byte made 4 million columns of it, and a thumbnail took for ever."""
+    for stored, tag in (("tiled", "ImageWidth"), ("pyramidal", "ImageLength"), ("striped", "ImageLength")):
+        path = _write(tmp_path / f"{stored}.tif", RGB, {"photometric": "rgb"}, stored)
+        with tifffile.TiffFile(path, mode="r+") as file:
+            file.pages.first.tags[tag].overwrite(4_000_000)
+        with pytest.raises(ValueError, match=rf"{stored}\.tif is damaged: .*4000000.* tiles or strips, it lists \d+"):
+            open_slide(path)
