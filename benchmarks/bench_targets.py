@@ -30,7 +30,8 @@ from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.tables.counts import read_counts
 from datasets.tables.expression import highest_mean_panel, log10p1, normalise, smooth
-from datasets.tables.slide_table import check_spots, join, read_spots
+from datasets.tables.slide_table import join
+from datasets.tables.spot_table import check_spots, read_spots
 from datasets.targets import slide_targets
 from utils.cli import run
 

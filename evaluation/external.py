@@ -19,11 +19,11 @@ import pandas as pd
 from evaluation import aggregation
 from evaluation.fold_files import write_table
 from evaluation.report.tables import Table, label, number
-from evaluation.slide_scores import SlideResult, score_slide, score_training_mean
+from evaluation.slide_result import SlideResult
+from evaluation.slide_scores import score_slide, score_training_mean
 from utils.files import write_text
 from utils.runs import plain
 
-MEAN = "mean of folds"
 SCORES = ("pcc_all", "pcc_h", "pcc_highly_variable", "mse", "mae")
 EXPLANATION = (
     "Scored are only the panel genes that the external set has measured and that every fold predicts; the measured targets "

@@ -15,7 +15,7 @@ import pandas as pd
 from anndata.io import write_elem
 from PIL import Image
 
-from evaluation.slide_scores import SCALES
+from evaluation.slide_result import SCALES
 from utils.files import reading, require_file, safe_name, write_atomically
 from utils.text import some
 from utils.untrusted.hdf5 import probe_hdf5

@@ -21,7 +21,8 @@ from evaluation import aggregation
 from evaluation.fold_files import FoldScores
 from evaluation.gene_lists import ranked_on_test_list
 from evaluation.metrics import mae, mse, pearson
-from evaluation.slide_scores import TRAINING_MEAN, SlideResult, long_table, score_slide, score_training_mean
+from evaluation.slide_result import TRAINING_MEAN, SlideResult
+from evaluation.slide_scores import long_table, score_slide, score_training_mean
 from utils.text import some
 
 PROTOCOLS = ("paper", "clean")

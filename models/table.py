@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
-from models.baselines.bleep import bleep_loss, build_bleep
-from models.baselines.fitted import build_knn, build_mean, build_ridge, build_ridge_neighbor
-from models.baselines.probes import build_linear_probe, build_mlp
-from models.baselines.triplex import build_triplex, triplex_loss
 from models.contract import ExpressionModel, LossFunction, Needs, Sizes
-from models.gene_dml import build_gene_dml
-from models.losses import GeneDMLLoss, fused_loss
 from utils.config import Loss, Model
 from utils.text import unknown
 
@@ -47,17 +43,46 @@ def _all_scales(config: Model) -> Needs:
     return Needs(tokens=True, neighbors=config.use_neighbor, slides=config.use_global)
 
 
+def _at(place: str) -> Any:
+    """What is called "module:name". Its module is imported only now, so that one model does not load all the others."""
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+def _made_by(place: str) -> Callable[..., Any]:
+    return lambda *settings: _at(place)(*settings)
+
+
+def _same_for_all(place: str) -> Callable[[Loss], LossFunction]:
+    return lambda _settings: _at(place)
+
+
 # All of them get the same frozen features, so that a difference in score is one of method and not of patch encoder.
 MODELS = {
-    "gene_dml": Row(build_gene_dml, _all_scales, GeneDMLLoss, groups_spots=True),
-    "mean": Row(build_mean, _features, loss=None),
-    "ridge": Row(build_ridge, _features, loss=None),
-    "ridge_neighbor": Row(build_ridge_neighbor, _features_and_neighbors, loss=None),
-    "knn": Row(build_knn, _features, loss=None),
-    "mlp": Row(build_mlp, _features, loss=lambda _settings: fused_loss),
-    "linear_probe": Row(build_linear_probe, _features, loss=lambda _settings: fused_loss),
-    "bleep": Row(build_bleep, _features_and_training_spots, loss=lambda _settings: bleep_loss),
-    "triplex": Row(build_triplex, _all_scales, loss=lambda _settings: triplex_loss),
+    "gene_dml": Row(
+        _made_by("models.gene_dml:build_gene_dml"),
+        _all_scales,
+        loss=_made_by("models.losses:GeneDMLLoss"),
+        groups_spots=True,
+    ),
+    "mean": Row(_made_by("models.baselines.fitted:build_mean"), _features, loss=None),
+    "ridge": Row(_made_by("models.baselines.fitted:build_ridge"), _features, loss=None),
+    "ridge_neighbor": Row(_made_by("models.baselines.fitted:build_ridge_neighbor"), _features_and_neighbors, loss=None),
+    "knn": Row(_made_by("models.baselines.fitted:build_knn"), _features, loss=None),
+    "mlp": Row(_made_by("models.baselines.probes:build_mlp"), _features, _same_for_all("models.losses:fused_loss")),
+    "linear_probe": Row(
+        _made_by("models.baselines.probes:build_linear_probe"), _features, _same_for_all("models.losses:fused_loss")
+    ),
+    "bleep": Row(
+        _made_by("models.baselines.bleep:build_bleep"),
+        _features_and_training_spots,
+        _same_for_all("models.baselines.bleep:bleep_loss"),
+    ),
+    "triplex": Row(
+        _made_by("models.baselines.triplex:build_triplex"),
+        _all_scales,
+        _same_for_all("models.baselines.triplex:triplex_loss"),
+    ),
 }
 
 

@@ -19,7 +19,6 @@ from datasets.images.slides import open_slide
 from datasets.spots import SlideRecord
 from datasets.targets import slide_targets
 from evaluation.external import (
-    MEAN,
     Predictor,
     combined_list,
     external_summary,
@@ -27,6 +26,7 @@ from evaluation.external import (
     summary_table,
     write_external,
 )
+from evaluation.slide_result import MEAN
 from modes.prediction.encode import Chunk, bare_chunks, encoded_chunks, plan_for, whole_slide
 from modes.prediction.ensemble import (
     CHUNK_SIZE,

@@ -22,8 +22,6 @@ from datasets.field_of_view import compare_fields_of_view
 from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import Slide, open_slide
 from evaluation.predictions import read_prediction, tissue_image, write_prediction
-from evaluation.report.maps import Tissue, predicted_map
-from evaluation.report.style import save_figure
 from modes.prediction.encode import (
     Chunk,
     bare_chunks,
@@ -259,9 +257,13 @@ def predict_mean(members: Sequence[Member], genes: Sequence[str], slide: SlideBa
 
 
 def draw_maps(out: Path, genes: Sequence[str]) -> list[Path]:
-    """PNG and SVG maps of the genes beside the file; returns the PNGs."""
+    """Draw PNG and SVG maps of the genes beside the file; returns the PNGs."""
     if not genes:
         return []
+    # Here, because most predictions draw nothing and need no matplotlib.
+    from evaluation.report.maps import Tissue, predicted_map
+    from evaluation.report.style import save_figure
+
     adata = read_prediction(out)
     image, scale, diameter = tissue_image(adata)
     tissue = Tissue(next(iter(adata.uns["spatial"])), adata.obsm["spatial"], diameter, image, scale)

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.known_sets import SPECS
 from datasets.layout import IMAGE_SUFFIXES, Layout
 from datasets.tables.counts import read_counts
-from datasets.tables.slide_table import read_both, read_spots
+from datasets.tables.slide_table import read_both
+from datasets.tables.spot_table import read_spots
 from preprocess.raw.prepare import (
     Options,
     Prepared,

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.tables.counts import read_counts
-from datasets.tables.slide_table import read_both, read_spots
+from datasets.tables.slide_table import read_both
+from datasets.tables.spot_table import read_spots
 from preprocess.raw.files import files_below, find_file, find_optional
 from preprocess.raw.prepare import (
     Options,

@@ -23,7 +23,8 @@ import pandas as pd
 from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.tables.counts import gene_names, read_counts, round_ids
-from datasets.tables.slide_table import check_spots, read_both
+from datasets.tables.slide_table import read_both
+from datasets.tables.spot_table import check_spots
 from preprocess.raw.files import files_below, find_file, find_optional
 from preprocess.raw.gene_map import WHERE, is_ensembl, read_gene_map, symbols_of, with_genes
 from preprocess.raw.prepare import (

@@ -30,7 +30,7 @@ from datasets.layout import Layout
 from datasets.spec import DatasetSpec, read_spec
 from datasets.spec import write_spec as write_dataset_yaml
 from datasets.tables.counts import gene_names
-from datasets.tables.slide_table import check_spots, spot_ids
+from datasets.tables.spot_table import check_spots, spot_ids
 from preprocess.raw.files import image_size
 from preprocess.raw.gene_map import with_genes
 from preprocess.raw.prepare import Options, Prepared, RawSlide, place_slide, source_folder, tell, verify

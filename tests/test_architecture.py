@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,25 @@ MAY_IMPORT = {
     "modes": {"modes", "models", "datasets", "evaluation", "engine", "utils"},
     "main": {"modes", "models.table", "utils"},
 }
+# What a sub-room may import of its own room, beside itself.
+OF_THE_SAME_ROOM = {
+    "datasets.features": {"datasets.images", "datasets.tables", "datasets.layout", "datasets.spots"},
+    "datasets.images": set(),
+    "datasets.tables": {"datasets.layout", "datasets.spec"},
+    "evaluation.comparison": {"evaluation"},
+    "evaluation.report": {"evaluation"},
+    "models.baselines": {"models.contract", "models.encoders", "models.layers", "models.losses"},
+    "models.layers": set(),
+    "models.patch_encoders": set(),
+    "modes.checks": {"modes.prediction", "modes.training"},
+    "modes.prediction": set(),
+    "modes.training": {"modes.prediction"},
+    "preprocess.extraction": set(),
+    "preprocess.raw": set(),
+    "preprocess.simulation": set(),
+    "utils.untrusted": {"utils.files"},
+}
+MODES = {"train", "test", "external_test", "predict", "compare", "import_reference", "doctor"}
 
 
 def sources(room: str) -> list[Path]:
@@ -47,8 +70,76 @@ def test_imports_go_one_way(room):
             ours = name.split(".")[0] in ROOMS
             if ours and not any(name == to or name.startswith(f"{to}.") for to in MAY_IMPORT[room]):
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-    wrong = [line for line in wrong if not line.endswith("imports models")] if room == "preprocess" else wrong
     assert wrong == []
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the house by its name."""
+    paths = [path for room in ROOMS for path in sources(room)]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def test_imports_between_sub_rooms_go_one_way():
+    folders = {path.parent for path in modules().values() if path.parent.parent != ROOT and path.parent != ROOT}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} == set(OF_THE_SAME_ROOM)
+    wrong = []
+    for sub_room, others in OF_THE_SAME_ROOM.items():
+        room = sub_room.split(".")[0]
+        for path in sources(sub_room.replace(".", "/")):
+            for name in imported(path):
+                allowed = any(name == to or name.startswith(f"{to}.") for to in (sub_room, *others))
+                if name.split(".")[0] == room and name != room and not allowed:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def test_modes_shows_the_modes_and_none_imports_another():
+    import main
+
+    shown = {path.stem for path in (ROOT / "modes").glob("*.py")} - {"__init__"}
+    assert shown == MODES == set(main.MODES)
+    for name in shown:
+        others = {f"modes.{other}" for other in shown - {name}}
+        assert not others & imported(ROOT / "modes" / f"{name}.py"), f"modes/{name}.py imports another mode"
+
+
+def test_no_room_holds_more_than_twelve_files():
+    rooms = {path.parent for path in modules().values()} - {ROOT}
+    held = {str(room.relative_to(ROOT)): len(list(room.glob("[!_]*.py"))) for room in rooms}
+    assert {room: count for room, count in held.items() if count > 12} == {}
+
+
+def test_no_import_goes_round_in_a_circle():
+    """At the level of modules, over the whole house; what is imported for its types alone does not run."""
+    found = modules()
+
+    def at_import(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield str(node.module)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda) and not _is_for_types(node):
+            for child in ast.iter_child_nodes(node):
+                yield from at_import(child)
+
+    names = {name: set(at_import(ast.parse(path.read_text()))) & set(found) - {name} for name, path in found.items()}
+    order = graphlib.TopologicalSorter(names)
+    order.prepare()  # CycleError names the modules of a circle
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_prediction_loads_no_training():
+    """What `--mode predict` imports of the house, in a process of its own: packages count as modules."""
+    code = "import sys, modes.predict; print(*(n for n, m in sys.modules.items() if getattr(m, '__file__', None)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    ours = set(done.stdout.split()) & set(modules())
+    assert "modes.prediction.slide" in ours and len(ours) <= 55, sorted(ours)
+    unwanted = ("engine", "modes.training", "modes.checks", "evaluation.report", "models.losses", "models.baselines")
+    assert [name for name in ours if name.startswith(unwanted)] == []
 
 
 def test_nothing_needs_the_package_hidden_by_our_datasets_folder():

@@ -23,7 +23,8 @@ from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.spots import EncoderIdentity, SlideRecord, SpotStore, slide_of_row
-from datasets.tables.slide_table import check_inside, load_slide
+from datasets.tables.slide_table import load_slide
+from datasets.tables.spot_table import check_inside
 from utils.cli import progress
 
 _SAME_IN_ALL = ("dtype", "precision", "fill")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from datasets.tables.slide_table import GREATEST_COORDINATE, SELECTED, spot_ids
+from datasets.tables.spot_table import GREATEST_COORDINATE, SELECTED, spot_ids
 from utils.files import reading, require_file
 from utils.text import checked_names, some
 from utils.untrusted.text import cells_of, text_of

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from evaluation.slide_scores import SCALES
+from evaluation.slide_result import SCALES
 from utils.files import write_atomically
 
 INK = "#222222"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.slide_scores import SCALES, TRAINING_MEAN
+from evaluation.slide_result import SCALES, TRAINING_MEAN
 
 NOT_DEFINED = "\N{EN DASH}"
 SCORES = ("pcc_all", "pcc_h", "mse", "mae", "training_mean_mse", "training_mean_mae")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.features.cache import read_identity
-from datasets.field_of_view import compare_fields_of_view
+from datasets.field_of_view import TOLERANCE, compare_fields_of_view
 from datasets.known_sets import SAME_TISSUE, get_spec, leaking_slides
 from datasets.layout import Layout
 from modes.checks.findings import Findings
@@ -14,8 +14,6 @@ from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.config import Config
 from utils.text import some
 from utils.trained_fold import TrainedFold
-
-GREATEST_RATIO = 1.2
 
 
 def check_shared_tissue(config: Config, layout: Layout, slides: Sequence[str], findings: Findings) -> None:
@@ -63,7 +61,7 @@ def fields_of_view(layout: Layout, slides: Sequence[str]) -> dict[str, float]:
 
 
 def check_fields_of_view(layout: Layout, slides: Sequence[str], findings: Findings) -> dict[str, float]:
-    """Warn when patches of the slides differ by more than 20 % in width; returns the widths."""
+    """Warn when patches of the slides differ by more than `TOLERANCE` in width; returns the widths in micrometres."""
     found = fields_of_view(layout, slides)
     if not found:
         findings.warning(
@@ -74,8 +72,8 @@ def check_fields_of_view(layout: Layout, slides: Sequence[str], findings: Findin
         return found
     least, greatest = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
     widths = f"patches are {found[least]:.0f} um ({least}) to {found[greatest]:.0f} um ({greatest}) wide"
-    if found[greatest] > GREATEST_RATIO * found[least]:
-        large = [slide for slide, width in found.items() if width > GREATEST_RATIO * found[least]]
+    if found[greatest] > (1 + TOLERANCE) * found[least]:
+        large = [slide for slide, width in found.items() if width > (1 + TOLERANCE) * found[least]]
         findings.warning(
             "view",
             f"{widths}: cells look smaller on {some(large, 12)}. The published work trains so; slides scanned anew or scaled "

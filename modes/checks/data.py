@@ -15,7 +15,8 @@ from datasets.features.verify import verify_cache
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from datasets.tables.counts import gene_names, round_ids, spot_names
-from datasets.tables.slide_table import join, read_spots
+from datasets.tables.slide_table import join
+from datasets.tables.spot_table import read_spots
 from modes.checks.findings import Findings
 from modes.prediction.model import needs_of
 from utils.config import Config

@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.external import (
-    MEAN,
-)
+from evaluation.slide_result import MEAN
 from models.contract import ExpressionModel, Needs
 from modes.prediction.model import needs_of, restored_config, restored_model
 from modes.prediction.slide import Scales

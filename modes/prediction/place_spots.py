@@ -15,7 +15,7 @@ from datasets.images.spots_on_tissue import TissuePicture, check_spots_on_tissue
 from datasets.images.tissue import MIN_TISSUE, find_tissue, tissue_grid
 from datasets.tables.array_grid import grid_of_pixels
 from datasets.tables.positions import read_positions
-from datasets.tables.slide_table import check_inside, spot_ids
+from datasets.tables.spot_table import check_inside, spot_ids
 from modes.prediction.write import spot_diameter
 
 _LEAST_SPACING = 1 / 8  # of a patch

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datasets.batches import SlideBatch, SpotBatch
 from datasets.spots import SlideRecord
-from evaluation.slide_scores import SlideResult
+from evaluation.slide_result import SlideResult
 from models.contract import ExpressionModel, ModelInputs
 from utils.precision import Precision
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from scipy.spatial import KDTree
 
 from datasets.images.slides import open_slide
+from datasets.images.spots_on_tissue import spacing
 from datasets.spots import SlideRecord
 from evaluation.predictions import write_prediction
-from evaluation.slide_scores import SlideResult
+from evaluation.slide_result import SlideResult
 from utils.text import UNIT
 
 THUMBNAIL_PX = 2000
@@ -61,5 +61,4 @@ def spot_diameter(spatial_px: np.ndarray, patch_size: int) -> float:
     """
     if len(spatial_px) < 2:
         return float(patch_size)
-    nearest = KDTree(spatial_px).query(spatial_px, k=2)[0][:, 1]
-    return float(np.median(nearest)) / 2
+    return spacing(spatial_px) / 2

@@ -25,7 +25,8 @@ from datasets.images.geometry import check_num_neighbors, check_patch_size
 from datasets.images.overlay import compare_with_image
 from datasets.images.slides import Slide, open_slide
 from datasets.layout import Layout
-from datasets.tables.slide_table import check_inside, load_slide
+from datasets.tables.slide_table import load_slide
+from datasets.tables.spot_table import check_inside
 from models.patch_encoders.build import PatchEncoder
 from preprocess.extraction.patch_slide import PatchSlide
 from preprocess.extraction.prefetch import opened_in_turn

@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 
 from datasets.tables.counts import check_counts, gene_names
 from datasets.tables.h5ad import read_h5ad
-from datasets.tables.slide_table import GREATEST_COORDINATE, check_spots
+from datasets.tables.spot_table import GREATEST_COORDINATE, check_spots
 from preprocess.raw.gene_map import WHERE, is_ensembl, symbols_of, with_genes
 from utils.files import reading
 from utils.text import checked_names, some

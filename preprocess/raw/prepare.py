@@ -19,7 +19,8 @@ from datasets.images.overlay import compare_with_image
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.tables.expression import empty_spots, highest_mean_panel
-from datasets.tables.slide_table import check_inside, join, load_slide
+from datasets.tables.slide_table import join, load_slide
+from datasets.tables.spot_table import check_inside
 from preprocess.raw.files import image_size, place_file, write_counts, write_spots
 from preprocess.raw.panels import write_panel
 from utils.cli import progress, say

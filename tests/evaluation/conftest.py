@@ -13,7 +13,7 @@ import pytest
 from evaluation.fold_files import write_fold
 from evaluation.predictions import write_prediction
 from evaluation.protocol import score_fold
-from evaluation.slide_scores import SlideResult
+from evaluation.slide_result import SlideResult
 
 GENES = ["ACTB", "ERBB2", "HLA-DRB1", "MT/1A", "CONSTANT", "GAPDH", "KRT19", "FN1", "<b>&", "ZYX"]
 PATIENTS = ("A", "B", "C")

@@ -20,7 +20,8 @@ from evaluation.gene_lists import (
 )
 from evaluation.metrics import METRIC_NAMES
 from evaluation.protocol import epoch_scores, score_fold
-from evaluation.slide_scores import SlideResult, score_slide
+from evaluation.slide_result import SlideResult
+from evaluation.slide_scores import score_slide
 from evaluation.summary import summarise
 
 GENES = ["a", "b", "c", "d", "e", "f"]

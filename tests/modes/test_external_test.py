@@ -21,8 +21,9 @@ from datasets.layout import Layout
 from datasets.spec import DatasetSpec, write_spec
 from datasets.tables.slide_table import load_slide
 from datasets.targets import slide_targets
-from evaluation.external import MEAN, combined_list
+from evaluation.external import combined_list
 from evaluation.metrics import pearson
+from evaluation.slide_result import MEAN
 from modes.external_test import external_test
 from preprocess.extract_features_uni import main as extract
 from preprocess.prepare_visium import main as prepare_visium

@@ -14,7 +14,7 @@ from scipy import sparse
 
 from datasets.tables.counts import gene_names, read_counts, spot_names
 from datasets.tables.positions import read_positions
-from datasets.tables.slide_table import read_spots
+from datasets.tables.spot_table import read_spots
 from utils.untrusted import text
 
 

@@ -15,8 +15,8 @@ from scipy import sparse
 
 from datasets.tables.counts import gene_names, read_counts, round_ids, spot_names
 from datasets.tables.positions import read_positions
-from datasets.tables.slide_table import read_spots
 from datasets.tables.sparse import Stored, checked_sparse
+from datasets.tables.spot_table import read_spots
 from utils.files import load_names, safe_name
 from utils.text import checked_names
 

@@ -13,7 +13,8 @@ from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
 from datasets.tables.expression import expression_targets, log10p1, normalise, smooth
-from datasets.tables.slide_table import check_inside, load_slide, read_spots
+from datasets.tables.slide_table import load_slide
+from datasets.tables.spot_table import check_inside, read_spots
 
 OWN = DatasetSpec(name="own", patient_pattern=r"^([A-Z])\d$")
 SPOTS = pd.DataFrame(

@@ -14,7 +14,7 @@ from evaluation.comparison.runs import compare_methods, compare_runs, seed_runs
 from evaluation.fold_files import write_fold
 from evaluation.intervals import bootstrap_interval, gene_effect, paired_wilcoxon
 from evaluation.protocol import score_fold
-from evaluation.slide_scores import SlideResult
+from evaluation.slide_result import SlideResult
 
 # --- bootstrap ---
 
