@@ -99,7 +99,7 @@ class BatchMaker:
         self._lengths = [slide.stop - slide.start for slide in store.slides]
 
     def spots(self, rows: Tensor, views: Tensor, expression: Tensor | None, with_slides: bool) -> SpotBatch:
-        """The batch of `rows` (CPU, any order) with the target patch in `views`; expression (R, G) on the device."""
+        """Gather the batch of `rows` (CPU, any order) with the target patch in `views`; expression (R, G) on the device."""
         on_device = to_device(rows, self.device)
         given = self.source.get(rows, views) if self.source else None
         tokens, patches = (given, None) if self.source and self.source.gives_tokens else (None, given)
@@ -138,7 +138,7 @@ class BatchMaker:
         )
 
     def slide(self, record: SlideRecord) -> SlideBatch:
-        """One slide for evaluation: patches unturned (view 0), spots in the order of its table."""
+        """Gather one slide for evaluation: patches unturned (view 0), spots in the order of its table."""
 
         def chunks(size: int) -> Iterator[SpotBatch]:
             for rows in record.rows.split(size):
@@ -216,7 +216,7 @@ def epoch_rows(
     slides_per_batch: int,
     generator: torch.Generator,
 ) -> list[Tensor]:
-    """The batches of one epoch: every row once, shuffled.
+    """Draw the batches of one epoch: every row once, shuffled.
 
     slide_of_row: (R,) of the store; rows: those of the training slides.
     slides_per_batch = 0: spots of all slides are mixed (the paper). N > 0: every batch is drawn from N slides, so that

@@ -29,7 +29,7 @@ class Fold:
 def make_folds(
     patients: Sequence[str], scheme: str, num_folds: int | None = None, seed: int | None = None
 ) -> list[Fold]:
-    """All folds of the full, ordered list of patients.
+    """Make all folds of the full, ordered list of patients.
 
     scheme:    "leave_one_patient_out" (as many folds as patients) or "kfold": scikit-learn's
                KFold(num_folds, shuffle=True, random_state=seed) over the list as given, so its order matters.
@@ -72,7 +72,7 @@ def _kfold_tests(patients: list[str], num_folds: int | None, seed: int | None) -
 
 
 def available_folds(folds: Sequence[Fold], patients_on_disk: Collection[str]) -> tuple[list[Fold], list[str]]:
-    """The folds that can be run with the patients that have slides.
+    """Choose the folds that can be run with the patients that have slides.
 
     folds:            of the full list of patients (`make_folds`).
     patients_on_disk: patients with at least one usable slide.
@@ -115,7 +115,7 @@ def available_folds(folds: Sequence[Fold], patients_on_disk: Collection[str]) ->
 
 
 def with_validation(fold: Fold, seed: int) -> Fold:
-    """The fold with one inner training patient held out, on whom the epoch is chosen (clean protocol).
+    """Hold one inner training patient of a fold out, on whom the epoch is chosen (clean protocol).
 
     The choice depends on (seed, fold.index) and the training patients only. A fold with fewer than two training patients
     is returned unchanged.

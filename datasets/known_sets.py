@@ -108,7 +108,7 @@ SPECS: dict[str, DatasetSpec] = {spec.name: spec for spec in _ALL_SPECS}
 
 
 def get_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
-    """The spec of a data set or external test set.
+    """Find the spec of a data set or external test set.
 
     A `dataset.yaml` in <data_dir>/<name>/ or <data_dir>/test/<name>/ goes first: whoever prepared the folder described
     it, and a set prepared here follows the internal convention also under a published name. Then the table `SPECS`. An
@@ -145,7 +145,7 @@ SAME_TISSUE = {
 
 
 def leaking_slides(training_type: str, training_patients: Iterable[str], slides: Mapping[str, str]) -> dict[str, str]:
-    """Slides whose tissue the training has seen.
+    """Find slides whose tissue the training has seen.
 
     training_type, training_patients: what a model was trained on (validation patients included).
     slides: name -> patient of the external slides, whatever their folder is called: a public patient's identifier in

@@ -69,14 +69,17 @@ class Layout:
 
     @property
     def counts_dir(self) -> Path:
+        """Folder of the counts, a file a slide."""
         return self.root / "ST-cnts"
 
     @property
     def spots_dir(self) -> Path:
+        """Folder of the spot tables."""
         return self.root / "ST-spotfiles"
 
     @property
     def images_dir(self) -> Path:
+        """Folder of the images; the spec says how they are named below it."""
         return self.root / "ST-imgs"
 
     @property
@@ -86,6 +89,7 @@ class Layout:
 
     @property
     def panel_path(self) -> Path:
+        """The gene panel of the data set."""
         return self.root / f"genes_{self.name}.npy"
 
     @property
@@ -95,14 +99,15 @@ class Layout:
 
     @property
     def spec_path(self) -> Path:
+        """The description of the data set, where its folder has one."""
         return self.root / SPEC_FILE
 
     def new_counts_path(self, slide: str) -> Path:
-        """Where the preparing scripts write the counts of a slide."""
+        """Name the file that the preparing scripts write the counts of a slide to."""
         return self.counts_dir / f"{safe_name(slide, 'Slide')}{COUNT_SUFFIXES[0]}"
 
     def counts_path(self, slide: str) -> Path:
-        """The counts of a slide, in any of the accepted spellings. FileNotFoundError names them all."""
+        """Find the counts of a slide, in any of the accepted spellings. Raises FileNotFoundError, which names them all."""
         slide = safe_name(slide, "Slide")
         for suffix in COUNT_SUFFIXES:
             if (self.counts_dir / f"{slide}{suffix}").is_file():
@@ -113,16 +118,16 @@ class Layout:
         )
 
     def spots_path(self, slide: str) -> Path:
-        """The spot table of a slide; whether it exists is for the reader to say."""
+        """Name the spot table of a slide; whether it exists is for the reader to say."""
         return self.spots_dir / f"{safe_name(slide, 'Slide')}{SPOT_SUFFIX}"
 
     def image_pattern(self, slide: str) -> str:
-        """The spec's glob below ST-imgs, filled in for a slide."""
+        """Fill in the spec's glob below ST-imgs for a slide. Raises ValueError for a slide without a known patient."""
         patient = safe_name(self.spec.patient_of(slide), "Patient") if "{patient}" in self.spec.image_pattern else ""
         return self.spec.image_pattern.format(slide=safe_name(slide, "Slide"), patient=patient)
 
     def image_path(self, slide: str) -> Path:
-        """The one image of a slide. FileNotFoundError if there is none, ValueError if there are several."""
+        """Find the one image of a slide. Raises FileNotFoundError if there is none, ValueError if there are several."""
         found = self._images(slide)
         if not found:
             raise FileNotFoundError(
@@ -138,7 +143,7 @@ class Layout:
         return found[0]
 
     def cache_path(self, kind: str, slide: str) -> Path:
-        """Our HDF5 cache of a slide; kind is one of "target", "neighbor", "token", "patch"."""
+        """Name our HDF5 cache of a slide; kind is one of "target", "neighbor", "token", "patch"."""
         folder = {
             "target": f"gt_features_{self.patch_size}",
             "neighbor": f"n_features_{self.num_neighbors}_{self.patch_size}",
@@ -148,11 +153,11 @@ class Layout:
         return self.root / folder / f"{safe_name(slide, 'Slide')}.h5"
 
     def overlay_path(self, slide: str) -> Path:
-        """A small picture of a slide with its spots drawn on it."""
+        """Name the small picture of a slide with its spots drawn on it."""
         return self.root / "overlays" / f"overlay_{safe_name(slide, 'Slide')}.png"
 
     def published_path(self, kind: str, slide: str) -> Path | None:
-        """The published `.pt` features of a slide ("target" or "neighbor"), in either spelling of their folder."""
+        """Find the published `.pt` features of a slide ("target" or "neighbor"), in either spelling of their folder."""
         folders = {
             "target": (f"gt_features_{self.patch_size}", f"gt_features_uni_small_{self.patch_size}"),
             "neighbor": (
@@ -164,7 +169,7 @@ class Layout:
         return next((path for path in paths if path.is_file()), None)
 
     def slides_with_counts(self) -> list[str]:
-        """Slides that ST-cnts has a file for, sorted. FileNotFoundError if the folder is missing."""
+        """List the slides that ST-cnts has a file for, sorted. Raises FileNotFoundError if the folder is missing."""
         if not self.counts_dir.is_dir():
             raise FileNotFoundError(f"{self.counts_dir} does not exist. {self._prepare_hint()}")
         names = set()
@@ -175,7 +180,7 @@ class Layout:
         return sorted(names)
 
     def missing(self, slide: str) -> list[str]:
-        """What a slide lacks to be used, one phrase each: counts, spot table, patient, image or features in its place."""
+        """Say what a slide lacks to be used, one phrase each: counts, spot table, patient, image or features in its place."""
         lacks = []
         try:
             self.counts_path(slide)
@@ -200,7 +205,7 @@ class Layout:
         )
 
     def slides_on_disk(self) -> list[str]:
-        """Slides that can be used: counts, spot table, and an image or features; sorted by name.
+        """List the slides that can be used: counts, spot table, and an image or features; sorted by name.
 
         Raises ValueError for slides that the data set does not have, FileNotFoundError if no slide is complete.
         """
@@ -227,12 +232,12 @@ class Layout:
         return {slide: self.spec.patient_of(slide) for slide in self.slides_on_disk()}
 
     def incomplete_slides(self) -> dict[str, list[str]]:
-        """Expected or found slides that cannot be used, with what each lacks."""
+        """Find the expected or found slides that cannot be used, with what each lacks."""
         slides = sorted(set(self.spec.slides) | set(self.slides_with_counts()))
         return {slide: lacks for slide in slides if (lacks := self.missing(slide))}
 
     def left_out_note(self) -> str | None:
-        """A sentence naming the slides that cannot be used, with what the first lacks; None if there are none."""
+        """Name in a sentence the slides that cannot be used, with what the first lacks; None if there are none."""
         incomplete = self.incomplete_slides()
         if not incomplete:
             return None

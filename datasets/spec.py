@@ -66,7 +66,7 @@ class DatasetSpec:
     pitch_um: float | None = None
 
     def patient_of(self, slide: str) -> str:
-        """The patient a slide is of. Raises ValueError naming slide, data set and pattern."""
+        """Find the patient a slide is of. Raises ValueError naming slide, data set and pattern."""
         if slide in self.patient_of_slide:
             return self.patient_of_slide[slide]
         match = re.search(self.patient_pattern, slide)

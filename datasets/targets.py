@@ -19,7 +19,7 @@ MOST_ABSENT = 0.1  # of a panel may be absent from the counts of a test slide
 def slide_targets(
     table: AnnData, genes: Sequence[str], smoothing: bool = True, *, absent_is_zero: bool = False
 ) -> np.ndarray:
-    """Targets of a slide for a gene panel: float32 (N, G), log10(1 + counts per 10 000 of the panel).
+    """Compute the targets of a slide for a gene panel: float32 (N, G), log10(1 + counts per 10 000 of the panel).
 
     absent_is_zero: a panel gene that the table lacks was not found on the slide, as in the tables of ST counts, which
         leave such genes out. At most a tenth of the panel: beyond that the names are of another kind.
@@ -36,7 +36,7 @@ def slide_targets(
 
 
 def absent_genes(table: AnnData, genes: Sequence[str]) -> list[str]:
-    """Panel genes that the slide has no counts of."""
+    """Find the panel genes that the slide has no counts of."""
     return [gene for gene in genes if gene not in table.var_names]
 
 
@@ -67,7 +67,10 @@ def store_targets(
     *,
     absent_is_zero: bool = False,
 ) -> Tensor:
-    """(R, G) targets of the named slides at their rows; NaN at the rows of all others, so that none is used by mistake."""
+    """Compute the targets (R, G) of the named slides at their rows; NaN at all others, so that none is used by mistake.
+
+    Raises ValueError as `slide_targets`.
+    """
     targets = torch.full((store.slides[-1].stop, len(genes)), torch.nan)
     for slide in store.named(slides):
         found = slide_targets(slide.table, genes, smoothing, absent_is_zero=absent_is_zero)

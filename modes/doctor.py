@@ -54,7 +54,7 @@ def doctor(config: Config, question: Question) -> None:
 
 
 def examine(config: Config, question: Question) -> Findings:
-    """All findings, from the data folder to the memory; what depends on something missing is left out."""
+    """Collect all findings, from the data folder to the memory; what depends on something missing is left out."""
     findings = Findings()
     device = check_device(question.gpu, question.device, findings)
     if question.model_path is None:

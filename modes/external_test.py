@@ -53,7 +53,11 @@ _BYTES_A_NUMBER = 4
 def external_test(
     model_path: str | Path, test_name: str, fold: int | None, overrides: Sequence[str], device: torch.device
 ) -> Path:
-    """Test a run on <data_dir>/test/<test_name>; returns the folder with the results, <run>/external/<test_name>."""
+    """Test a run on <data_dir>/test/<test_name>; returns the folder with the results, <run>/external/<test_name>.
+
+    fold: of the run, None for all finished ones.  overrides: see `restored_config`.
+    Raises ValueError / FileNotFoundError for whatever cannot be used, before anything is predicted.
+    """
     checkpoints, fold_notes = chosen_checkpoints(model_path, fold)
     members = load_members(checkpoints, overrides, device)
     layout = external_layout(members[0], test_name)
@@ -77,7 +81,12 @@ def external_test(
 
 
 def make_predictors(test: ExternalTest) -> tuple[list[Predictor], list[str]]:
-    """The folds and, last, their mean, each with the gene lists that training fixed; and what PCC(H) is over."""
+    """Prepare the scoring of each fold and, last, of the mean of all, for the genes of the test.
+
+    returns: the predictors, each with its training mean (2, G) and the gene lists that training fixed, restricted to genes
+    that are scored; and the sentences that say over which genes PCC(H) is.
+    Raises ValueError for a summary of the run that cannot be read.
+    """
     genes, scored = test.genes, set(test.genes)
     lists_of_folds = [highly_predictive_of(member) for member in test.members]
     means = [member.fold.training_mean.numpy()[:, columns_of(member, genes)] for member in test.members]
@@ -102,7 +111,10 @@ def make_predictors(test: ExternalTest) -> tuple[list[Predictor], list[str]]:
 
 
 def highly_predictive_of(member: Member) -> list[str]:
-    """The genes of PCC(H) as the training run has fixed them: in the checkpoint (clean), in its summary (paper)."""
+    """Find the genes of PCC(H) as training has fixed them: in the checkpoint (clean), in the summary of the run (paper).
+
+    Empty where they are not known. Raises ValueError for a summary that cannot be read.
+    """
     if member.fold.split.protocol != "paper":
         return member.fold.gene_lists.get("highly_predictive", [])
     path = member.path.parent.parent / "summary.json"
@@ -187,7 +199,7 @@ def chunks_of(test: ExternalTest, record: SlideRecord, size: int) -> Iterator[Ch
 
 
 def about(test: ExternalTest, notes: list[str], peak: dict[str, float]) -> dict[str, object]:
-    """Everything of the summary that is no score."""
+    """Collect everything of the summary that is no score."""
     return {
         "run": test.members[0].run_name,
         "test_name": test.layout.name,

@@ -140,6 +140,7 @@ def predict(
 
 
 def describe_members(members: Sequence[Member]) -> str:
+    """Say whose prediction it is, in a few words."""
     return f"mean of {len(members)} folds" if len(members) > 1 else members[0].name.replace("_", " ")
 
 
@@ -183,7 +184,11 @@ def _check_genes(wanted: Sequence[str], genes: Sequence[str]) -> None:
 
 
 def covered_by_patch(members: Sequence[Member], mpp: float | None, match_mpp: bool) -> tuple[int, str]:
-    """Level-0 px that a patch covers, and a sentence about its field of view in training and here."""
+    """Find the level-0 px that a patch covers, and say how wide it was in training and is here.
+
+    mpp: micrometres per pixel of the slide, None if not known.  match_mpp: cover as many micrometres as in training.
+    Raises ValueError where that is asked for and a size is not known.
+    """
     patch_px, trained = members[0].config.DATA.patch_size, field_of_view_of(members)
     if match_mpp:
         if mpp is None:
@@ -200,7 +205,7 @@ def covered_by_patch(members: Sequence[Member], mpp: float | None, match_mpp: bo
 
 
 def find_spots(slide: Slide, options: PredictOptions, mpp: float | None, covered_px: int) -> SlideSpots:
-    """The spots of the file, or those of a grid on the tissue."""
+    """Take the spots of the file, or those of a grid on the tissue. Raises as `spots_of_file`, `spots_on_tissue`."""
     if options.spots is not None:
         return spots_of_file(slide, Path(options.spots), covered_px, options.exchanged_pixels)
     return spots_on_tissue(

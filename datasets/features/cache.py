@@ -79,10 +79,12 @@ class OpenCache:
 
     @property
     def numbers(self) -> h5py.Dataset:
+        """The features, tokens or patches, not read yet."""
         return self.file[DATASET_OF_KIND[self.identity.kind]]
 
     @property
     def spot_ids(self) -> list[str]:
+        """Ids of the spots, in order."""
         return self.file["spot_id"].asstr()[:].tolist()
 
     @property

@@ -70,6 +70,7 @@ class EncodingPlan:
 
     @property
     def views_encoded(self) -> int:
+        """How many views of a patch the encoder sees."""
         return self.views if "token" in self.kinds else 1
 
     @property
@@ -79,6 +80,7 @@ class EncodingPlan:
 
     @property
     def needs_encoder(self) -> bool:
+        """Whether anything beside the pixels is asked for."""
         return self.kinds != ("patch",)
 
 

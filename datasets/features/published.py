@@ -29,7 +29,7 @@ def read_published(path: str | Path, num_spots: int) -> np.ndarray:
 
 
 def verify_published(path: str | Path, num_spots: int) -> tuple[int, ...]:
-    """The shape of published features, checked as in `read_published`, without reading the numbers."""
+    """Find the shape of published features, checked as in `read_published`, without reading the numbers."""
     return tuple(_published(Path(path), num_spots, memory_map=True).shape)
 
 

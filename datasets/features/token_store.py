@@ -87,6 +87,7 @@ class TokenStore:
         return torch.from_numpy(np.empty(shape, dtype=self.identity.dtype))
 
     def close(self) -> None:
+        """Let files and threads go."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None

@@ -46,7 +46,7 @@ def _patients_of(config: Config, name: str) -> set[str]:
 
 
 def fields_of_view(layout: Layout, slides: Sequence[str]) -> dict[str, float]:
-    """Slide -> width of its patch in micrometres, from the cache (what the image said) or the data set; unknown left out."""
+    """Find {slide: width of its patch in micrometres}, from cache (what the image said) or data set; unknown left out."""
     found = {}
     for slide in slides:
         path = layout.cache_path("target", slide)
@@ -87,7 +87,7 @@ def check_fields_of_view(layout: Layout, slides: Sequence[str], findings: Findin
 def check_checkpoints(
     model_path: str, fold: int | None, config: Config, layout: Layout, slides: Sequence[str], findings: Findings
 ) -> None:
-    """The folds of a run against the configuration's data: tissue seen in training, encoder, sizes, field of view."""
+    """Compare the folds of a run with the configuration's data: tissue seen in training, encoder, sizes, field of view."""
     folds = findings.attempt("model", lambda: _read_folds(model_path, fold, findings))
     if not folds:
         return

@@ -25,7 +25,7 @@ from utils.text import some
 
 
 def check_slides(layout: Layout, findings: Findings) -> list[str]:
-    """The slides that can be used, against those that the data set is known to have."""
+    """Find the slides that can be used, and compare them with those that the data set is known to have."""
     slides = findings.attempt("data", layout.slides_on_disk)
     if slides is None:
         return []
@@ -41,7 +41,7 @@ def check_slides(layout: Layout, findings: Findings) -> list[str]:
 
 
 def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> list[SlideRecord]:
-    """Ids and centres of every slide whose counts and spot table fit together; the counts themselves are not read."""
+    """Read ids and centres of every slide whose counts and spot table fit together; the counts themselves are not read."""
     records, problems, odd, start = [], [], [], 0
     expected = layout.spec.expected_spots
     for slide in slides:
@@ -94,7 +94,7 @@ def _table_without_counts(layout: Layout, slide: str) -> AnnData:
 
 
 def check_panel(config: Config, layout: Layout, slides: Sequence[str], findings: Findings) -> None:
-    """The genes that are measured everywhere, and the panel file, which the paper's protocol cannot do without."""
+    """Check the genes measured on every slide, and the panel file, which the paper's protocol cannot do without."""
     try:
         measured = [set(gene_names(layout.counts_path(slide))) for slide in slides]
     except ValueError as error:
@@ -128,7 +128,7 @@ def check_panel(config: Config, layout: Layout, slides: Sequence[str], findings:
 
 
 def check_features(config: Config, layout: Layout, records: Sequence[SlideRecord], findings: Findings) -> str | None:
-    """Features and token caches against spots, images and each other. Returns the SHA-256 of the weights they are of."""
+    """Check features and token caches against spots, images and each other; returns the SHA-256 of their weights."""
     needs, encoder = needs_of(config), config.DATA.encoder
     reader = FeatureReader(layout, encoder, with_neighbors=needs.neighbors)
     missing = {kind: _without(layout, kind, records) for kind in reader.kinds}

@@ -32,23 +32,26 @@ class Findings:
     found: list[Finding] = field(default_factory=list)
 
     def ok(self, topic: str, text: str) -> None:
+        """Note that something is as it should be."""
         self.found.append(Finding(OK, topic, text))
 
     def warning(self, topic: str, text: str) -> None:
+        """Note what does not stop a run but should be known."""
         self.found.append(Finding(WARNING, topic, text))
 
     def problem(self, topic: str, text: str) -> None:
+        """Note what would stop a run."""
         self.found.append(Finding(PROBLEM, topic, text))
 
     def problems(self, topic: str, texts: Sequence[str]) -> None:
-        """Several of one kind: the first few, and how many more."""
+        """Note several problems of one kind: the first few, and how many more."""
         for text in texts[:_SHOWN]:
             self.problem(topic, text)
         if len(texts) > _SHOWN:
             self.problem(topic, f"... and {len(texts) - _SHOWN} more of the kind.")
 
     def attempt(self, topic: str, check: Callable[[], T]) -> T | None:
-        """What `check` returns; None when it raises a user's error, which becomes a problem."""
+        """Return what `check` does; None when it raises a user's error, which becomes a problem."""
         try:
             return check()
         except (ValueError, OSError) as error:
@@ -56,4 +59,5 @@ class Findings:
             return None
 
     def count(self, level: str) -> int:
+        """Count the findings of a level."""
         return sum(finding.level == level for finding in self.found)

@@ -22,7 +22,7 @@ from utils.devices import available_memory, device_from
 def check_patch_encoder_files(
     config: Config, layout: Layout, slides: Sequence[str], have_features: bool, findings: Findings
 ) -> PatchEncoderSpec | None:
-    """The encoder's name, the size of its patches, and its weights where the run (or an extraction before it) needs them."""
+    """Check the encoder's name and size of patches, and its weights where the run, or an extraction before it, needs them."""
 
     def takes_patches() -> PatchEncoderSpec:
         found = patch_encoder_spec(config.DATA.encoder)
@@ -44,7 +44,7 @@ def check_patch_encoder_files(
 
 
 def check_device(gpu: int | None, device: str | None, findings: Findings) -> torch.device | None:
-    """The device asked for; None if it is not there."""
+    """Find the device asked for; None if it is not there."""
     if gpu is None and device is None and not torch.cuda.is_available():
         findings.warning("device", "no CUDA device: the CPU is used, which is for small models and trials.")
         return torch.device("cpu")
@@ -63,7 +63,7 @@ def check_token_cache(
     spec: PatchEncoderSpec,
     findings: Findings,
 ) -> None:
-    """What a token cache would take, where there is none and the model reads tokens."""
+    """Say what a token cache would take of the disk, where there is none and the model reads tokens."""
     if not needs_of(config).tokens or not runs_encoder(config, layout, slides) or config.DATA.tokens == "online":
         return
     views = VIEW_COUNTS[-1]
@@ -85,7 +85,7 @@ def check_token_cache(
 
 
 def check_memory(need: Demand, device: torch.device, findings: Findings) -> None:
-    """The demand against the memory of the host and of the device."""
+    """Compare the demand with the free memory of the host and of the device."""
     on_cuda = device.type == "cuda"
     parts = {
         "features": need.features,
@@ -113,4 +113,5 @@ def check_memory(need: Demand, device: torch.device, findings: Findings) -> None
 
 
 def gigabytes(nbytes: float) -> str:
+    """Write bytes as GB, for a message."""
     return f"{nbytes / 1e9:.3g} GB"

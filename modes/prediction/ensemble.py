@@ -36,6 +36,7 @@ class Member:
 
     @property
     def name(self) -> str:
+        """Name of its folder, "fold_<index>"."""
         return f"fold_{self.fold.split.fold}"
 
     @property
@@ -46,14 +47,16 @@ class Member:
 
     @property
     def genes(self) -> list[str]:
+        """The panel that it predicts, in order."""
         return self.fold.genes
 
     @property
     def needs(self) -> Needs:
+        """Which inputs its model reads."""
         return needs_of(self.config)
 
     def load(self) -> ExpressionModel:
-        """The model with its weights on the device, read from the checkpoint unless it is held."""
+        """Give the model with its weights on the device, read from the checkpoint unless it is held."""
         if self._model is None:
             fold = load_checkpoint(self.path, memory_map=True)
             self._model = restored_model(fold, self.path, self.device).eval()
@@ -65,9 +68,11 @@ class Member:
 
 
 def load_members(checkpoints: Sequence[Path], overrides: Sequence[str], device: torch.device) -> list[Member]:
-    """The folds of checkpoints (`utils.checkpoint.chosen_checkpoints`), no model of them loaded yet.
+    """Read the folds of checkpoints (`utils.checkpoint.chosen_checkpoints`); no model of them is loaded yet.
 
-    Raises ValueError if they cannot work on the same features.
+    overrides: "SECTION.key=value" of what this machine does differently; see `restored_config`.
+    Raises ValueError for another override, for a file that is no checkpoint, and for folds of which one was trained on
+    other features (patch encoder, pooling of tokens, patch size, neighbors) or another data set than the first.
     """
     members = []
     for checkpoint in checkpoints:
@@ -103,13 +108,16 @@ def _check_alike(members: Sequence[Member]) -> None:
 
 
 def run_folder(members: Sequence[Member], model_path: str | Path, fold: int | None) -> Path:
-    """Where results go: the run folder where all of its folds are meant, a fold's own folder where one was asked for."""
+    """Choose where results go: the run folder where all of its folds are meant, a fold's own folder where one was asked for."""
     of_all = fold is None and Path(model_path).is_dir() and fold_checkpoints(model_path)
     return Path(model_path) if of_all else result_folder(members[0].path)
 
 
 def shared_genes(members: Sequence[Member]) -> list[str]:
-    """Genes that every fold predicts, in the order of the first (the clean protocol gives each fold its own panel)."""
+    """Find the genes that every fold predicts, in the order of the first (in the clean protocol panels differ).
+
+    Raises ValueError if there is none.
+    """
     shared = set.intersection(*(set(member.genes) for member in members))
     genes = [gene for gene in members[0].genes if gene in shared]
     if not genes:
@@ -120,7 +128,7 @@ def shared_genes(members: Sequence[Member]) -> list[str]:
 
 
 def columns_of(member: Member, genes: Sequence[str]) -> np.ndarray:
-    """(G,) places of the genes in the fold's panel."""
+    """Find the places (G,) of the genes in the fold's panel, which must have them all."""
     place = {gene: index for index, gene in enumerate(member.genes)}
     return np.array([place[gene] for gene in genes], dtype=np.int64)
 
@@ -145,13 +153,13 @@ def mean_prediction(predictions: Sequence[Scales]) -> Scales:
 
 
 def field_of_view_of(members: Sequence[Member]) -> float | None:
-    """Mean width of a training patch in micrometres; None where no fold knows it."""
+    """Average the width of a training patch in micrometres over the folds; None where no fold knows it."""
     known = [size for member in members if (size := member.fold.field_of_view_um) is not None]
     return float(np.mean(known)) if known else None
 
 
 def peak_memory() -> dict[str, float]:
-    """Greatest memory of this process so far, in GB: of the host and, if there is one, of the CUDA device."""
+    """Measure the greatest memory of this process so far, in GB: of the host and, if there is one, of the CUDA device."""
     peak = {"host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}  # KiB on Linux
     if torch.cuda.is_available():
         peak["device_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -159,12 +167,13 @@ def peak_memory() -> dict[str, float]:
 
 
 def describe_peak(peak: dict[str, float]) -> str:
+    """Say the peak of `peak_memory` in a sentence."""
     device = f", {peak['device_gb']:.2f} GB of the device" if "device_gb" in peak else ""
     return f"Peak memory: {peak['host_gb']:.2f} GB of the host{device}."
 
 
 def provenance_of(members: Sequence[Member], notes: Sequence[str]) -> dict[str, object]:
-    """Which models made a prediction. notes: on folds that were left out, or taken although they are not finished."""
+    """Say which models made a prediction. notes: on folds that were left out, or taken although they are not finished."""
     made = members[0].fold.encoder
     return {
         **({"folds": " ".join(notes)} if notes else {}),

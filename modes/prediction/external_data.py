@@ -46,6 +46,7 @@ class ExternalTest:
 
     @property
     def config(self) -> Config:
+        """The configuration of the first fold; what the features depend on is the same in all."""
         return self.members[0].config
 
 
@@ -94,7 +95,7 @@ def open_test(members: list[Member], layout: Layout, device: torch.device, fold_
 
 
 def measured_genes(layout: Layout, slides: Sequence[str], panel: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Panel genes that every slide has measured, and the others."""
+    """Divide the panel into genes that every slide has measured and the others. Raises ValueError if none is measured."""
     measured = set.intersection(*(set(gene_names(layout.counts_path(slide))) for slide in slides))
     genes = [gene for gene in panel if gene in measured]
     if not genes:
@@ -107,7 +108,11 @@ def measured_genes(layout: Layout, slides: Sequence[str], panel: Sequence[str]) 
 
 
 def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torch.device) -> CachedTokens | None:
-    """The token caches if every slide has one (or DATA.tokens=cache); otherwise the encoder will run."""
+    """Open the token caches if every slide has one, or DATA.tokens=cache; None where the encoder will run on the patches.
+
+    Raises FileNotFoundError if caches are asked for and missing, ValueError if one does not fit the spots or the features,
+    or is pooled by another factor than the tokens of the training.
+    """
     config = member.config
     has_all = all(layout.cache_path("token", slide.name).exists() for slide in store.slides)
     if config.DATA.tokens == "online" or (config.DATA.tokens == "auto" and not has_all):
@@ -132,7 +137,7 @@ def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torc
 
 
 def warnings_of(test: ExternalTest) -> list[str]:
-    """What a reader of the scores must know before them: what was left out, leaks, fields of view, features of no origin."""
+    """Collect what a reader must know before the scores: what was left out, leaks, fields of view, features of no origin."""
     layout, config = test.layout, test.config
     without_counts = note_on_counts(test.store.slides)
     notes = [*test.fold_notes, *(note for note in (test.left_out, without_counts) if note)]

@@ -33,6 +33,7 @@ class SlideSpots:
 
     @property
     def centers(self) -> np.ndarray:
+        """(N, 2) int64 level-0 px (x, y)."""
         return self.table.obsm["center"]
 
 
@@ -45,7 +46,11 @@ def spots_on_tissue(
     covered_px: int,
     min_tissue: float | None,
 ) -> SlideSpots:
-    """A square grid on the tissue that is found; without a pitch, one patch of `covered_px` beside the other."""
+    """Lay a square grid over the tissue that is found; without a pitch, one patch of `covered_px` beside the other.
+
+    min_tissue: share of a patch that must be tissue.
+    Raises ValueError where no tissue is found, and for a pitch in micrometres without the size of a pixel.
+    """
     pitch = pitch_px or float(covered_px)
     if pitch_um is not None and mpp is None:
         raise ValueError(
