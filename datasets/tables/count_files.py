@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from utils.untrusted.text import first_lines, unpacked_bytes
+from utils.untrusted.text import first_lines, text_bytes
 
 _HEXADECIMAL = re.compile(rb"[\t,] *[-+]?0[xX][^\t,\n]*")  # Arrow takes it for a number
 
@@ -56,7 +56,7 @@ def _index_columns(schema: pa.Schema) -> list[str]:
 
 def read_text(path: Path) -> tuple[np.ndarray | pa.Table, list[str], list[str]]:
     """Read tab or comma separated text; the header may leave out the name of the first column, as R writes it."""
-    header, _, body = unpacked_bytes(path).replace(b"\r\n", b"\n").partition(b"\n")
+    header, _, body = text_bytes(path).replace(b"\r\n", b"\n").partition(b"\n")
     names, separator = _columns(path, header, body.partition(b"\n")[0]), _separator(path)
     values, spots = _integers(body, separator, len(names) - 1)
     if values is not None:
@@ -81,7 +81,7 @@ def text_genes(path: Path) -> list[str]:
 def text_spots(path: Path) -> list[str]:
     """Read the first column."""
     separator = _separator(path).encode()
-    lines = unpacked_bytes(path).split(b"\n")[1:]
+    lines = text_bytes(path).split(b"\n")[1:]
     return [line.partition(separator)[0].decode().strip('"') for line in lines if line.strip()]
 
 

@@ -16,7 +16,7 @@ from scipy import sparse
 from datasets.tables.count_files import parquet_genes, parquet_spots, read_parquet, read_text, text_genes, text_spots
 from datasets.tables.h5ad import read_h5ad, read_names
 from utils.files import reading, require_file
-from utils.text import checked_names, shortened, some
+from utils.text import brief, checked_names, shortened, some
 
 _SPOT_ID = re.compile(r"(-?\d{1,9}(?:\.\d{1,30})?)x(-?\d{1,9}(?:\.\d{1,30})?)", re.ASCII)
 GREATEST_COUNT = 2**31 - 1
@@ -174,7 +174,7 @@ def _numeric(table: pa.Table, spots: list[str], genes: Sequence[str]) -> tuple[n
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
             column = table.column(position).to_pandas()
             bad = np.flatnonzero(pd.to_numeric(column, errors="coerce").isna())
-            found = repr(column.iloc[bad[0]]) if len(bad) else str(kind)
+            found = brief(column.iloc[bad[0]]) if len(bad) else str(kind)
             where = [spots[row] for row in bad]
             problems.append(f"non-numeric counts ({found} for gene {genes[position]}) in spots {some(where)}")
     if problems:

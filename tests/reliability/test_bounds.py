@@ -70,3 +70,13 @@ def test_damage_in_a_compressed_table_is_an_error_with_its_name(tmp_path, read):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"s\.tsv\.gz cannot be read as "):
         read(path)
+
+
+@pytest.mark.parametrize("character", ["\0", "\x1c", "\x0c", "\x1b"])
+def test_control_characters_are_no_part_of_a_table(tmp_path, character):
+    path = tmp_path / "s.tsv"
+    path.write_text(f"\tA\n1x1\t1\n2x1\t{character}1\n")
+    message = rf"s\.tsv cannot be read as .*line 3 holds the control character {ord(character):#04x}"
+    for read in (read_counts, spot_names, read_spots, read_positions):
+        with pytest.raises(ValueError, match=message):
+            read(path)

@@ -190,7 +190,8 @@ def test_tables_of_features_and_barcodes_are_read_as_they_are_meant(mtx, change)
         (lambda r: "\n".join([*r[:2], r[2].rpartition("\t")[0], r[3]]), r"features\.tsv\.gz, line 3: expected 3 cells"),
         (lambda r: "\n".join([*r[:2], "", *r[2:]]), r"features\.tsv\.gz, line 3: expected 3 cells"),
         (lambda r: "\n".join(r[:3]), r"the matrix is \(4, \d+\), but there are 3 genes"),
-        (lambda r: "\n".join(r).replace("TP53", "TP\x1b53"), r"genes with names that are"),
+        (lambda r: "\n".join(r).replace("TP53", "TP\x1b53"), r"line 1 holds the control character 0x1b"),
+        (lambda r: "\n".join(r).replace("TP53", "x" * 201), r"genes with names that are"),
         (lambda r: "\n".join(r).replace("Gene Expression", "Antibody Capture"), r"no features of the type 'Gene Exp"),
     ],
 )

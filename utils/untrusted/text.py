@@ -12,6 +12,7 @@ import pandas as pd
 MOST_BYTES = 1 << 29  # of a table when it is unpacked
 LONGEST_LINE = 1 << 24
 _GZIP = b"\x1f\x8b"
+_CONTROL = bytes(code for code in range(32) if code not in b"\t\n\r")
 _MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 
 
@@ -36,6 +37,15 @@ def unpacked_bytes(path: Path) -> bytes:
     return content.removeprefix(_MARK)
 
 
+def text_bytes(path: Path) -> bytes:
+    """Read a file of text, as `unpacked_bytes` does. Raises ValueError if it holds a NUL or another control character."""
+    content = unpacked_bytes(path)
+    if len(content.translate(None, _CONTROL)) < len(content):
+        place = next(i for i, byte in enumerate(content) if byte in _CONTROL)
+        raise ValueError(f"line {content.count(10, 0, place) + 1} holds the control character {content[place]:#04x}")
+    return content
+
+
 def first_lines(path: Path, count: int) -> list[bytes]:
     """Read the first lines of a file without the rest, as `unpacked_bytes` does; empty where there are fewer."""
     with open_unpacked(path) as file:
@@ -46,11 +56,8 @@ def first_lines(path: Path, count: int) -> list[bytes]:
 
 
 def text_of(path: Path) -> str:
-    """Read a file of UTF-8 text, as `unpacked_bytes` does. Raises ValueError if it is none, or holds a NUL."""
-    text = unpacked_bytes(path).decode("utf-8")
-    if "\0" in text:
-        raise ValueError(f"line {text.count(chr(10), 0, text.index(chr(0))) + 1} holds a NUL character")
-    return text
+    """Read a file of UTF-8 text, as `text_bytes` does. Raises ValueError if it is none."""
+    return text_bytes(path).decode("utf-8")
 
 
 def cells_of(text: str, separator: str | None = None, *, has_header: bool = True) -> pd.DataFrame:
