@@ -182,12 +182,17 @@ def test_a_reader_that_goes_is_no_traceback():
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into the process by /proc")
 def test_an_interrupt_while_libraries_are_imported(tmp_path):
+    """A library may swallow an interrupt that hits its own start (it is then as if none had come), so there are three."""
     words = ("--mode", "train", "--config_name", "demo/dml", "--data_dir", str(tmp_path))
-    with program(*words, stdout=subprocess.PIPE) as process:
-        maps, until = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
-        while "libtorch" not in maps.read_text():
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.002)
-        process.send_signal(signal.SIGINT)
-        said = "".join(process.communicate())
-    assert process.returncode == 130 and "interrupted: " in said and "Traceback" not in said
+    statuses = []
+    while 130 not in statuses and len(statuses) < 3:
+        with program(*words, stdout=subprocess.PIPE) as process:
+            maps, until = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+            while "libtorch" not in maps.read_text():
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.002)
+            process.send_signal(signal.SIGINT)
+            said = "".join(process.communicate())
+        assert "Traceback" not in said
+        statuses.append(process.returncode)
+    assert statuses[-1] == 130 and "interrupted: " in said
