@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import numpy as np
 import pytest
 
 from datasets.spec import DatasetSpec, read_spec
+from evaluation.fold_files import read_fold
+from evaluation.predictions import read_prediction
+from tests.command_line import call_main
 from utils.cli import run
 from utils.config import load_config
 from utils.files import UnreadableFile, reading
@@ -239,3 +243,56 @@ def test_the_log_of_the_epochs_names_its_line(line, tmp_path):
     path.write_text(f'{{"epoch": 1}}\n{line}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
         read_epochs(path)
+
+
+RUN_FILES = {
+    "result.json": ["", "{", "[]", "3", "{}", '{"protocol": "clean"}', "[" * 100_000, "\xff\xfe"],
+    "split.json": ["", "{", "[]", '{"fold": "0", "name": "A", "protocol": "clean", "test_patients": []}'],
+    "metrics.jsonl": ["3\n", "[1]\n", '{"epoch": 0}\n{"epo'],
+    "per_gene_slide.csv": ["", "a,b\n1,2\n", '"', "slide,patient,scale,truth,gene\nA1,A,fused,smoothed,X\n"],
+    "genes.txt": ["\xff\xfe"],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name, texts in RUN_FILES.items() for text in texts])
+def test_a_damaged_file_of_a_run_names_itself(name, content, tiny_run, tmp_path):
+    fold = tiny_run.copy(tmp_path) / "fold_0"
+    read_fold(fold)
+    (fold / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=re.escape(str(fold / name))) as caught:
+        read_fold(fold)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_damaged_prediction_names_itself(tiny_run, tmp_path):
+    path = next((tiny_run.copy(tmp_path) / "fold_0" / "predictions").glob("*.h5ad"))
+    content = path.read_bytes()
+    read_prediction(path)
+    generator = np.random.default_rng(0)
+    for length in generator.integers(0, len(content), 8):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            read_prediction(path)
+    for place in generator.integers(0, min(len(content), 60_000), 25):
+        path.write_bytes(content[:place] + b"\0" + content[place:])
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} cannot be read as a prediction"):
+            read_prediction(path)
+
+
+def test_a_locked_cache_in_a_whole_command(tiny_run):
+    """CASES 6: never the command that throws hours of features away."""
+    path = next((tiny_run.data_dir / "demo" / "gt_features_64").glob("A1.h5"))
+    with open(path, "rb+") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        left = call_main(
+            "--mode",
+            "doctor",
+            "--config_name",
+            tiny_run.config_name,
+            "--data_dir",
+            tiny_run.data_dir,
+            "--device",
+            "cpu",
+        )
+    assert left.status == 2 and "it is locked (in use by another process" in left.said, left.said
+    assert "HDF5_USE_FILE_LOCKING=FALSE" in left.said and "--overwrite" not in left.said
