@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -150,6 +151,19 @@ def checksums_of(block: np.ndarray, block_axes: int) -> np.ndarray:
     rows = block.reshape(math.prod(block.shape[:block_axes]), math.prod(block.shape[block_axes:]))
     sums = np.fromiter((xxh3_64_intdigest(row.data) for row in rows), np.uint64, len(rows))
     return sums.reshape(block.shape[:block_axes])
+
+
+def read_whole(descriptor: int, out: np.ndarray, place: int) -> None:
+    """Fill a contiguous array with the bytes of an open file from `place` on; other threads run meanwhile.
+
+    Raises ValueError if the file ends before.
+    """
+    target, position = out.reshape(-1).view(np.uint8).data, 0
+    while position < len(target):
+        count = os.preadv(descriptor, [target[position:]], place + position)
+        if count == 0:
+            raise ValueError("it ends in the middle of its numbers")
+        position += count
 
 
 def is_finite(block: np.ndarray) -> bool:
