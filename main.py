@@ -10,6 +10,7 @@ python main.py --mode doctor --config_name her2st/dml
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -115,7 +116,8 @@ PREDICTION = (
     Flag("mpp", PREDICT, "micrometres per pixel (default: of the slide's metadata)", kind=float),
     Flag("match_mpp", PREDICT, "scale patches to the field of view of the training", kind=bool),
     Flag("min_tissue", PREDICT, "share of a patch that must be tissue (default: 0.5)", kind=float),
-    Flag("genes", PREDICT, "also draw maps of these genes, e.g. ERBB2,GNAS", kind=parse_names),
+    Flag("genes", (*START, *PREDICT), "train on these genes (DATA.genes); predict: also draw their maps; e.g. ERBB2,GNAS",
+         kind=parse_names),
 )
 # fmt: on
 
@@ -190,7 +192,8 @@ def config_of(arguments: argparse.Namespace) -> Config:
     """Return the configuration that the flags mean. Raises ValueError, also for a model that does not exist."""
     from models.table import find_model
 
-    config = load_config(arguments.config_name, COMMAND_LINE.overrides(arguments))
+    given = [f"DATA.genes={json.dumps(','.join(arguments.genes))}"] if arguments.genes else []
+    config = load_config(arguments.config_name, [*given, *COMMAND_LINE.overrides(arguments)])
     find_model(config.MODEL.name)
     return config
 

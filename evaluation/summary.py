@@ -32,11 +32,11 @@ CHOICES = {  # by what `split.json` says under "selection"
     "none": "fitted without epochs",
 }
 OPTIMISTIC = "The epoch is chosen on the test fold, as in the published code: all scores are optimistic."
-PAPER_NOTES = (
+PAPER_NOTE = (
     "PCC(H): the genes are ranked on the same test predictions that are scored. It is biased upward (random "
-    "predictions score above zero), and every model is scored on its own list.",
-    "The gene panel is chosen from all slides, those of the test patients included.",
+    "predictions score above zero), and every model is scored on its own list."
 )
+PAPER_PANEL = "The gene panel is chosen from all slides, those of the test patients included."
 
 
 def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
@@ -261,7 +261,10 @@ def _notes(
     records: Sequence[FoldRecord], protocol: str, found: Sequence[str], price: dict[str, Any] | None
 ) -> list[str]:
     on_test = any(record.split.get("selection") == "test" for record in records)
-    notes = [*([OPTIMISTIC] if on_test else []), *PAPER_NOTES] if protocol == "paper" else []
+    is_given = all(record.split.get("panel") == "given" for record in records)
+    notes = [OPTIMISTIC] if protocol == "paper" and on_test else []
+    if protocol == "paper":
+        notes += [PAPER_NOTE, *([] if is_given else [PAPER_PANEL])]
     if protocol == "clean" and on_test:
         notes.append("The split says that the epoch was chosen on the test fold: these scores are not clean.")
     if price is not None and protocol == "clean":

@@ -53,7 +53,7 @@ def test_all_unread_flags_are_named_at_once():
     assert message.splitlines() == [
         "--folds is for --mode train; --mode test takes --fold N or tests all folds.",
         "--out is for --mode predict, compare or import_reference; --mode test writes beside the checkpoint.",
-        "--genes is for --mode predict.",
+        "--genes is for --mode train, doctor or predict.",
     ]
     message = refused("predict", "--model_path", "nowhere", *SLIDE, "--config_name", "her2st/dml", "--test_name", "a")
     assert "--mode predict finds the configuration in the checkpoint.\n--test_name is for" in message

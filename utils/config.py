@@ -37,6 +37,7 @@ class Data:
     patch_size: int = 224  # px at level 0
     num_neighbors: int = 5  # tiles a side
     num_genes: int = 250
+    genes: str | None = None  # the panel: a file of names, or the names with commas; None: chosen by the protocol
     encoder: str = "uni"
     weights: str | None = None  # file of the encoder's weights; None: looked for (weights/README.md)
     tokens: str = "auto"  # auto | cache | online: where the target tokens come from

@@ -23,6 +23,7 @@ _KINDS = {
     "fold": dict,
     "training_mean": Tensor,
 }
+_LATER = ("digests", "panel")  # entries that earlier versions did not write
 Record = TypeVar("Record", "Progress", "SplitRecord", "PatchEncoderRecord", "OptimizationState")
 
 
@@ -71,6 +72,7 @@ class SplitRecord:
     selection: str  # validation | test | fixed | none (a closed form has no epochs)
     features: dict[str, Any] = field(default_factory=dict)  # what the patches and their encoder were; {}: not known
     notes: list[str] = field(default_factory=list)  # for the summary
+    panel: str = ""  # where its genes are from: given | file | training patients; "" in earlier versions
     # By slide, as `datasets.digests.digests_of` gives them; {}: of a version that did not record them.
     digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -96,7 +98,7 @@ class SplitRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the entries as files have them."""
-        return {name: value for name, value in asdict(self).items() if name != "digests" or value}
+        return {name: value for name, value in asdict(self).items() if value or name not in _LATER}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str) -> SplitRecord:

@@ -15,6 +15,7 @@ from datasets.features.verify import verify_cache
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from datasets.tables.counts import gene_names, round_ids, spot_names
+from datasets.tables.gene_list import checked_genes
 from datasets.tables.slide_table import join
 from datasets.tables.spot_table import read_spots
 from modes.checks.findings import Findings
@@ -101,6 +102,11 @@ def check_panel(config: Config, layout: Layout, slides: Sequence[str], findings:
         findings.problem("genes", str(error))
         return
     shared, wanted = set.intersection(*measured), config.DATA.num_genes
+    if config.DATA.genes is not None:
+        given = findings.attempt("genes", lambda: checked_genes(str(config.DATA.genes), dict(zip(slides, measured))))
+        if given:
+            findings.ok("genes", f"DATA.genes lists {len(given)} genes, measured on every slide.")
+        return
     is_paper = config.EVALUATION.protocol == "paper"
     if not is_paper and len(shared) < wanted:
         findings.problem(

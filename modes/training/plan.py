@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datasets.folds import Fold, available_folds, make_folds, with_validation
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
+from datasets.tables.gene_list import given_genes, note_on_given_genes
 from modes.training.compose import is_closed_form
 from utils.cli import say
 from utils.config import Config
@@ -25,6 +26,8 @@ def find_folds(
     folds, notices = plan_folds(config, layout.spec, patient_of_slide)
     left_out = layout.left_out_note()
     notices += [left_out] if left_out else []
+    if config.DATA.genes is not None:
+        notices.append(note_on_given_genes(given_genes(config.DATA.genes), config.DATA.genes))
     for notice in notices:
         say(notice)
     if wanted is None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from datasets.digests import COUNTS, FEATURES, SPOTS, changed_slides
 from evaluation.fold_files import read_genes
 from modes.training.plan import plan_folds
-from modes.training.run_data import RunData
+from modes.training.run_data import RunData, fixed_panel
 from modes.training.split import Split
 from utils.checkpoint import load_checkpoint
 from utils.cli import say
-from utils.files import load_names, reading
+from utils.files import reading
 from utils.text import some
 from utils.trained_fold import SplitRecord
 
@@ -41,7 +41,7 @@ def check_started_folds(run_dir: Path, run_data: RunData) -> None:
     """
     planned, _ = plan_folds(run_data.config, run_data.layout.spec, run_data.store.patients)
     folds = {split.fold: split for split in planned}
-    panel = load_names(run_data.layout.panel_path) if run_data.config.EVALUATION.protocol == "paper" else None
+    panel = fixed_panel(run_data.config, run_data.layout)
     changes: dict[str, list[str]] = {}
     without_digests = []
     for folder in sorted(run_dir.glob("fold_*")):

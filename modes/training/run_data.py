@@ -13,6 +13,7 @@ from datasets.digests import digests_of
 from datasets.features.reader import FeatureReader
 from datasets.layout import Layout
 from datasets.spots import SlideRecord, SpotStore, slide_of_row
+from datasets.tables.gene_list import check_given_genes, given_genes
 from datasets.targets import check_panel, note_on_counts
 from datasets.tokens import CachedTokens, CutPatches, open_tokens
 from models.patch_encoders.build import PatchEncoder, PatchEncoderSpec, patch_encoder_spec
@@ -93,14 +94,13 @@ def open_run_data(
     spec = patch_encoder_spec(config.DATA.encoder)
     if needs.tokens and runs_encoder(config, layout, slides):
         find_patch_encoder_weights(config)
-    panel = load_names(layout.panel_path) if folds and config.EVALUATION.protocol == "paper" else []
+    panel = fixed_panel(config, layout) if folds else None
     reader = FeatureReader(layout, config.DATA.encoder, with_neighbors=needs.neighbors)
     records = reader.read_tables(slides)
     if note := note_on_counts(records):
         say(note)
     check_clusters(config, records, folds)
-    for record in records:
-        check_panel(record.table, panel)
+    check_fixed_panel(config, records, panel or [])
     store = reader.read_features(records)
     _check_width(store, spec, layout)
     reserve = _reserve(config, layout, spec, store, device)
@@ -119,6 +119,24 @@ def open_run_data(
         encode=make_encode(encoder),
         token_dim=token_dim,
     )
+
+
+def fixed_panel(config: Config, layout: Layout) -> list[str] | None:
+    """Return the panel that is the same for all folds: the given one, or that of the data folder (paper); else None.
+
+    Raises ValueError or FileNotFoundError where it cannot be read.
+    """
+    if config.DATA.genes is not None:
+        return given_genes(config.DATA.genes)
+    return load_names(layout.panel_path) if config.EVALUATION.protocol == "paper" else None
+
+
+def check_fixed_panel(config: Config, records: Sequence[SlideRecord], panel: Sequence[str]) -> None:
+    """Raise ValueError that names the genes of a fixed panel that the slides do not hold, before features are read."""
+    if config.DATA.genes is not None:
+        check_given_genes(panel, {record.name: set(record.table.var_names) for record in records})
+    for record in records:
+        check_panel(record.table, panel)
 
 
 def _reserve(config: Config, layout: Layout, spec: PatchEncoderSpec, store: SpotStore, device: torch.device) -> int:

@@ -15,9 +15,9 @@ from datasets.targets import absent_genes, store_targets
 from evaluation.gene_lists import HeldOutPatient, highly_predictive_list, highly_variable_list
 from models.baselines import closed_form
 from modes.training.plan import lacks_validation
-from modes.training.run_data import RunData
+from modes.training.run_data import RunData, fixed_panel
 from utils.cli import say
-from utils.files import load_names
+from utils.config import Config
 from utils.text import some
 from utils.trained_fold import SplitRecord
 
@@ -56,7 +56,9 @@ def prepare_split(run_data: RunData, record: SplitRecord) -> Split:
     digests = {slide: run_data.digests[slide] for slide in used}
     notes = _absence_notes(run_data.store.named(record.test_slides), genes)
     return Split(
-        record=replace(record, features=_features(run_data), notes=notes, digests=digests),
+        record=replace(
+            record, features=_features(run_data), notes=notes, digests=digests, panel=origin_of_panel(config)
+        ),
         genes=genes,
         targets=targets,
         training_mean=torch.stack([targets[rows].mean(dim=0), unsmoothed[rows].mean(dim=0)]),
@@ -65,10 +67,17 @@ def prepare_split(run_data: RunData, record: SplitRecord) -> Split:
 
 
 def choose_panel(run_data: RunData, outer: list[SlideRecord]) -> list[str]:
-    """Choose the gene panel: the file of the data folder (paper), or the highest means over the training patients (clean)."""
-    if run_data.config.EVALUATION.protocol == "paper":
-        return load_names(run_data.layout.panel_path)
-    return highest_mean_panel([slide.table for slide in outer], run_data.config.DATA.num_genes)
+    """Choose the gene panel: the given one, the file of the data folder (paper), or the highest means over the training
+    patients (clean)."""
+    panel = fixed_panel(run_data.config, run_data.layout)
+    return panel or highest_mean_panel([slide.table for slide in outer], run_data.config.DATA.num_genes)
+
+
+def origin_of_panel(config: Config) -> str:
+    """Say in a word where `choose_panel` takes the genes from."""
+    if config.DATA.genes is not None:
+        return "given"
+    return "file" if config.EVALUATION.protocol == "paper" else "training patients"
 
 
 def _absence_notes(tested: list[SlideRecord], genes: list[str]) -> list[str]:
