@@ -26,6 +26,7 @@ EQUALITY = {
     "extraction": lambda extra: extra["same_features"],
     "evaluation": lambda extra: extra["difference"] < 1e-4,
     "kmeans": lambda extra: extra["all_equal"],
+    "loading": lambda extra: extra["are_equal"],
     "cpu_step": lambda extra: len(extra["losses"]) == 1,
 }
 

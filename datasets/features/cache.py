@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,6 @@ from utils.text import some
 from utils.untrusted.hdf5 import probe_hdf5
 
 _PIECE = 1 << 22  # bytes read and verified at a time
-_THREADS = 4
 
 
 def write_cache(
@@ -110,30 +108,30 @@ class OpenCache:
         shape = (max(stop - start, 0), *numbers.shape[1:])
         if out is None or out.shape != shape or out.dtype != numbers.dtype:
             out = np.empty(shape, numbers.dtype)
+        wrong: list[int] = []
         at_once = max(1, _PIECE * len(out) // max(out.nbytes, 1))
-        pieces = [slice(first, min(first + at_once, len(out))) for first in range(0, len(out), at_once)]
-        checksums = self.checksums
-        # In threads, since memory that is touched for the first time costs more than the reading itself.
-        with open(self.path, "rb", buffering=0) as raw, ThreadPoolExecutor(_THREADS) as pool:
-            found = pool.map(lambda rows: self._read_piece(raw.fileno(), start, rows, out[rows], checksums), pieces)
-            wrong = [row for rows in found for row in rows]
+        fill, checksums, axes = self._filler(), self.checksums, _block_axes(self.identity.kind)
+        for first in range(0, len(out), at_once):
+            piece, row = out[first : first + at_once], start + first
+            fill(piece, row)
+            if checksums is None:
+                is_right = None if is_finite(piece) else np.array([is_finite(values) for values in piece])
+            else:
+                same = checksums_of(piece, axes) == checksums[row : row + len(piece)]
+                is_right = None if same.all() else same.reshape(len(piece), -1).all(axis=1)
+            if is_right is not None:
+                wrong += (row + np.flatnonzero(~is_right)).tolist()
         if wrong:
             self._refuse(wrong)
         return out
 
-    def _read_piece(
-        self, descriptor: int, start: int, rows: slice, piece: np.ndarray, checksums: np.ndarray | None
-    ) -> list[int]:
-        """Fill a piece with the rows that begin at `start`; returns those whose numbers are wrong."""
-        numbers, first = self.numbers, start + rows.start
-        if numbers.chunks is None:
-            read_whole(descriptor, piece, numbers.id.get_offset() + first * (piece.nbytes // len(piece)))
-        else:  # tokens of an earlier version
-            numbers.read_direct(piece, np.s_[first : first + len(piece)])
-        if checksums is None:
-            return [] if is_finite(piece) else [first + row for row, part in enumerate(piece) if not is_finite(part)]
-        same = checksums_of(piece, _block_axes(self.identity.kind)) == checksums[first : first + len(piece)]
-        return [] if same.all() else (first + np.flatnonzero(~same.reshape(len(piece), -1).all(axis=1))).tolist()
+    def _filler(self) -> Callable[[np.ndarray, int], None]:
+        """What fills an array with the rows from one on: past HDF5, which copies once more, where they lie in a row."""
+        numbers = self.numbers
+        begin, size = numbers.id.get_offset(), numbers.dtype.itemsize * math.prod(numbers.shape[1:])
+        if begin is None:  # tokens of an earlier version lie in chunks
+            return lambda piece, row: numbers.read_direct(piece, np.s_[row : row + len(piece)])
+        return lambda piece, row: read_whole(self.path, piece, begin + row * size)
 
     def _refuse(self, rows: Sequence[int]) -> NoReturn:
         spots = self.spot_ids

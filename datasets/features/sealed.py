@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -153,17 +152,19 @@ def checksums_of(block: np.ndarray, block_axes: int) -> np.ndarray:
     return sums.reshape(block.shape[:block_axes])
 
 
-def read_whole(descriptor: int, out: np.ndarray, place: int) -> None:
-    """Fill a contiguous array with the bytes of an open file from `place` on; other threads run meanwhile.
+def read_whole(path: str | Path, out: np.ndarray, place: int) -> None:
+    """Fill a contiguous array with the bytes of a file from `place` on; other threads run meanwhile.
 
     Raises ValueError if the file ends before.
     """
     target, position = out.reshape(-1).view(np.uint8).data, 0
-    while position < len(target):
-        count = os.preadv(descriptor, [target[position:]], place + position)
-        if count == 0:
-            raise ValueError("it ends in the middle of its numbers")
-        position += count
+    with open(path, "rb", buffering=0) as file:
+        file.seek(place)
+        while position < len(target):
+            count = file.readinto(target[position:])
+            if not count:
+                raise ValueError("it ends in the middle of its numbers")
+            position += count
 
 
 def is_finite(block: np.ndarray) -> bool:

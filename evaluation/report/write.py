@@ -16,7 +16,6 @@ import pandas as pd
 from evaluation import aggregation
 from evaluation.fold_files import FoldRecord, read_run
 from evaluation.report import figures, html
-from evaluation.report.drawing import draw_side_by_side
 from evaluation.report.fold_figures import Picture, figures_of, pcc_by_scale
 from evaluation.report.style import save_figure
 from evaluation.report.tables import (
@@ -117,7 +116,6 @@ def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int =
         summary = json.loads(path.read_text(encoding="utf-8"))
     check_summary(summary, str(path))
     records, _ = read_run(run_dir)
-    draw_side_by_side([record.path for record in records], genes=genes, count=count)
     description = str(summary["protocol_description"])
     sections = [
         html.Section("protocol", "Protocol and caveats", _protocol_part(summary)),
