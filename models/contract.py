@@ -137,6 +137,9 @@ class ExpressionModel(nn.Module):
         """Give the heads that predict expression, fused first; none for a model without such heads."""
         return []
 
+    def standardise_inputs(self, features: Tensor) -> None:
+        """Take mean and deviation of the training spots' pooled features (N, F), if the model standardises them."""
+
     @property
     def sized_at_load(self) -> set[str]:
         """Buffers whose size the training data decide: a checkpoint may hold them in another size than a fresh model."""

@@ -15,6 +15,7 @@ from models.baselines.fitted_model import MEMORY_BUDGET, FittedModel
 from models.contract import TARGET, Embeddings, ModelInputs, Needs, Prediction, Sizes
 from models.encoders import ProjectionHead
 from models.layers.precision import full_precision, unit
+from models.layers.standardise import Standardise
 from models.losses import instance_loss
 from utils.config import Model
 
@@ -35,14 +36,19 @@ class Bleep(FittedModel):
     bank: Tensor
     bank_expression: Tensor
 
-    def __init__(self, *, image_head: ProjectionHead, gene_head: ProjectionHead, num_genes: int) -> None:
-        """image_head: pooled feature to P. gene_head: expression of num_genes genes to P."""
+    def __init__(self, feature_dim: int, num_genes: int) -> None:
+        """feature_dim: of the pooled features, which are standardised by the training spots."""
         super().__init__()
         self.needs = Needs(training_spots=True)
-        self.image_head = image_head
-        self.gene_head = gene_head
-        self._register_fitted("bank", (None, gene_head.norm.normalized_shape[0]))
+        self.standardise = Standardise(feature_dim)
+        self.image_head = ProjectionHead(input_dim=feature_dim, dim=WIDTH, dropout=DROPOUT)
+        self.gene_head = ProjectionHead(input_dim=num_genes, dim=WIDTH, dropout=DROPOUT)
+        self._register_fitted("bank", (None, WIDTH))
         self._register_fitted("bank_expression", (None, num_genes))
+
+    def standardise_inputs(self, features: Tensor) -> None:
+        """Take mean and deviation of the training spots' features; see the contract."""
+        self.standardise.fit(features)
 
     @torch.no_grad()
     def remember(self, inputs: ModelInputs, expression: Tensor) -> None:  # noqa: ARG002 - of the contract
@@ -59,7 +65,7 @@ class Bleep(FittedModel):
         autocast, too. Raises ValueError in evaluation mode before `remember`.
         """
         assert inputs.target_features is not None, "the model reads the pooled features"
-        features = inputs.target_features.to(self.image_head.norm.weight.dtype)
+        features = self.standardise(inputs.target_features.to(self.image_head.norm.weight.dtype))
         if self.training:
             assert expression is not None, "training compares the image with the expression"
             image, gene = full_precision(self.image_head(features)), full_precision(self.gene_head(expression))
@@ -83,8 +89,4 @@ def bleep_loss(prediction: Prediction, _expression: Tensor) -> dict[str, Tensor]
 
 def build_bleep(_config: Model, sizes: Sizes) -> Bleep:
     """Build BLEEP with random heads and an empty bank."""
-    return Bleep(
-        image_head=ProjectionHead(input_dim=sizes.feature_dim, dim=WIDTH, dropout=DROPOUT),
-        gene_head=ProjectionHead(input_dim=sizes.num_genes, dim=WIDTH, dropout=DROPOUT),
-        num_genes=sizes.num_genes,
-    )
+    return Bleep(sizes.feature_dim, sizes.num_genes)

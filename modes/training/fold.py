@@ -61,7 +61,7 @@ def untrained_fold(run_data: RunData, split: Split) -> TrainedFold:
 
 
 def new_model(run_data: RunData, split: Split) -> ExpressionModel:
-    """Build the model on the device, its initial weights drawn from (seed, fold)."""
+    """Build the model on the device: initial weights drawn from (seed, fold), inputs standardised by the training spots."""
     seed_everything(run_data.config.GENERAL.seed, split.record.fold, "weights")
     model = make_model(
         run_data.config,
@@ -69,8 +69,9 @@ def new_model(run_data: RunData, split: Split) -> ExpressionModel:
         token_dim=run_data.token_dim,
         num_genes=len(split.genes),
     )
+    rows = run_data.store.rows_of(split.record.train_slides)
+    model.standardise_inputs(run_data.store.target_features[rows])
     if run_data.config.TRAINING.start_at_mean and not is_closed_form(run_data.config):
-        rows = run_data.store.rows_of(split.record.train_slides)
         model.start_at_mean(split.targets[rows].mean(dim=0))
     return model.to(run_data.device)
 
