@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from datasets.spec import SPEC_FILE, DatasetSpec
 from utils.commands import extraction_command
+from utils.config import Data
 from utils.files import safe_name
 from utils.text import some
 
@@ -23,7 +25,7 @@ class Layout:
     data_dir:  the folder of all data sets (`--data_dir`).
     spec:      the data set; an external one lies in data_dir/test/<test_name>.
     test_name: name of an external set; default the spec's own name if it is external.
-    patch_size, num_neighbors: they name the folders of the caches.
+    patch_size, num_neighbors, encoder: they name the folders of the caches; those of UNI leave the encoder out, as documented.
     root: the folder itself, where it lies elsewhere (a download in the documented layout).
     extraction: spells the command that `repair` gives, with the configuration of whoever opens the folder.
     """
@@ -36,6 +38,7 @@ class Layout:
         *,
         patch_size: int = 224,
         num_neighbors: int = 5,
+        encoder: str = Data.encoder,
         root: str | Path | None = None,
         extraction: Callable[..., str] = extraction_command,
     ):
@@ -49,6 +52,7 @@ class Layout:
         self.root = Path(root) if root is not None else self.data_dir / inside
         self.patch_size = patch_size
         self.num_neighbors = num_neighbors
+        self.encoder = encoder
         self._extraction = extraction
 
     def repair(self, kind: str, slides: str | None = None, encoder: str | None = None, overwrite: bool = False) -> str:
@@ -144,28 +148,48 @@ class Layout:
 
     def cache_path(self, kind: str, slide: str) -> Path:
         """Name our HDF5 cache of a slide; kind is one of "target", "neighbor", "token", "patch"."""
-        folder = {
-            "target": f"gt_features_{self.patch_size}",
-            "neighbor": f"n_features_{self.num_neighbors}_{self.patch_size}",
-            "token": f"token_features_{self.patch_size}",
+        return self.cache_paths(kind, slide)[0]
+
+    def cache_paths(self, kind: str, slide: str) -> list[Path]:
+        """Name every place where the cache of a slide may lie, the usual one first: with and without the encoder's name."""
+        name = f"{safe_name(slide, 'Slide')}.h5"
+        folders = [self._cache_folder(kind, self._encoder_part), self._cache_folder(kind, "")]
+        if kind == "patch":  # no encoder has made it
+            folders = folders[1:]
+        elif self.encoder == Data.encoder:
+            folders.reverse()
+        return [self.root / folder / name for folder in folders]
+
+    def caches_of_all_encoders(self, kind: str, slide: str) -> list[Path]:
+        """Find the caches of a slide that any encoder has made, sorted."""
+        return sorted(self.root.glob(f"{self._cache_folder(kind, '*')}/{safe_name(slide, 'Slide')}.h5"))
+
+    @property
+    def _encoder_part(self) -> str:
+        return "_" + re.sub(r"[^\w.-]", "_", self.encoder)
+
+    def _cache_folder(self, kind: str, encoder_part: str) -> str:
+        """Name the folder of a kind of caches below the root."""
+        return {
+            "target": f"gt_features{encoder_part}_{self.patch_size}",
+            "neighbor": f"n_features{encoder_part}_{self.num_neighbors}_{self.patch_size}",
+            "token": f"token_features{encoder_part}_{self.patch_size}",
             "patch": f"patches_{self.patch_size}",
         }[kind]
-        return self.root / folder / f"{safe_name(slide, 'Slide')}.h5"
 
     def overlay_path(self, slide: str) -> Path:
         """Name the small picture of a slide with its spots drawn on it."""
         return self.root / "overlays" / f"overlay_{safe_name(slide, 'Slide')}.png"
 
     def published_path(self, kind: str, slide: str) -> Path | None:
-        """Find the published `.pt` features of a slide ("target" or "neighbor"), in either spelling of their folder."""
-        folders = {
-            "target": (f"gt_features_{self.patch_size}", f"gt_features_uni_small_{self.patch_size}"),
-            "neighbor": (
-                f"n_features_{self.num_neighbors}_{self.patch_size}",
-                f"n_features_uni_small_{self.num_neighbors}_{self.patch_size}",
-            ),
-        }.get(kind, ())
-        paths = [self.root / folder / f"{safe_name(slide, 'Slide')}.pt" for folder in folders]
+        """Find the published `.pt` features of a slide ("target" or "neighbor"), in any spelling of their folder.
+
+        They do not say which encoder made them.
+        """
+        if kind not in ("target", "neighbor"):
+            return None
+        parts = [*([] if self.encoder == Data.encoder else [self._encoder_part]), "", "_uni_small"]
+        paths = [self.root / self._cache_folder(kind, part) / f"{safe_name(slide, 'Slide')}.pt" for part in parts]
         return next((path for path in paths if path.is_file()), None)
 
     def slides_with_counts(self) -> list[str]:
@@ -257,7 +281,10 @@ class Layout:
 
     def _has_features(self, slide: str) -> bool:
         kinds = ("target", "token", "patch")
-        return any(self.cache_path(k, slide).is_file() or self.published_path(k, slide) for k in kinds)
+        return any(
+            self.published_path(kind, slide) or any(path.is_file() for path in self.cache_paths(kind, slide))
+            for kind in kinds
+        )
 
     def _prepare_hint(self) -> str:
         if self.spec.prepared_by is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from datasets.batches import goes_to_device
 from datasets.features.cache import read_features
 from datasets.features.identity import CacheIdentity
+from datasets.features.places import find_cache
 from datasets.features.token_store import TokenStore
 from datasets.features.verify import verify_cache
 from datasets.images.geometry import NUM_VIEWS, dihedral_views, patch_corner
@@ -90,7 +91,7 @@ def open_tokens(
     All caches are verified against the spots and the encoder of the features. The choice is printed.
     Raises FileNotFoundError for caches that are missing though they were chosen, ValueError for those that do not fit.
     """
-    missing = [slide.name for slide in store.slides if not layout.cache_path("token", slide.name).exists()]
+    missing = [slide.name for slide in store.slides if not find_cache(layout, "token", slide.name).exists()]
     if choice == "cache" and missing:
         raise FileNotFoundError(
             f"DATA.tokens=cache: slides {', '.join(missing[:5])} have no token cache. Run: "
@@ -104,7 +105,7 @@ def open_tokens(
         return CutPatches(_all_patches(layout, store.slides), device, residence, reserve)
     identity = _verify_tokens(layout, store)
     tokens = TokenStore(
-        [layout.cache_path("token", slide.name) for slide in store.slides],
+        [find_cache(layout, "token", slide.name) for slide in store.slides],
         num_threads=num_workers or 1,
         is_pinned=device.type == "cuda",
     )
@@ -124,7 +125,7 @@ def _verify_tokens(layout: Layout, store: SpotStore) -> CacheIdentity:
             expected["encoder_sha256"] = store.encoder.sha256
         try:
             identity = verify_cache(
-                layout.cache_path("token", slide.name),
+                find_cache(layout, "token", slide.name),
                 expected,
                 list(slide.table.obs_names),
                 slide.table.obsm["center"],
@@ -143,7 +144,7 @@ def _all_patches(layout: Layout, slides: Sequence[SlideRecord]) -> Tensor:
     size = layout.patch_size
     patches = torch.empty((slides[-1].stop, size, size, 3), dtype=torch.uint8)
     for slide in progress(slides, description="patches", unit="slide", leave=False):
-        path = layout.cache_path("patch", slide.name)
+        path = find_cache(layout, "patch", slide.name)
         if path.exists():
             repair = partial(layout.repair, "patch", slide.name, overwrite=True)
             centers = slide.table.obsm["center"]

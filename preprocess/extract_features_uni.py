@@ -122,6 +122,7 @@ def main(words: Sequence[str] | None = None) -> None:
         arguments.test_name,
         patch_size=config.DATA.patch_size,
         num_neighbors=config.DATA.num_neighbors,
+        encoder=config.DATA.encoder,
     )
     slides = choose_slides(layout, arguments.slides, kinds)
     patch_encoder = encoder = None

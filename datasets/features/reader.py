@@ -17,6 +17,7 @@ from torch import Tensor
 
 from datasets.features.cache import read_features
 from datasets.features.identity import CacheIdentity
+from datasets.features.places import find_cache, other_encoders
 from datasets.features.published import read_published, verify_published
 from datasets.features.verify import verify_cache
 from datasets.images.geometry import neighbor_validity
@@ -73,24 +74,33 @@ class FeatureReader:
         """
         image, image_size = self._image(slide), None
         for kind in self.kinds:
-            path = self.layout.cache_path(kind, slide)
+            path = find_cache(self.layout, kind, slide)
             if path.exists():
                 image_size = self._verify_cache(kind, slide, table, image)
             elif (published := self.layout.published_path(kind, slide)) is not None:
                 verify_published(published, table.n_obs)
             else:
-                raise FileNotFoundError(
-                    f"{path} does not exist: slide {slide} has no {kind} features. Run: "
-                    f"{self.layout.repair(kind, slide, self.encoder)}"
-                )
+                raise FileNotFoundError(self._missing(kind, slide, path))
         if image_size is None:  # published features do not tell it
             with open_slide(image or self.layout.image_path(slide)) as opened:
                 image_size = opened.size
         check_inside(table, image_size, image or "its image")
         return image, image_size
 
+    def _missing(self, kind: str, slide: str, path: Path) -> str:
+        others = other_encoders(self.layout, kind, slide)
+        there = (
+            f" There are those of {', '.join(others)}: work with DATA.encoder={others[0]}, or keep both."
+            if others
+            else ""
+        )
+        return (
+            f"{path} does not exist: slide {slide} has no {kind} features.{there} Run: "
+            f"{self.layout.repair(kind, slide, self.encoder)}"
+        )
+
     def _verify_cache(self, kind: str, slide: str, table: AnnData, image: Path | None) -> tuple[int, int]:
-        path = self.layout.cache_path(kind, slide)
+        path = find_cache(self.layout, kind, slide)
         expected: dict[str, object] = {"kind": kind, "encoder": self.encoder, "patch_size": self.layout.patch_size}
         if kind == "neighbor":
             expected["num_neighbors"] = self.layout.num_neighbors
@@ -171,7 +181,7 @@ def read_rows(
     out: is filled and returned where it has the shape and type of a cache's rows; a new array otherwise.
     Raises ValueError or FileNotFoundError for a file that was damaged or removed since.
     """
-    path = layout.cache_path(kind, record.name)
+    path = find_cache(layout, kind, record.name)
     if path.exists():
         return read_features(path, rows, out)
     published = layout.published_path(kind, record.name)

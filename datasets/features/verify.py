@@ -42,11 +42,12 @@ def verify_cache(
 
 
 def _what_to_do(identity: CacheIdentity, differing: Sequence[str], repair: Callable[[], str]) -> str:
-    """Another patch encoder's features took as long as these would: they are never to be overwritten."""
-    if "encoder" not in differing:
+    """What another patch encoder, or other weights of it, made took as long as this would: it is never to be overwritten."""
+    if not {"encoder", "encoder_sha256"} & set(differing):
         return f"Re-run:\n{repair()}"
     command = repair().replace(" --overwrite", "")
-    return f"Work with DATA.encoder={identity.encoder}, or keep these features elsewhere and run:\n{command}"
+    other = f"DATA.encoder={identity.encoder}" if "encoder" in differing else "those weights (--weights)"
+    return f"Work with {other}, or keep these features elsewhere and run:\n{command}"
 
 
 def _is_same(found: object, expected: object) -> bool:

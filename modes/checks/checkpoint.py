@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.features.cache import read_identity
+from datasets.features.places import find_cache
 from datasets.field_of_view import TOLERANCE, compare_fields_of_view
 from datasets.known_sets import SAME_TISSUE, get_spec, leaking_slides
 from datasets.layout import Layout
@@ -49,7 +50,7 @@ def fields_of_view(layout: Layout, slides: Sequence[str]) -> dict[str, float]:
     """Find {slide: width of its patch in micrometres}, from cache (what the image said) or data set; unknown left out."""
     found = {}
     for slide in slides:
-        path = layout.cache_path("target", slide)
+        path = find_cache(layout, "target", slide)
         try:
             microns = read_identity(path).microns_per_pixel if path.exists() else None
         except ValueError:  # a damaged cache has been told by then

@@ -10,6 +10,7 @@ import numpy as np
 from anndata import AnnData
 
 from datasets.features.cache import read_identity
+from datasets.features.places import find_cache
 from datasets.features.reader import FeatureReader
 from datasets.features.verify import verify_cache
 from datasets.layout import Layout
@@ -165,29 +166,29 @@ def check_features(config: Config, layout: Layout, records: Sequence[SlideRecord
 def _without(layout: Layout, kind: str, records: Sequence[SlideRecord]) -> list[str]:
     """Slides that have neither a cache nor published features of the kind."""
     names = [record.name for record in records]
-    return [n for n in names if not layout.cache_path(kind, n).exists() and layout.published_path(kind, n) is None]
+    return [n for n in names if not find_cache(layout, kind, n).exists() and layout.published_path(kind, n) is None]
 
 
 def _check_tokens(layout: Layout, records: Sequence[SlideRecord], reader: FeatureReader, findings: Findings) -> None:
-    cached = [record for record in records if layout.cache_path("token", record.name).exists()]
+    cached = [record for record in records if find_cache(layout, "token", record.name).exists()]
     problems = []
     expected = {"kind": "token", "encoder": reader.encoder, "patch_size": layout.patch_size}
     expected |= {"encoder_sha256": reader.sha256} if reader.sha256 else {}
     for record in cached:
         repair = partial(layout.repair, "token", record.name, reader.encoder, overwrite=True)
-        path, table = layout.cache_path("token", record.name), record.table
+        path, table = find_cache(layout, "token", record.name), record.table
         try:
             verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair)
         except ValueError as error:
             problems.append(str(error))
     findings.problems("tokens", problems)
     if cached and len(cached) < len(records):
-        missing = [record.name for record in records if not layout.cache_path("token", record.name).exists()]
+        missing = [record.name for record in records if not find_cache(layout, "token", record.name).exists()]
         findings.warning(
             "tokens",
             f"{len(missing)} of {len(records)} slides have no token cache ({some(missing, 12)}), so that of the others is not "
             f"used either. Run: {layout.repair('token', ','.join(missing), reader.encoder)}",
         )
     elif cached and not problems:
-        identity = read_identity(layout.cache_path("token", cached[0].name))
+        identity = read_identity(find_cache(layout, "token", cached[0].name))
         findings.ok("tokens", f"token caches of {len(cached)} slides, {identity.views} of 8 views.")

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from datasets.features.patch_encoder import BatchedPatchEncoder
+from datasets.features.places import find_cache
 from datasets.features.reader import FeatureReader
 from datasets.field_of_view import compare_fields_of_view, field_of_view
 from datasets.known_sets import get_spec, leaking_slides
@@ -63,6 +64,7 @@ def external_layout(member: Member, test_name: str) -> Layout:
         spec,
         patch_size=data.patch_size,
         num_neighbors=data.num_neighbors,
+        encoder=data.encoder,
         extraction=partial(extraction_command, config_name=member.fold.config_name),
     )
     external, internal = open_folder(test_name=test_name), open_folder()
@@ -114,7 +116,7 @@ def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torc
     or is pooled by another factor than the tokens of the training.
     """
     config = member.config
-    has_all = all(layout.cache_path("token", slide.name).exists() for slide in store.slides)
+    has_all = all(find_cache(layout, "token", slide.name).exists() for slide in store.slides)
     if config.DATA.tokens == "online" or (config.DATA.tokens == "auto" and not has_all):
         say("Target tokens: the frozen encoder runs on every patch once.")
         return None
@@ -156,7 +158,7 @@ def warnings_of(test: ExternalTest) -> list[str]:
         here = field_of_view(layout, {record.name: record.table.obsm["spatial"]})
         sentence, differs = compare_fields_of_view(field_of_view_of(test.members), here, record.name)
         notes.append(f"WARNING: {sentence} --mode predict --match_mpp rescales the patches." if differs else sentence)
-        published = [k for k in ("target", "neighbor") if not layout.cache_path(k, record.name).exists()]
+        published = [k for k in ("target", "neighbor") if not find_cache(layout, k, record.name).exists()]
         if published and layout.published_path("target", record.name) and layout.spec.exchanged_pixels:
             notes.append(
                 f"WARNING: {record.name} is read from published features, which were extracted in another spot order than "

@@ -34,6 +34,7 @@ def open_layout(config: Config, config_name: str, test_name: str | None = None) 
         test_name=test_name,
         patch_size=config.DATA.patch_size,
         num_neighbors=config.DATA.num_neighbors,
+        encoder=config.DATA.encoder,
         extraction=partial(extraction_command, config_name=config_name),
     )
 

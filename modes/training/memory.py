@@ -9,6 +9,7 @@ import torch
 
 from datasets.features.cache import read_identity
 from datasets.features.patch_encoder import pooled_grid_side
+from datasets.features.places import find_cache
 from datasets.layout import Layout
 from models.patch_encoders.build import PatchEncoderSpec
 from modes.prediction.model import make_model, needs_of
@@ -83,7 +84,7 @@ def demand(
 def tokens_of_spot(layout: Layout, slides: Sequence[str], spec: PatchEncoderSpec) -> int:
     """Tokens of a target patch: of the token cache, which may be pooled, or of the encoder where there is none."""
     num_tokens, prefix = spec.num_tokens(layout.patch_size), spec.prefix_tokens
-    paths = [layout.cache_path("token", slide) for slide in slides]
+    paths = [find_cache(layout, "token", slide) for slide in slides]
     pool = next((read_identity(path).token_pool for path in paths if path.is_file()), 1)
     return num_tokens if pool == 1 else prefix + pooled_grid_side(num_tokens, prefix, pool) ** 2
 

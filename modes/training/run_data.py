@@ -10,6 +10,7 @@ import torch
 
 from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
 from datasets.digests import digests_of
+from datasets.features.places import find_cache
 from datasets.features.reader import FeatureReader
 from datasets.layout import Layout
 from datasets.spots import SlideRecord, SpotStore, slide_of_row
@@ -182,7 +183,7 @@ def _open_source(
 
 def runs_encoder(config: Config, layout: Layout, slides: Sequence[str]) -> bool:
     """Whether the frozen encoder will run in training: without a token cache of every slide, or when asked for."""
-    missing = [slide for slide in slides if not layout.cache_path("token", slide).exists()]
+    missing = [slide for slide in slides if not find_cache(layout, "token", slide).exists()]
     return config.DATA.tokens == "online" or (config.DATA.tokens == "auto" and bool(missing))
 
 
@@ -193,7 +194,7 @@ def _check_width(store: SpotStore, spec: PatchEncoderSpec, layout: Layout) -> No
         raise ValueError(
             f"the features in {layout.root} have width {width}, those of {spec.name} have {spec.pooled_dim}: another encoder "
             "made them (published features do not say which). Name it with --encoder, or extract those of "
-            f"{spec.name}: python preprocess/extract_features_uni.py --encoder {spec.name} --overwrite (with its other flags)"
+            f"{spec.name}: {layout.repair('all', None, spec.name)}"
         )
 
 

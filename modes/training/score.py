@@ -71,8 +71,9 @@ def check_same_patch_encoder(fold: TrainedFold, run_data: RunData, checkpoint: P
     if made.name != found.name or not made.has_weights(found.sha256):
         raise ValueError(
             f"{checkpoint} was trained on features of {made.name} (weights {made.sha256[:12]}...), the features in "
-            f"{run_data.layout.root} are of {found.name} ({found.sha256[:12]}...). Extract those of the checkpoint's encoder, "
-            f"with its weights: {run_data.layout.repair('all', None, made.name, overwrite=True)}"
+            f"{run_data.layout.root} are of {found.name} ({found.sha256[:12]}...). Keep those there "
+            "elsewhere, and extract those of the checkpoint's encoder with its weights: "
+            + run_data.layout.repair("all", None, made.name)
         )
 
 

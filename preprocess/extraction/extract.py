@@ -20,6 +20,7 @@ from datasets.features.cache import payload_bytes
 from datasets.features.encoding import EncodingPlan, encode_slide
 from datasets.features.identity import NO_ENCODER, CacheIdentity
 from datasets.features.patch_encoder import BatchedPatchEncoder, Encoded, pooled_grid_side
+from datasets.features.places import find_cache
 from datasets.features.verify import verify_cache
 from datasets.images.geometry import check_num_neighbors, check_patch_size
 from datasets.images.overlay import compare_with_image
@@ -167,7 +168,7 @@ def _has_image(layout: Layout, slide: str) -> bool:
 
 
 def _patches_suffice(layout: Layout, slide: str, kinds: Sequence[str]) -> bool:
-    return not {"neighbor", "patch"} & set(kinds) and layout.cache_path("patch", slide).is_file()
+    return not {"neighbor", "patch"} & set(kinds) and find_cache(layout, "patch", slide).is_file()
 
 
 def _open_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> Slide | PatchSlide:
@@ -177,7 +178,7 @@ def _open_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> Slide | Pa
     except FileNotFoundError:
         if not _patches_suffice(layout, slide, kinds):
             raise
-    return PatchSlide(layout.cache_path("patch", slide))
+    return PatchSlide(find_cache(layout, "patch", slide))
 
 
 def plan(
@@ -236,7 +237,7 @@ def _plan_slide(
     pending = {}
     for kind in settings.kinds:
         identity = _of_kind(common, kind, settings)
-        path = layout.cache_path(kind, slide)
+        path = find_cache(layout, kind, slide)
         if path.exists() and not settings.overwrite:
             checked = (*_CHECKED_FIELDS, *_CHECKED_OF_KIND.get(kind, ()))
             expected = {name: getattr(identity, name) for name in checked}
@@ -267,7 +268,7 @@ def _check_disk(
     for item in work:
         for kind, identity in item.identities.items():
             if not sizes[kind]:
-                check_writable(layout.cache_path(kind, item.slide))
+                check_writable(find_cache(layout, kind, item.slide))
             sizes[kind] += payload_bytes((len(item.spot_ids), *shapes[kind]), identity.dtype)
     free = shutil.disk_usage(root).free
     spots = sum(len(item.spot_ids) for item in work)
@@ -353,7 +354,7 @@ def _encode_one(
         token_pool=settings.token_pool,
         token_dtype=getattr(torch, settings.token_dtype),
     )
-    paths = {kind: layout.cache_path(kind, item.slide) for kind in item.identities}
+    paths = {kind: find_cache(layout, kind, item.slide) for kind in item.identities}
     with (
         progress(total=len(item.spot_ids), description=item.slide, unit="spot", leave=False) as bar,
         CacheWriters(paths, item.identities, item.spot_ids, item.centers) as writers,

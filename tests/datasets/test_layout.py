@@ -41,6 +41,12 @@ def test_paths_are_the_documented_ones(tmp_path):
     assert {str(path.relative_to(tmp_path)): name for path, name in relative.items()} == {
         n: n for n in relative.values()
     }
+    other = Layout(tmp_path, SPECS["her2st"], encoder="timm:vit_tiny/16")
+    assert other.cache_path("neighbor", "A1").parent.name == "n_features_timm_vit_tiny_16_5_224"
+    assert [path.parent.name for path in other.cache_paths("target", "A1")] == [
+        "gt_features_timm_vit_tiny_16_224", "gt_features_224",
+    ]  # fmt: skip
+    assert other.cache_path("patch", "A1").parent.name == "patches_224", "no encoder has made them"
     external = Layout(tmp_path, SPECS["NCBI463"], patch_size=64, num_neighbors=3)
     assert external.root == tmp_path / "test" / "NCBI463"
     assert external.panel_path.name == "genes_NCBI463.npy" and external.panel_index_path.name == "ind_match.npy"

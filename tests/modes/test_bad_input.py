@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from datasets.features.cache import read_identity
+from datasets.features.places import find_cache
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from tests.command_line import Left, call_extract, call_main
@@ -60,7 +62,7 @@ class Place:
 def place(tiny_run, tmp_path) -> Place:
     data_dir = shutil.copytree(tiny_run.data_dir, tmp_path / "data")
     config = Path(shutil.copy(tiny_run.config_name, tmp_path))
-    layout = Layout(data_dir, get_spec("demo", data_dir), patch_size=64, num_neighbors=3)
+    layout = Layout(data_dir, get_spec("demo", data_dir), patch_size=64, num_neighbors=3, encoder="efficientnet-lite0")
     return Place(layout, config, tmp_path / "logs")
 
 
@@ -127,7 +129,9 @@ def test_a_spot_outside_the_image(place, program):
             place.layout.cache_path(kind, "B1").unlink()
     left = getattr(place, program)("--overwrite") if program == "extract" else place.train()
     if program == "train":
-        refused(left, r"gt_features_64/B1\.h5 does not exist", "extract_features_uni.py .*--slides B1")
+        refused(
+            left, r"gt_features_efficientnet-lite0_64/B1\.h5 does not exist", "extract_features_uni.py .*--slides B1"
+        )
     else:
         refused(
             left, "Slide B1: 1 of", r"lie outside .*B1.*\.(jpg|png)", r"at \(1000000, \d+\)", "Correct their pixel_x"
@@ -192,36 +196,62 @@ def test_no_panel(place):
 
 
 def test_caches_of_another_encoder(place):
-    """They took hours and may be wanted: nothing says to overwrite them."""
-    for left in (
-        place.train("--encoder", "resnet50", "--set", "DATA.tokens=cache"),
-        place.extract("--encoder", "resnet50", "--random_weights"),
-    ):
-        refused(
-            left,
-            r"gt_features_64/A1\.h5",
-            "made with encoder 'efficientnet-lite0', expected 'resnet50'",
-            r"Work with DATA\.encoder=efficientnet-lite0, or keep these features elsewhere and run:\n"
-            r"python preprocess/extract_features_uni\.py .*--encoder resnet50",
-        )
-        assert "--overwrite" not in left.said
+    """They took hours and may be wanted: nothing says to overwrite them, and nothing does."""
+    mine = place.layout.cache_path("target", "A1")
+    before = mine.read_bytes()
+    left = place.train("--encoder", "resnet50", "--set", "DATA.tokens=cache")
+    refused(
+        left,
+        r"gt_features_resnet50_64/A1\.h5 does not exist",
+        r"There are those of efficientnet-lite0: work with DATA\.encoder=efficientnet-lite0",
+        r"python preprocess/extract_features_uni\.py .*--encoder resnet50",
+    )
+    assert "--overwrite" not in left.said
+    left = place.extract("--encoder", "resnet50", "--random_weights", "--overwrite")
+    assert left.status == 0, left.said
+    assert mine.read_bytes() == before and read_identity(mine.parents[1] / "gt_features_resnet50_64/A1.h5")
+
+
+def test_plain_names_stay_readable_and_are_never_written_over(place):
+    """Folders of earlier versions carry no encoder, whichever it was."""
+    for kind in ("target", "neighbor", "token"):
+        named, plain = place.layout.cache_paths(kind, "A1")
+        for path in named.parent.glob("*.h5"):
+            path.parent.parent.joinpath(plain.parent.name).mkdir(exist_ok=True)
+            path.rename(plain.with_name(path.name))
+    content = plain.read_bytes()
+    left = place.extract("--slides", "A1")
+    assert left.status == 0 and "Nothing to do" in left.said
+    assert not list(named.parent.glob("*.h5")), "valid under its plain name: nothing is made again"
+    assert place.train().status == 0
+    uni = Layout(place.layout.data_dir, place.layout.spec, patch_size=64, num_neighbors=3)
+    assert find_cache(uni, "target", "A1").parent.name == "gt_features_uni_64", "the plain place is taken"
+    assert find_cache(place.layout, "target", "A1").parent.name == "gt_features_64"
+    assert plain.read_bytes() == content
 
 
 def test_caches_of_another_spot_table(place):
     place.spots(lambda table: table.iloc[:-2])
     refused(
-        place.train(), r"gt_features_64/B1\.h5", r"holds \d+ spots but the slide has \d+ .*[12] extra",
+        place.train(), r"gt_features_efficientnet-lite0_64/B1\.h5", r"holds \d+ spots but the slide has \d+ .*[12] extra",
         rf"extract_features_uni\.py --config {re.escape(str(place.config))} .*--slides B1 --overwrite",
     )  # fmt: skip
     refused(
-        place.extract(), r"gt_features_64/B1\.h5", "made from another spot or count table", "--slides B1 --overwrite"
+        place.extract(),
+        r"gt_features_efficientnet-lite0_64/B1\.h5",
+        "made from another spot or count table",
+        "--slides B1 --overwrite",
     )
 
 
 def test_a_truncated_cache(place):
     path = place.layout.cache_path("neighbor", "C1")
     path.write_bytes(path.read_bytes()[:3000])
-    refused(place.train(), r"n_features_3_64/C1\.h5 is truncated", r"extract_features_uni\.py .*neighbor.*C1")
+    refused(
+        place.train(),
+        r"n_features_efficientnet-lite0_3_64/C1\.h5 is truncated",
+        r"extract_features_uni\.py .*neighbor.*C1",
+    )
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def data_dir(tiny_run, tmp_path) -> Path:
 
 @pytest.fixture
 def layout(data_dir) -> Layout:
-    return Layout(data_dir, get_spec("demo", data_dir), patch_size=64, num_neighbors=3)
+    return Layout(data_dir, get_spec("demo", data_dir), patch_size=64, num_neighbors=3, encoder="efficientnet-lite0")
 
 
 @pytest.fixture
@@ -184,10 +184,10 @@ def test_caches_of_other_spots_encoders_and_none(config, layout, ask):
         text, "problem", "features", "1 of 3 slides have no target features: A1", r"--extract_mode target .*--slides A1"
     )
     has(text, "problem", "features", r"B1\.h5 cannot be used", r"\d extra", "--slides B1 --overwrite")
-    has(text, "problem", "tokens", r"token_features_64/B1\.h5 cannot be used")
+    has(text, "problem", "tokens", r"token_features_efficientnet-lite0_64/B1\.h5 cannot be used")
     has(text, "warning", "tokens", "1 of 3 slides have no token cache", "--extract_mode token")
     text = ask(with_overrides(config, ["DATA.encoder=resnet50"]))
-    has(text, "problem", "features", "made with encoder 'efficientnet-lite0', expected 'resnet50'")
+    has(text, "problem", "features", "3 of 3 slides have no target features", "--encoder resnet50")
     has(text, "problem", "encoder", "No weights for encoder 'resnet50'")
     has(ask(with_overrides(config, ["DATA.encoder=unii"])), "problem", "encoder", "unii", "uni")
 
@@ -325,8 +325,8 @@ def test_the_estimate_of_a_step_is_what_autograd_keeps(batch, slide_sizes):
 
 def renamed(data_dir: Path, source: str, target: str, slides: dict[str, str]) -> Layout:
     """Counts and spot tables of the tiny set under the names of another; enough to be recognised as prepared."""
-    new = Layout(data_dir, get_spec(target, data_dir), patch_size=64, num_neighbors=3)
-    old = Layout(data_dir, get_spec(source, data_dir), patch_size=64, num_neighbors=3)
+    new = Layout(data_dir, get_spec(target, data_dir), patch_size=64, num_neighbors=3, encoder="efficientnet-lite0")
+    old = Layout(data_dir, get_spec(source, data_dir), patch_size=64, num_neighbors=3, encoder="efficientnet-lite0")
     for here, there in slides.items():
         for path, copy in (
             (old.counts_path(here), new.new_counts_path(there)),

@@ -148,7 +148,8 @@ def test_a_convolutional_encoder_from_its_extraction_on(place):
         "best.pt was trained on features of resnet50",
         "random-",
         "of other wei...",
-        "--encoder resnet50 --overwrite",
+        "Keep those there elsewhere",
+        "--encoder resnet50\n",
     ):
         assert part in left.said, left.said
     for path in (place / "data").rglob("*_56/*.h5"):

@@ -226,7 +226,7 @@ def test_every_feature_stays_with_its_spot(tiny_run, tmp_path, exchanged):
 
     data_dir = tmp_path / "data"
     spec = DatasetSpec(name="beacons", external=True, exchanged_pixels=exchanged, sort_by="xy" if exchanged else "yx")
-    layout = Layout(data_dir, spec, patch_size=64, num_neighbors=3)
+    layout = Layout(data_dir, spec, patch_size=64, num_neighbors=3, encoder="efficientnet-lite0")
     genes = load_checkpoint(tiny_run.path / "fold_0" / "best.pt").genes
     colours = _beacon_slide(layout, exchanged, genes)
     write_spec(layout.spec_path, spec)
@@ -385,8 +385,11 @@ class TestRefusals:
         run = tiny_run.copy(tmp_path)
         edit(run / "fold_0" / "best.pt", lambda content: content["encoder"].update(sha256="0" * 64))
         overrides = [f"DATA.data_dir={tested[0]}"]
-        with pytest.raises(ValueError, match=r"other weights of the encoder .*Re-run:\n.*--slides X1 --overwrite"):
+        with pytest.raises(
+            ValueError, match=r"other weights of the encoder .*elsewhere and run:\n.*--slides X1"
+        ) as refused:
             external_test(run, "demo_external", 0, overrides, CPU)
+        assert "--overwrite" not in str(refused.value)
         with pytest.raises(ValueError, match=r"cannot be averaged: encoder"):
             external_test(run, "demo_external", None, overrides, CPU)
 

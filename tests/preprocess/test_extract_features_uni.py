@@ -65,7 +65,7 @@ def _run(data_dir: Path, extract_mode: str, *flags: str) -> None:
 
 
 def _layout(data_dir: Path, name: str = "demo") -> Layout:
-    return Layout(data_dir, get_spec(name, data_dir), patch_size=SIZE, num_neighbors=5)
+    return Layout(data_dir, get_spec(name, data_dir), patch_size=SIZE, num_neighbors=5, encoder="efficientnet-lite0")
 
 
 def _caches(data_dir: Path) -> list[str]:
@@ -156,7 +156,7 @@ def test_features_stay_with_their_spots_in_an_external_set(tiny_data, tmp_path, 
     flags = ["--mode", "external", "--test_name", "painted", "--data_dir", str(tmp_path), "--device", "cpu"]
     main([*flags, "--extract_mode", "all", "--views", "1"])
 
-    layout = Layout(tmp_path, get_spec("painted", tmp_path), "painted", patch_size=SIZE)
+    layout = Layout(tmp_path, get_spec("painted", tmp_path), "painted", patch_size=SIZE, encoder="efficientnet-lite0")
     table = load_slide(layout, "X1")
     target, neighbor, token = (read_features(layout.cache_path(kind, "X1")) for kind in ("target", "neighbor", "token"))
     with open_slide(layout.image_path("X1")) as image:
@@ -173,7 +173,7 @@ def test_features_stay_with_their_spots_in_an_external_set(tiny_data, tmp_path, 
 
 def test_valid_caches_are_kept_and_invalid_ones_refused(data_dir, capsys):
     _run(data_dir, "target")
-    assert _caches(data_dir) == ["gt_features_64/A1.h5", "gt_features_64/B1.h5"]
+    assert _caches(data_dir) == ["gt_features_efficientnet-lite0_64/A1.h5", "gt_features_efficientnet-lite0_64/B1.h5"]
     layout = _layout(data_dir)
     path = layout.cache_path("target", "A1")
     before = path.stat().st_mtime_ns
@@ -190,7 +190,8 @@ def test_valid_caches_are_kept_and_invalid_ones_refused(data_dir, capsys):
         _run(data_dir, "target")
     message = str(refused.value)
     assert "2 slides cannot be extracted" in message and "other weights" in message and "B1.h5 is truncated" in message
-    assert "--config demo/dml --mode internal" in message and "--extract_mode target --slides A1 --overwrite" in message
+    assert "--config demo/dml --mode internal" in message and "--extract_mode target --slides B1 --overwrite" in message
+    assert "keep these features elsewhere" in message and "--slides A1 --overwrite" not in message
     _run(data_dir, "target", "--slides", "A1", "--overwrite")
     assert read_identity(path).encoder_sha256 != "other"
 
@@ -230,7 +231,10 @@ def test_an_interrupted_slide_leaves_nothing_and_is_made_again(data_dir, patch_e
 
     with pytest.raises(error):
         extract(layout, choose_slides(layout, None, settings.kinds), patch_encoder, encoder(interrupted), settings)
-    assert _caches(data_dir) == ["gt_features_64/A1.h5", "token_features_64/A1.h5"], "A1 whole, nothing of B1"
+    assert _caches(data_dir) == [
+        "gt_features_efficientnet-lite0_64/A1.h5",
+        "token_features_efficientnet-lite0_64/A1.h5",
+    ], "A1 whole, nothing of B1"
     assert ("the same command goes on" in capsys.readouterr().out) == (error is KeyboardInterrupt)
     extract(layout, choose_slides(layout, None, settings.kinds), patch_encoder, encoder(patch_encoder), settings)
     assert "1 slides are complete and skipped: A1" in capsys.readouterr().out
@@ -245,7 +249,7 @@ def test_a_slide_that_cannot_be_decoded_costs_no_other(data_dir, capsys):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"B1\.jpg cannot be decoded.*truncated"):
         _run(data_dir, "target")
-    assert _caches(data_dir) == ["gt_features_64/A1.h5"]
+    assert _caches(data_dir) == ["gt_features_efficientnet-lite0_64/A1.h5"]
     assert "A1: target of" in capsys.readouterr().out
 
 

@@ -42,7 +42,7 @@ def refused(left: Left, *texts: str) -> None:
 @pytest.fixture
 def place(tiny_run, tmp_path) -> Layout:
     data_dir = Path(shutil.copytree(tiny_run.data_dir, tmp_path / "data"))
-    return Layout(data_dir, get_spec("demo", data_dir), patch_size=64, num_neighbors=3)
+    return Layout(data_dir, get_spec("demo", data_dir), patch_size=64, num_neighbors=3, encoder="efficientnet-lite0")
 
 
 @pytest.mark.parametrize(("value", "text"), [(np.nan, "are not finite"), (1.5e37, "not finite")])

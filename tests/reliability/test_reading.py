@@ -281,7 +281,7 @@ def test_a_damaged_prediction_names_itself(tiny_run, tmp_path):
 
 def test_a_locked_cache_in_a_whole_command(tiny_run):
     """CASES 6: never the command that throws hours of features away."""
-    path = next((tiny_run.data_dir / "demo" / "gt_features_64").glob("A1.h5"))
+    path = next((tiny_run.data_dir / "demo" / "gt_features_efficientnet-lite0_64").glob("A1.h5"))
     with open(path, "rb+") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         left = call_main(

@@ -115,7 +115,6 @@ def test_an_attribute_of_an_older_version_is_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"encoder_sha256": "ff"}, r"other weights of the encoder (SHA-256 ff, expected ab12)"),
         ({"image_fingerprint": "1x1-1-a"}, r"another image file (fingerprint 1x1-1-a, the image there now has 9000x"),
         ({"patch_size": 448}, r"its patch size is 448, expected 224"),
     ],
@@ -123,6 +122,12 @@ def test_an_attribute_of_an_older_version_is_ignored(tmp_path):
 def test_a_cache_made_otherwise_is_refused(tmp_path, changed, message):
     path = _write(tmp_path / "A1.h5", dataclasses.replace(IDENTITY, **changed))
     assert message in _refusal(path)
+
+
+def test_features_of_other_weights_are_kept(tmp_path):
+    message = _kept(_write(tmp_path / "A1.h5", dataclasses.replace(IDENTITY, encoder_sha256="ff")))
+    assert "other weights of the encoder (SHA-256 ff, expected ab12)" in message
+    assert "Work with those weights (--weights)" in message
 
 
 def test_features_of_another_patch_encoder_are_kept(tmp_path):

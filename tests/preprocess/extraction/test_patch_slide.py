@@ -23,7 +23,7 @@ def layouts(tiny_data, tmp_path_factory):
     for name in ("with_image", "patches_only"):
         folder = tmp_path_factory.mktemp(name) / "data"
         shutil.copytree(tiny_data, folder)
-        made.append(Layout(folder, get_spec("demo", folder), patch_size=64))
+        made.append(Layout(folder, get_spec("demo", folder), patch_size=64, encoder="efficientnet-lite0"))
     shared = ["--config", "demo/dml", "--slides", "A1", "--device", "cpu"]
     extract([*shared, "--data_dir", str(made[1].data_dir), "--extract_mode", "patch"])
     shutil.rmtree(made[1].images_dir / "A" / "A1")
