@@ -202,6 +202,6 @@ def test_a_wrong_number_of_rows_is_refused_with_the_likely_cause(tmp_path, rows,
 def test_features_of_another_width_than_the_encoder_are_refused(download, tmp_path):
     left = call_main(
         "--mode", "train", "--config_name", "her2st/dml", "--data_dir", download, "--log_path", tmp_path, "--device",
-        "cpu", "--k", 3, "--encoder", "kaiko-vits16", *SMALL,
+        "cpu", "--k", 3, "--encoder", "kaiko-vits16", "--model", "ridge", *SMALL,
     )  # fmt: skip
     assert left.status == 2 and "have width 1024, those of kaiko-vits16 have 384" in left.said, left.said
