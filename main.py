@@ -60,12 +60,15 @@ RUN = (
     Flag("set", CONFIG, "any configuration key", is_repeated=True, metavar="SECTION.key=value"),
     Flag("data_dir", CONFIG, "folder of the data sets", "DATA.data_dir"),
     Flag("log_path", START, "folder of the runs", "GENERAL.log_path"),
-    Flag("run_name", START, "name of the run folder (default: exp_<exp_id>)"),
+    Flag("run_name", START, "name of the run folder (default: exp_<exp_id>, with --all_patients exp_<exp_id>_all_patients)"),
     Flag("exp_id", START, "number of the run (default: 0)", "GENERAL.exp_id", int),
     Flag("fold", CONFIG, "one fold (default: all)", kind=int, needed_by=("import_reference",)),
     Flag("folds", ("train",), "several folds, e.g. 0,2", kind=parse_numbers,
          instead={"test": "takes --fold N or tests all folds", "doctor": "takes --fold N or checks all folds",
                   "import_reference": "takes --fold N", **FOLDS_OF_RUN}),
+    Flag("all_patients", ("train",), "one model on every patient, in place of the folds; it has no score", kind=bool),
+    Flag("epochs_from", ("train",), "with --all_patients: the cross-validation whose epochs and scores it takes over",
+         metavar="RUN"),
     Flag("resume", START, "go on with an interrupted run", kind=bool),
     Flag("seed", CONFIG, "seed of all random numbers (default: 2021)", "GENERAL.seed", int),
     Flag("seeds", ("train",), "repeat the run with these seeds, e.g. 0,1,2", kind=parse_numbers,
@@ -130,6 +133,10 @@ def conflicts(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"--model_size large means --encoder uni2-h, but --encoder {arguments.encoder} is given."
     if arguments.seed is not None and arguments.seeds is not None:
         yield "--seed and --seeds are both given; give one of them."
+    if arguments.epochs_from is not None and not arguments.all_patients:
+        yield "--epochs_from is for --all_patients, which is not given."
+    if arguments.all_patients and (arguments.fold is not None or arguments.folds is not None):
+        yield "--all_patients trains one model in place of the folds; --fold and --folds choose some of them."
 
 
 COMMAND_LINE = CommandLine(
@@ -214,6 +221,8 @@ def train_options(config: Config, arguments: argparse.Namespace) -> TrainOptions
         resume=arguments.resume,
         checkpoint_seconds=60.0 if arguments.checkpoint_seconds is None else arguments.checkpoint_seconds,
         with_report=not arguments.no_report,
+        all_patients=arguments.all_patients,
+        epochs_from=arguments.epochs_from,
     )
 
 
@@ -254,7 +263,8 @@ def question_of(config: Config, arguments: argparse.Namespace) -> Question:
 
 def run_name_of(config: Config, arguments: argparse.Namespace) -> str:
     """Return the name of the run folder."""
-    return arguments.run_name or f"exp_{config.GENERAL.exp_id}"
+    default = f"exp_{config.GENERAL.exp_id}{'_all_patients' if arguments.all_patients else ''}"
+    return arguments.run_name or default
 
 
 def device_of(arguments: argparse.Namespace) -> torch.device:

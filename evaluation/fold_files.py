@@ -26,6 +26,7 @@ from evaluation.metrics import METRIC_NAMES
 from utils.files import reading, require_file, write_atomically, write_text
 from utils.runs import plain, read_epochs
 from utils.text import brief
+from utils.trained_fold import ALL_PATIENTS_FOLDER
 
 _TABLES = ("per_gene_slide", "per_gene", "per_slide", "per_patient")
 _NAMES = ("slide", "patient", "scale", "truth", "gene")  # columns of text
@@ -139,6 +140,11 @@ def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
         if (match := re.fullmatch(r"fold_(\d+)", path.name)) and path.is_dir():
             found[int(match[1])] = path
     complete = {index: found[index] for index in sorted(found) if (found[index] / "result.json").is_file()}
+    if not complete and (run_dir / ALL_PATIENTS_FOLDER).is_dir():
+        raise ValueError(
+            f"{run_dir} holds a model that was trained on all patients: it has no held-out scores. Give the cross-validation "
+            "that it followed (--epochs_from)."
+        )
     if not complete:
         raise ValueError(
             f"{run_dir} holds {len(found)} fold folders and none is complete (no result.json). "

@@ -18,6 +18,7 @@ from modes.training.score import score_checkpoint
 from utils.checkpoint import chosen_checkpoints, has_ended, load_checkpoint, result_folder
 from utils.cli import say
 from utils.files import check_writable
+from utils.trained_fold import NO_SCORE
 
 
 def test(
@@ -38,6 +39,12 @@ def test(
     checkpoints, notes = chosen_checkpoints(model_path, fold)
     is_official = all(result_folder(checkpoint) == checkpoint.parent for checkpoint in checkpoints)
     for checkpoint in checkpoints:
+        if load_checkpoint(checkpoint, memory_map=True).split.is_final:
+            raise ValueError(
+                f"{checkpoint} was {NO_SCORE}. How its method does on new patients is what the cross-validation says that it "
+                "followed (held_out.json of the run, var['pcc_cv'] of a prediction); slides of other data sets: --mode "
+                "external_test."
+            )
         if is_official and not has_ended(checkpoint):
             raise ValueError(
                 f"{checkpoint} is of a training that has not ended, so it has no result yet. Go on with it: the command of "

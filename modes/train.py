@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datasets.batches import SpotBatch, TrainingBatches, epoch_rows
 from engine import train_one_epoch
+from evaluation.held_out import write_held_out
 from evaluation.protocol import epoch_scores
 from models.contract import ExpressionModel
 from models.table import find_model
@@ -19,6 +20,11 @@ from modes.prediction.summary import finish_run
 from modes.training.checkpoints import FoldCheckpoints
 from modes.training.clusters import write_clusters
 from modes.training.compose import Optimization, forward, groups_spots, is_closed_form, open_layout
+from modes.training.final import (
+    check_same_data,
+    open_cross_validation,
+    with_chosen_epochs,
+)
 from modes.training.fold import fit_closed_form, new_model, remember_training_spots, start_folder, untrained_fold
 from modes.training.plan import find_folds
 from modes.training.resume import check_continues, check_started_folds
@@ -31,6 +37,7 @@ from utils.cli import say
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory
 from utils.runs import Board, check_run, generator_for, open_run, seed_everything, write_epochs
+from utils.trained_fold import NO_SCORE
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class TrainOptions:
     resume: bool
     checkpoint_seconds: float
     with_report: bool = True  # figures and report.html; the tables are written in any case
+    all_patients: bool = False  # one model on every patient in place of the folds
+    epochs_from: str | None = None  # the cross-validation whose epochs and scores it takes over
     config_file: str | None = None  # the configuration as it was given, for the commands in messages; else config_name
 
 
@@ -55,18 +64,25 @@ def train(config: Config, options: TrainOptions) -> Path:
     if options.device.type == "cpu":
         keep_freed_memory()
     config_file = options.config_file or options.config_name
+    source = open_cross_validation(options.epochs_from, config) if options.epochs_from else None
+    if options.all_patients:
+        config = with_chosen_epochs(config, source)
     layout = open_layout(config, config_file)
     run_dir = Path(config.GENERAL.log_path) / options.config_name / options.run_name
     check_run(run_dir, config, options.resume)
     patient_of_slide = layout.patients_on_disk()
-    folds, notices = find_folds(config, layout, patient_of_slide, options.folds)
+    folds, notices = find_folds(config, layout, patient_of_slide, options.folds, all_patients=options.all_patients)
     # Every fold splits all patients on disk into training, validation and test.
     run_data = open_run_data(config, config_file, layout, list(patient_of_slide), options.device, folds)
     check_started_folds(run_dir, run_data)
+    if source is not None:
+        check_same_data(source, run_data)
     open_run(run_dir, config, options.resume)
+    if source is not None:
+        write_held_out(run_dir, source.held_out)
     say(f"Run folder: {run_dir}")
     for record in folds:
-        folder = run_dir / f"fold_{record.fold}"
+        folder = run_dir / record.folder
         if is_complete(folder):
             say(f"{record.title}: complete, nothing to do.")
             continue
@@ -77,8 +93,9 @@ def train(config: Config, options: TrainOptions) -> Path:
             fit_closed_form(run_data, split, folder)
         else:
             train_fold(run_data, split, folder, options.checkpoint_seconds)
-        score_checkpoint(run_data, folder / "best.pt", folder, split.targets)
-    say(finish_run(run_dir, options.with_report))
+        if not record.is_final:
+            score_checkpoint(run_data, folder / "best.pt", folder, split.targets)
+    say(f"Note: the model was {NO_SCORE}." if options.all_patients else finish_run(run_dir, options.with_report))
     return run_dir
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from utils.files import reading, write_atomically
 from utils.text import brief
-from utils.trained_fold import TrainedFold
+from utils.trained_fold import ALL_PATIENTS_FOLDER, TrainedFold
 from utils.untrusted.tensors import check_tensors, load_tensors
 
 SCHEMA = 1
@@ -83,7 +83,9 @@ def find_checkpoint(path: str | Path, fold: int | None = None) -> Path:
         )
     if (path / "best.pt").is_file():
         return path / "best.pt"
-    found = fold_checkpoints(path)
+    found, final = fold_checkpoints(path), path / ALL_PATIENTS_FOLDER / "best.pt"
+    if fold is None and not found and final.is_file():
+        return final
     if fold is None and len(found) == 1:
         return next(iter(found.values()))
     if fold in found:
@@ -147,8 +149,13 @@ def has_ended(checkpoint: str | Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a fold has ended its training and was scored; without its checkpoint the scores alone say so."""
+    """Whether a fold has ended its training and was scored; without its checkpoint the scores alone say so.
+
+    The model on all patients is never scored.
+    """
     checkpoint = folder / "best.pt"
+    if folder.name == ALL_PATIENTS_FOLDER:
+        return checkpoint.is_file() and has_ended(checkpoint)
     return (folder / "result.json").is_file() and (not checkpoint.is_file() or has_ended(checkpoint))
 
 

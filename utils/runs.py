@@ -24,7 +24,7 @@ VERSION = "1.0.0"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "anndata", "scanpy", "scikit-learn", "h5py", "pillow")
 _TRAIN_ON = "Run the fold again: python main.py --mode train ... --resume."
 # What may change between the start of a run and its continuation, since no result depends on it.
-_MAY_CHANGE = {
+MAY_CHANGE = {
     "DATA.data_dir",
     "DATA.weights",
     "DATA.residence",
@@ -81,7 +81,7 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
             f"{folder} already holds a run. Continue it with --resume, or start another with --run_name NAME "
             "(or --exp_id N)."
         )
-    changed = [line for line in differences(read_config(saved), config) if line.split(":")[0] not in _MAY_CHANGE]
+    changed = [line for line in differences(read_config(saved), config) if line.split(":")[0] not in MAY_CHANGE]
     if changed:
         listed = "\n  ".join(changed)
         raise ValueError(

@@ -23,6 +23,9 @@ _KINDS = {
     "fold": dict,
     "training_mean": Tensor,
 }
+ALL_PATIENTS = -1  # in place of its index: the fold that trains on every patient and tests on none
+ALL_PATIENTS_FOLDER = "all_patients"
+NO_SCORE = "trained on all patients, so no patient is held out and it has no score of its own"
 _LATER = ("digests", "panel")  # entries that earlier versions did not write
 Record = TypeVar("Record", "Progress", "SplitRecord", "PatchEncoderRecord", "OptimizationState")
 
@@ -77,9 +80,19 @@ class SplitRecord:
     digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
+    def is_final(self) -> bool:
+        """Whether it is the model on all patients, which has no held-out score."""
+        return self.fold == ALL_PATIENTS
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder in the run."""
+        return ALL_PATIENTS_FOLDER if self.is_final else f"fold_{self.fold}"
+
+    @property
     def title(self) -> str:
         """How messages call the fold."""
-        return f"Fold {self.fold} ({self.name})"
+        return "The model on all patients" if self.is_final else f"Fold {self.fold} ({self.name})"
 
     @property
     def score_name(self) -> str | None:

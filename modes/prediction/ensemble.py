@@ -14,10 +14,10 @@ from evaluation.slide_result import MEAN
 from models.contract import ExpressionModel, Needs
 from modes.prediction.model import needs_of, restored_config, restored_model
 from modes.prediction.slide import Scales
-from utils.checkpoint import fold_checkpoints, load_checkpoint, result_folder
+from utils.checkpoint import load_checkpoint, result_folder
 from utils.config import Config
 from utils.precision import Precision
-from utils.trained_fold import TrainedFold
+from utils.trained_fold import NO_SCORE, TrainedFold
 
 # Spots that pass the models at a time: their tokens and the activations of the fusion take about 4 MB a spot.
 CHUNK_SIZE = 256
@@ -36,14 +36,14 @@ class Member:
 
     @property
     def name(self) -> str:
-        """Name of its folder, "fold_<index>"."""
-        return f"fold_{self.fold.split.fold}"
+        """Name of its folder, "fold_<index>" or "all_patients"."""
+        return self.fold.split.folder
 
     @property
     def run_name(self) -> str:
         """Name of the run folder, or of the folder that a checkpoint outside any run lies in."""
         folder = self.path.resolve().parent
-        return folder.parent.name if folder.name.startswith("fold_") else folder.name
+        return folder.parent.name if folder.name.startswith("fold_") or folder.name == self.name else folder.name
 
     @property
     def genes(self) -> list[str]:
@@ -109,7 +109,7 @@ def _check_alike(members: Sequence[Member]) -> None:
 
 def run_folder(members: Sequence[Member], model_path: str | Path, fold: int | None) -> Path:
     """Choose where results go: the run folder where all of its folds are meant, a fold's own folder where one was asked for."""
-    of_all = fold is None and Path(model_path).is_dir() and fold_checkpoints(model_path)
+    of_all = fold is None and Path(model_path).is_dir() and not (Path(model_path) / "best.pt").is_file()
     return Path(model_path) if of_all else result_folder(members[0].path)
 
 
@@ -180,6 +180,7 @@ def provenance_of(members: Sequence[Member], notes: Sequence[str]) -> dict[str, 
         "checkpoints": [f"{member.path.parent.name}/{member.path.name}" for member in members],
         "epochs": [int(member.fold.epoch) for member in members],
         "prediction": MEAN if len(members) > 1 else members[0].name,
+        "held_out": f"The model was {NO_SCORE}." if members[0].fold.split.is_final else None,
         "training_type": members[0].config.DATA.type,
         "protocol": members[0].fold.split.protocol,
         "encoder": made.name,

@@ -25,6 +25,7 @@ from utils.commands import extraction_command
 from utils.config import Config
 from utils.files import safe_name
 from utils.text import some
+from utils.trained_fold import NO_SCORE
 
 
 @dataclass
@@ -143,6 +144,7 @@ def warnings_of(test: ExternalTest) -> list[str]:
     layout, config = test.layout, test.config
     without_counts = note_on_counts(test.store.slides)
     notes = [*test.fold_notes, *(note for note in (test.left_out, without_counts) if note)]
+    notes += [f"The model was {NO_SCORE}."] if test.members[0].fold.split.is_final else []
     patients = {patient for member in test.members for patient in member.fold.split.fitted_patients}
     slides = {record.name: record.patient for record in test.store.slides}
     leaks = leaking_slides(config.DATA.type, patients, slides)

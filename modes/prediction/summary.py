@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from evaluation.held_out import measure_held_out, write_held_out
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
 from utils.checkpoint import is_complete
@@ -12,8 +13,14 @@ from utils.files import reading
 
 
 def finish_run(run_dir: Path, with_report: bool = True) -> str:
-    """Write summary.json, summary.md and report.html over the complete folds; returns the table for the terminal."""
-    summary = summarise(run_dir, notes=_run_notes(run_dir))
+    """Write held_out.json, summary.json, summary.md and report.html over the complete folds.
+
+    Returns the table for the terminal.
+    """
+    held_out = measure_held_out(run_dir)
+    write_held_out(run_dir, held_out)
+    coverage = held_out.describe()
+    summary = summarise(run_dir, notes=[*_run_notes(run_dir), *([coverage] if coverage else [])])
     write_summary(run_dir, summary)
     if with_report:
         write_report(run_dir)

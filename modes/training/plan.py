@@ -11,19 +11,26 @@ from datasets.tables.gene_list import given_genes, note_on_given_genes
 from modes.training.compose import is_closed_form
 from utils.cli import say
 from utils.config import Config
-from utils.trained_fold import SplitRecord
+from utils.trained_fold import ALL_PATIENTS, SplitRecord
 
 
 def find_folds(
-    config: Config, layout: Layout, patient_of_slide: Mapping[str, str], wanted: Sequence[int] | None
+    config: Config,
+    layout: Layout,
+    patient_of_slide: Mapping[str, str],
+    wanted: Sequence[int] | None,
+    *,
+    all_patients: bool = False,
 ) -> tuple[list[SplitRecord], list[str]]:
     """Find the folds that are wanted, None for all that can be run with the slides on disk.
 
-    patient_of_slide: `Layout.patients_on_disk`.
+    patient_of_slide: `Layout.patients_on_disk`.  all_patients: the one fold on every patient in their place.
     Returns them and one sentence for each thing that is left out, which is also said; ValueError when a wanted fold
     cannot be run.
     """
-    folds, notices = plan_folds(config, layout.spec, patient_of_slide)
+    folds, notices = [plan_all_patients(config, patient_of_slide)], list[str]()
+    if not all_patients:
+        folds, notices = plan_folds(config, layout.spec, patient_of_slide)
     left_out = layout.left_out_note()
     notices += [left_out] if left_out else []
     if config.DATA.genes is not None:
@@ -53,6 +60,22 @@ def plan_folds(
     folds = make_folds(list(spec.patients) or on_disk, spec.fold_scheme, spec.num_folds, spec.fold_seed)
     available, notices = available_folds(folds, on_disk)
     return [_plan(config, fold, patient_of_slide) for fold in available], notices
+
+
+def plan_all_patients(config: Config, patient_of_slide: Mapping[str, str]) -> SplitRecord:
+    """Plan the one fold that trains on every patient on disk and tests on none."""
+    return SplitRecord(
+        fold=ALL_PATIENTS,
+        name="all patients",
+        protocol=config.EVALUATION.protocol,
+        test_patients=[],
+        train_patients=sorted(set(patient_of_slide.values())),
+        validation_patients=[],
+        test_slides=[],
+        train_slides=list(patient_of_slide),
+        validation_slides=[],
+        selection="none" if is_closed_form(config) else "fixed",
+    )
 
 
 def _plan(config: Config, fold: Fold, patient_of_slide: Mapping[str, str]) -> SplitRecord:

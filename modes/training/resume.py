@@ -13,14 +13,14 @@ from torch import Tensor
 
 from datasets.digests import COUNTS, FEATURES, SPOTS, changed_slides
 from evaluation.fold_files import read_genes
-from modes.training.plan import plan_folds
+from modes.training.plan import plan_all_patients, plan_folds
 from modes.training.run_data import RunData, fixed_panel
 from modes.training.split import Split
 from utils.checkpoint import load_checkpoint
 from utils.cli import say
 from utils.files import reading
 from utils.text import some
-from utils.trained_fold import SplitRecord
+from utils.trained_fold import ALL_PATIENTS_FOLDER, SplitRecord
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,14 @@ def check_started_folds(run_dir: Path, run_data: RunData) -> None:
 
     Raises ValueError that names each change, the folds it concerns, and what to do.
     """
-    planned, _ = plan_folds(run_data.config, run_data.layout.spec, run_data.store.patients)
+    planned = [plan_all_patients(run_data.config, run_data.store.patients)]
+    if any(run_dir.glob("fold_*")):
+        planned += plan_folds(run_data.config, run_data.layout.spec, run_data.store.patients)[0]
     folds = {split.fold: split for split in planned}
     panel = fixed_panel(run_data.config, run_data.layout)
     changes: dict[str, list[str]] = {}
     without_digests = []
-    for folder in sorted(run_dir.glob("fold_*")):
+    for folder in sorted([*run_dir.glob("fold_*"), run_dir / ALL_PATIENTS_FOLDER]):
         if (started := _started(folder)) is None:
             continue
         if not started.split.digests:
