@@ -79,7 +79,7 @@ RUN = (
     Flag("checkpoint_seconds", ("train",), "least time between two checkpoints (default: 60)", kind=float),
     Flag("no_report", ("train", "test"), "write the tables, not the figures and report.html", kind=bool),
     Flag("model_path", (*OF_TRAINED, "doctor", "import_reference"), "run folder, fold folder or checkpoint",
-         needed_by=(*OF_TRAINED, "import_reference"),
+         nargs="+", metavar="RUN", needed_by=(*OF_TRAINED, "import_reference"),
          instead={"train": "goes on with a run by --resume", "compare": "takes --runs"}),
     Flag("runs", ("compare",), "run folders to compare; the first is the reference", nargs="+", metavar="RUN",
          needed_by=("compare",)),
@@ -133,6 +133,8 @@ def conflicts(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"--model_size large means --encoder uni2-h, but --encoder {arguments.encoder} is given."
     if arguments.seed is not None and arguments.seeds is not None:
         yield "--seed and --seeds are both given; give one of them."
+    if len(arguments.model_path or ()) > 1 and arguments.mode not in ("test", "predict"):
+        yield f"--model_path: --mode {arguments.mode} takes one run; test and predict average several."
     if arguments.epochs_from is not None and not arguments.all_patients:
         yield "--epochs_from is for --all_patients, which is not given."
     if arguments.all_patients and (arguments.fold is not None or arguments.folds is not None):
@@ -174,7 +176,7 @@ def main(words: Sequence[str] | None = None) -> None:
     elif arguments.mode == "external_test":
         from modes.external_test import external_test
 
-        external_test(arguments.model_path, arguments.test_name, arguments.fold, overrides, device_of(arguments))
+        external_test(arguments.model_path[0], arguments.test_name, arguments.fold, overrides, device_of(arguments))
     elif arguments.mode == "predict":
         from modes.predict import predict
 
@@ -191,7 +193,7 @@ def main(words: Sequence[str] | None = None) -> None:
     elif arguments.mode == "import_reference":
         from modes.import_reference import Source, convert
 
-        source = Source(arguments.model_path, arguments.config_name, arguments.fold)
+        source = Source(arguments.model_path[0], arguments.config_name, arguments.fold)
         convert(config_of(arguments), source, arguments.out)
 
 
@@ -256,7 +258,7 @@ def question_of(config: Config, arguments: argparse.Namespace) -> Question:
         gpu=arguments.gpu,
         device=arguments.device,
         fold=arguments.fold,
-        model_path=arguments.model_path,
+        model_path=arguments.model_path[0] if arguments.model_path else None,
         test_name=arguments.test_name,
     )
 

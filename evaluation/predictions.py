@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,36 @@ LOWRES_PIXELS = 600
 PLACEHOLDER = "none: a white sheet"
 
 
+@dataclass(frozen=True, eq=False)
+class Trust:
+    """What is known of how far a prediction of N spots and G genes can be trusted; None where it is not known.
+
+    std (N, G): over the models that were averaged.  novelty (N,): see `datasets.features.novelty`.  pcc_cv, pcc_cv_std (G,): of
+    the gene on held-out patients, NaN where not known.  half_width (G,): of the interval, in the unit of the predictions, NaN
+    where not known.
+    """
+
+    std: np.ndarray | None = None
+    novelty: np.ndarray | None = None
+    pcc_cv: np.ndarray | None = None
+    pcc_cv_std: np.ndarray | None = None
+    half_width: np.ndarray | None = None
+
+    def add_to(self, adata: anndata.AnnData) -> None:
+        """Put what is known into the places of a prediction file; X of `adata` is the prediction."""
+        if self.std is not None:
+            adata.layers["std"] = self.std.astype(np.float32)
+        if self.novelty is not None:
+            adata.obs["novelty"] = self.novelty.astype(np.float32)
+        for name, values in (("pcc_cv", self.pcc_cv), ("pcc_cv_std", self.pcc_cv_std)):
+            if values is not None:
+                adata.var[name] = values
+        if self.half_width is not None:
+            predicted = np.asarray(adata.X)
+            adata.layers["lower"] = np.maximum(predicted - self.half_width, 0).astype(np.float32)
+            adata.layers["upper"] = (predicted + self.half_width).astype(np.float32)
+
+
 def write_prediction(
     path: Path,
     *,
@@ -43,6 +74,7 @@ def write_prediction(
     spot_diameter_px: float,
     unit: str,
     provenance: Mapping[str, Any],
+    trust: Trust | None = None,
 ) -> None:
     """Write the predictions of one slide, whole or not at all.
 
@@ -56,6 +88,7 @@ def write_prediction(
         nothing without an image; image_scale is then ignored.
     spot_diameter_px: diameter of a spot in full-resolution pixels: the size at which scanpy draws it.
     provenance: plain values (text, numbers, lists, dicts) -> uns["gene_dml"]; None values are left out.
+    trust: -> layers["std", "lower", "upper"], obs["novelty"], var["pcc_cv", "pcc_cv_std"].
 
     Raises ValueError naming every array whose shape or content does not fit the spots and genes.
     """
@@ -83,6 +116,8 @@ def write_prediction(
     adata.uns["spatial"] = {slide: _spatial_entry(image, image_scale, spot_diameter_px, spatial_px)}
     adata.uns["unit"] = unit
     adata.uns["gene_dml"] = _storable(provenance)
+    if trust is not None:
+        trust.add_to(adata)
     adata.strings_to_categoricals()
     # HDF5 writes into memory: on a full disk it would crash the process when that ends.
     # Level 1: on expression values the higher levels cost three times the time for a few percent of size.

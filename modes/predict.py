@@ -8,45 +8,33 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from datasets.batches import SlideBatch
-from datasets.features.encoding import default_workers
-from datasets.features.patch_encoder import BatchedPatchEncoder
 from datasets.field_of_view import compare_fields_of_view
-from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import Slide, open_slide
 from evaluation.predictions import read_prediction, tissue_image, write_prediction
 from modes.prediction.encode import (
-    Chunk,
-    bare_chunks,
-    encoded_chunks,
     open_patch_encoder,
-    plan_for,
-    pooled_features,
-    whole_slide,
 )
 from modes.prediction.ensemble import (
-    CHUNK_SIZE,
     Member,
     describe_peak,
     field_of_view_of,
     load_members,
-    mean_prediction,
-    of_genes,
     peak_memory,
     provenance_of,
     shared_genes,
 )
 from modes.prediction.place_spots import SlideSpots, spots_of_file, spots_on_tissue
-from modes.prediction.slide import Scales, predict_slide
+from modes.prediction.streamed import predict_spots
+from modes.prediction.trust import evidence_of
 from modes.prediction.write import THUMBNAIL_PX
-from utils.checkpoint import chosen_checkpoints
+from utils.checkpoint import checkpoints_of_runs
 from utils.cli import say
 from utils.files import check_writable, require_file, safe_name
 from utils.text import UNIT, some
@@ -79,22 +67,27 @@ class PredictOptions:
 
 
 def predict(
-    model_path: str | Path, options: PredictOptions, fold: int | None, overrides: Sequence[str], device: torch.device
+    model_path: str | Path | Sequence[str | Path],
+    options: PredictOptions,
+    fold: int | None,
+    overrides: Sequence[str],
+    device: torch.device,
 ) -> Path:
-    """Predict a slide with the mean of the finished folds of a run, or with one of them; returns the file written.
+    """Predict a slide with the mean of the finished folds of a run, or of several runs; returns the file written.
 
     Everything that can be wrong is found before the encoder runs, also with the file to be written.
     Raises ValueError, FileNotFoundError, or OSError where `options.out` cannot be written.
     """
     out = _check_options(options)
-    checkpoints, notes = chosen_checkpoints(model_path, fold)
-    for note in notes:
-        say(note)
+    checkpoints, notes = checkpoints_of_runs(model_path, fold)
     members = load_members(checkpoints, overrides, device)
     for member in members:
         member.load()
     genes = shared_genes(members)
     _check_genes(options.genes, genes)
+    evidence = evidence_of(members, genes)
+    for note in [*notes, *evidence.notes]:
+        say(note)
     image = require_file(options.image, "--image should be the slide to predict.")
     with open_slide(image) as slide:
         mpp = options.mpp or slide.microns_per_pixel
@@ -104,14 +97,15 @@ def predict(
         say(spots.note)
         check_writable(out, needed=_BYTES_A_NUMBER * len(spots.table) * len(genes))
         encoder = open_patch_encoder(members[0], device)
-        predictions = predict_spots(members, genes, slide, spots.centers, spots.table.obsm["grid"], encoder, covered_px)
+        found = predict_spots(members, genes, slide, spots.centers, spots.table.obsm["grid"], encoder, covered_px)
         picture, scale = slide.thumbnail(THUMBNAIL_PX)
     write_prediction(
         out,
         slide=safe_name(image.stem, "Image"),
         spot_ids=list(spots.table.obs_names),
         genes=genes,
-        predictions=predictions,
+        predictions=found.scales,
+        trust=evidence.trust(genes, found.std, found.novelty),
         spatial_px=spots.table.obsm["spatial"],
         grid_xy=spots.table.obsm["grid"],
         measured=None,
@@ -122,6 +116,7 @@ def predict(
         unit=UNIT,
         provenance={
             **provenance_of(members, notes),
+            "trust": " ".join(evidence.notes) or None,
             "image": image.name,
             "image_size": list(slide.size),
             "microns_per_pixel": mpp,
@@ -141,6 +136,9 @@ def predict(
 
 def describe_members(members: Sequence[Member]) -> str:
     """Say whose prediction it is, in a few words."""
+    runs = list(dict.fromkeys(member.run_name for member in members))
+    if len(runs) > 1:
+        return f"mean of {len(runs)} runs ({', '.join(runs)}) with {len(members)} models"
     return f"mean of {len(members)} folds" if len(members) > 1 else members[0].name.replace("_", " ")
 
 
@@ -216,49 +214,6 @@ def find_spots(slide: Slide, options: PredictOptions, mpp: float | None, covered
         covered_px=covered_px,
         min_tissue=options.min_tissue,
     )
-
-
-def predict_spots(
-    members: Sequence[Member],
-    genes: Sequence[str],
-    slide: Slide,
-    centers: np.ndarray,
-    grid_xy: np.ndarray,
-    encoder: BatchedPatchEncoder,
-    covered_px: int,
-) -> Scales:
-    """Predict the spots at `centers` (N, 2) level-0 px, in their order: {scale: (N, G) float32}, the mean over the folds.
-
-    grid_xy (N, 2).  covered_px: level-0 px that a patch covers; it is scaled to the patch size.
-    Raises ValueError where the image cannot be decoded.
-    """
-    member, num_workers = members[0], default_workers()
-    patch_size, num_neighbors = member.config.DATA.patch_size, member.config.DATA.num_neighbors
-    source_size = None if covered_px == patch_size else covered_px
-    kinds = tuple(k for k, is_read in (("token", member.needs.tokens), ("neighbor", member.needs.neighbors)) if is_read)
-    target_plan = plan_for(member, ("target",), source_size)
-    features = pooled_features(slide, centers, encoder, target_plan, num_workers)
-
-    def chunks(size: int) -> Iterator[Chunk]:
-        if not kinds:
-            return bare_chunks(len(centers), size)
-        return encoded_chunks(slide, centers, encoder, plan_for(member, kinds, source_size), num_workers, size)
-
-    is_valid = neighbor_validity(centers, slide.size, covered_px, num_neighbors)
-    return predict_mean(members, genes, whole_slide(features, grid_xy, is_valid, chunks, encoder.device))
-
-
-def predict_mean(members: Sequence[Member], genes: Sequence[str], slide: SlideBatch) -> Scales:
-    """Average the predictions of the folds for all N spots: {scale: (N, G) float32}; of each chunk the mean alone is held."""
-    chosen = of_genes(members, genes)
-    (mean,) = predict_slide(
-        [member.load() for member in members],
-        slide,
-        members[0].precision,
-        chunk_size=min(CHUNK_SIZE, members[0].config.EVALUATION.chunk_size),
-        keep=lambda found: [mean_prediction(chosen(found))],
-    )
-    return mean
 
 
 def draw_maps(out: Path, genes: Sequence[str]) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -130,6 +130,31 @@ def chosen_checkpoints(path: str | Path, fold: int | None = None) -> tuple[list[
         )
     note = f"Left out of {path.name}: {', '.join(left_out)}, whose training has not ended (--mode train ... --resume)."
     return finished, [note] if left_out else []
+
+
+def runs_of(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """List the runs that paths mean: each one itself, or the seeds of a run that was repeated with several.
+
+    Raises ValueError where one is meant twice.
+    """
+    given = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    found: list[Path] = []
+    for path in given:
+        seeds = sorted((folder for folder in path.glob("seed_*") if folder.is_dir()), key=lambda folder: folder.name)
+        has_own = fold_checkpoints(path) or (path / ALL_PATIENTS_FOLDER).is_dir()
+        found += [path] if has_own or not seeds else seeds
+    resolved = [path.resolve() for path in found]
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"--model_path names a run more than once ({', '.join(map(str, found))}); give each once.")
+    return found
+
+
+def checkpoints_of_runs(
+    paths: str | Path | Sequence[str | Path], fold: int | None = None
+) -> tuple[list[Path], list[str]]:
+    """Find the checkpoints of one or several runs; see `runs_of` and `chosen_checkpoints`, for errors, too."""
+    found = [chosen_checkpoints(path, fold) for path in runs_of(paths)]
+    return [path for paths_of_run, _ in found for path in paths_of_run], [note for _, notes in found for note in notes]
 
 
 def has_ended(checkpoint: str | Path) -> bool:

@@ -143,6 +143,33 @@ class OptimizationState:
     scaler: dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class TrainingSample:
+    """Spots that stand for those of a training: features (n, D) float16, and how far each is from the others, sorted (n,)."""
+
+    features: Tensor
+    distances: Tensor
+
+    @classmethod
+    def from_dict(cls, content: object, width: int, source: str) -> TrainingSample:
+        """Read the two tensors of a file; ValueError for anything else."""
+        parts = [content.get(name) for name in ("features", "distances")] if isinstance(content, dict) else [None, None]
+        features, distances = parts
+        if not (
+            isinstance(features, Tensor)
+            and isinstance(distances, Tensor)
+            and (features.is_floating_point() and distances.is_floating_point())
+            and (features.ndim, features.shape[-1:], distances.shape) == (2, (width,), features.shape[:1])
+            and len(features)
+            and features.isfinite().all()
+            and distances.isfinite().all()
+        ):
+            raise ValueError(
+                f"{source}: training_sample should hold features (n, {width}) and n distances, all finite."
+            )
+        return cls(features, distances.float().sort().values)
+
+
 @dataclass(frozen=True)
 class TrainedFold:
     """Everything that a test, a prediction or a continuation needs; of the frozen patch encoder only name and hash.
@@ -162,6 +189,7 @@ class TrainedFold:
     gene_lists: dict[str, list[str]]
     field_of_view_um: float | None  # width of a training patch
     finished: bool | None = None  # whether the training has ended; None: written before training marked its end
+    sample: TrainingSample | None = None  # None: of an earlier version, or imported
     optimization: OptimizationState | None = None  # in last.pt, from which --resume goes on
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,6 +207,7 @@ class TrainedFold:
             "training_mean": self.training_mean,
             "gene_lists": self.gene_lists,
             "field_of_view_um": self.field_of_view_um,
+            **({} if self.sample is None else {"training_sample": vars(self.sample)}),
             **({} if self.optimization is None else vars(self.optimization)),
         }
 
@@ -188,6 +217,8 @@ class TrainedFold:
         required = ("model", "config", "genes", "encoder", "fold", "epoch", "progress", "config_name", "training_mean")
         _require(content, required, source)
         _check_kinds(content, source)
+        encoder = _record(PatchEncoderRecord, content["encoder"], source)
+        sample = content.get("training_sample")
         return cls(
             weights=content["model"],
             epoch=content["epoch"],
@@ -195,18 +226,20 @@ class TrainedFold:
             config=config_from_dict(content["config"], source),
             config_name=content["config_name"],
             genes=content["genes"],
-            encoder=_record(PatchEncoderRecord, content["encoder"], source),
+            encoder=encoder,
             split=SplitRecord.from_dict(content["fold"], source),
             training_mean=content["training_mean"],
             gene_lists=content.get("gene_lists", {}),
             field_of_view_um=content.get("field_of_view_um"),
             finished=content.get("finished"),
+            sample=None if sample is None else TrainingSample.from_dict(sample, encoder.dim, source),
             optimization=_record(OptimizationState, content, source) if "optimizer" in content else None,
         )
 
     def without_weights(self) -> TrainedFold:
         """Leave out what is large, and let go of the file, which may be replaced meanwhile."""
-        return replace(self, weights={}, optimization=None, training_mean=self.training_mean.clone())
+        sample = self.sample and TrainingSample(self.sample.features.clone(), self.sample.distances.clone())
+        return replace(self, weights={}, optimization=None, training_mean=self.training_mean.clone(), sample=sample)
 
 
 def _check_kinds(content: Mapping[str, Any], source: str) -> None:

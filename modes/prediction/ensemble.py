@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from evaluation.slide_result import MEAN
-from models.contract import ExpressionModel, Needs
+from models.contract import FUSED, ExpressionModel, Needs
 from modes.prediction.model import needs_of, restored_config, restored_model
 from modes.prediction.slide import Scales
 from utils.checkpoint import load_checkpoint, result_folder
 from utils.config import Config
 from utils.precision import Precision
+from utils.text import LONGEST_NAME
 from utils.trained_fold import NO_SCORE, TrainedFold
 
 # Spots that pass the models at a time: their tokens and the activations of the fusion take about 4 MB a spot.
@@ -42,8 +43,13 @@ class Member:
     @property
     def run_name(self) -> str:
         """Name of the run folder, or of the folder that a checkpoint outside any run lies in."""
+        return self.run_folder.name
+
+    @property
+    def run_folder(self) -> Path:
+        """The run folder, or the folder that a checkpoint outside any run lies in."""
         folder = self.path.resolve().parent
-        return folder.parent.name if folder.name.startswith("fold_") or folder.name == self.name else folder.name
+        return folder.parent if folder.name == self.name else folder
 
     @property
     def genes(self) -> list[str]:
@@ -81,6 +87,19 @@ def load_members(checkpoints: Sequence[Path], overrides: Sequence[str], device: 
         members.append(Member(checkpoint, fold, config, device, Precision(config.TRAINING.precision, device)))
     _check_alike(members)
     return members
+
+
+def needs_of_all(members: Sequence[Member]) -> Needs:
+    """Say which inputs one of the models reads."""
+    each = [vars(member.needs) for member in members]
+    return Needs(**{name: any(needs[name] for needs in each) for name in each[0]})
+
+
+def ensemble_folder(runs: Sequence[Path]) -> Path:
+    """Choose where the results of several runs together go: beside the first, named after all."""
+    name = f"ensemble_{'+'.join(run.name for run in runs)}"
+    is_long = len(name.encode()) > LONGEST_NAME
+    return runs[0].parent / (f"ensemble_of_{len(runs)}_{runs[0].name}" if is_long else name)
 
 
 def _check_alike(members: Sequence[Member]) -> None:
@@ -147,9 +166,20 @@ def of_genes(members: Sequence[Member], genes: Sequence[str]) -> Callable[[list[
     return keep
 
 
-def mean_prediction(predictions: Sequence[Scales]) -> Scales:
-    """Average over the folds: {scale: (b, G) float32}."""
-    return {scale: np.mean([prediction[scale] for prediction in predictions], axis=0) for scale in predictions[0]}
+def mean_prediction(predictions: Sequence[Scales], runs: Sequence[object]) -> Scales:
+    """Average over the folds of each run, then over the runs: {scale: (b, G) float32} of the scales that all have.
+
+    runs: of which run each prediction is.
+    """
+    of_run = [[found for found, its in zip(predictions, runs) if its == run] for run in dict.fromkeys(runs)]
+    shared = [scale for scale in predictions[0] if all(scale in found for found in predictions)]
+    means = {scale: [np.mean([found[scale] for found in group], axis=0) for group in of_run] for scale in shared}
+    return {scale: each[0] if len(each) == 1 else np.mean(each, axis=0) for scale, each in means.items()}
+
+
+def deviation(predictions: Sequence[Scales]) -> np.ndarray:
+    """Compute the standard deviation (b, G) float32 of the fused predictions over all folds and runs, divisor n - 1."""
+    return np.std([found[FUSED] for found in predictions], axis=0, ddof=1)
 
 
 def field_of_view_of(members: Sequence[Member]) -> float | None:
@@ -175,9 +205,11 @@ def describe_peak(peak: dict[str, float]) -> str:
 def provenance_of(members: Sequence[Member], notes: Sequence[str]) -> dict[str, object]:
     """Say which models made a prediction. notes: on folds that were left out, or taken although they are not finished."""
     made = members[0].fold.encoder
+    runs = list(dict.fromkeys(member.run_folder for member in members))
     return {
         **({"folds": " ".join(notes)} if notes else {}),
         "checkpoints": [f"{member.path.parent.name}/{member.path.name}" for member in members],
+        **({"runs": [member.run_name for member in members]} if len(runs) > 1 else {}),
         "epochs": [int(member.fold.epoch) for member in members],
         "prediction": MEAN if len(members) > 1 else members[0].name,
         "held_out": f"The model was {NO_SCORE}." if members[0].fold.split.is_final else None,

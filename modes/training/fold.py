@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from datasets.features.novelty import sample_training_spots
 from datasets.field_of_view import field_of_view
 from models.baselines.fitted_model import ClosedForm
 from models.contract import ExpressionModel, ModelInputs
@@ -19,8 +20,8 @@ from modes.training.compose import is_closed_form
 from modes.training.run_data import RunData
 from modes.training.split import Split
 from utils.files import write_text
-from utils.runs import seed_everything, write_epochs, write_json
-from utils.trained_fold import PatchEncoderRecord, Progress, TrainedFold
+from utils.runs import generator_for, seed_everything, write_epochs, write_json
+from utils.trained_fold import PatchEncoderRecord, Progress, TrainedFold, TrainingSample
 
 
 def start_folder(folder: Path, run_data: RunData, split: Split, notices: Sequence[str]) -> None:
@@ -57,6 +58,19 @@ def untrained_fold(run_data: RunData, split: Split) -> TrainedFold:
         training_mean=split.training_mean,
         gene_lists=split.gene_lists,
         field_of_view_um=field_of_view(run_data.layout, pixels),
+        sample=_sample(run_data, split),
+    )
+
+
+def _sample(run_data: RunData, split: Split) -> TrainingSample:
+    """Training spots against which a prediction says how unusual a new spot is."""
+    store, record = run_data.store, split.record
+    slides = [slide for slide in store.named(record.train_slides) for _ in range(slide.start, slide.stop)]
+    return sample_training_spots(
+        store.target_features[store.rows_of(record.train_slides)],
+        patients=[slide.patient for slide in slides],
+        slides=[slide.name for slide in slides],
+        generator=generator_for(run_data.config.GENERAL.seed, record.fold, "training sample"),
     )
 
 

@@ -19,9 +19,10 @@ import main
 from datasets.batches import SlideBatch, SpotBatch
 from datasets.images.slides import open_slide
 from modes.external_test import external_test
-from modes.predict import PredictOptions, predict, predict_mean
+from modes.predict import PredictOptions, predict
 from modes.prediction.ensemble import load_members, shared_genes
 from modes.prediction.place_spots import spots_on_tissue
+from modes.prediction.streamed import predict_mean
 from preprocess.extract_features_uni import main as extract
 from tests.checkpoints import edit
 from tests.space_ranger import write_outs
