@@ -1,11 +1,12 @@
-"""Prediction files: one AnnData `.h5ad` per slide that scanpy and squidpy plot without conversion."""
+"""Prediction files: one AnnData `.h5ad` per slide that scanpy and squidpy plot without conversion; how far to trust them."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from evaluation.slide_result import SCALES
 from utils.files import reading, require_file, safe_name, write_atomically
-from utils.text import some
+from utils.text import brief, some
 from utils.untrusted.hdf5 import probe_hdf5
 
 MEASURED = "measured"
@@ -26,6 +27,9 @@ MEASURED_UNSMOOTHED = "measured_unsmoothed"
 # Space Ranger's own size of the smaller image; the viewers that ask for "lowres" expect about this.
 LOWRES_PIXELS = 600
 PLACEHOLDER = "none: a white sheet"
+HELD_OUT_FILE = "held_out.json"
+INTERVAL_LEVEL = 0.8
+_MEASURE_AGAIN = "Make it again: python main.py --mode test --model_path RUN"
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,3 +263,84 @@ def _storable(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             stored[name] = str(value)
     return stored
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is known of a run from its held-out patients. Lists follow `genes`; NaN where a value is not known.
+
+    pcc, pcc_std: of each gene, PCC within a slide, mean over the slides of a patient, then mean and standard deviation over
+    patients (divisor n - 1).  half_width: of the interval that holds `level` of the spots of held-out patients, in the unit
+    of the predictions; [] where no prediction files are.  coverage: {patient: share of its spots inside the interval that
+    the other patients give, mean over genes}; {} with fewer than two patients.
+    """
+
+    run: str
+    patients: list[str]
+    genes: list[str]
+    pcc: list[float]
+    pcc_std: list[float]
+    level: float = INTERVAL_LEVEL
+    half_width: list[float] = field(default_factory=list)
+    coverage: dict[str, float] = field(default_factory=dict)
+
+    def values_of(self, name: str, genes: Sequence[str]) -> np.ndarray:
+        """Give the list `name` for the genes asked for (G,), NaN for those that the run did not hold out."""
+        known = dict(zip(self.genes, getattr(self, name)))
+        return np.array([known.get(gene, math.nan) for gene in genes], dtype=np.float64)
+
+    def describe(self) -> str | None:
+        """Say how often the intervals held, in a sentence; None where that could not be measured."""
+        if not self.coverage:
+            return None
+        values = list(self.coverage.values())
+        return (
+            f"Intervals of {100 * self.level:.0f} % (split conformal over patients) held {100 * np.mean(values):.1f} % of the "
+            f"spots of a patient left out, mean over genes and {len(values)} patients ({100 * min(values):.1f} to "
+            f"{100 * max(values):.1f} %)."
+        )
+
+
+def read_held_out(run_dir: str | Path) -> HeldOut | None:
+    """Read held_out.json of a run folder, None where there is none; ValueError for what is no such file."""
+    path = Path(run_dir) / HELD_OUT_FILE
+    if not path.is_file():
+        return None
+    with reading(path, "what a run has shown on held-out patients", remedy=_MEASURE_AGAIN):
+        return _from_dict(json.loads(path.read_text(encoding="utf-8")), path)
+
+
+def _from_dict(content: object, path: Path) -> HeldOut:
+    if not isinstance(content, dict) or not isinstance(content.get("genes"), list):
+        raise ValueError(f"{path} lists no genes. {_MEASURE_AGAIN}")
+    genes, patients = [str(gene) for gene in content["genes"]], [str(name) for name in content.get("patients", [])]
+    lists = {}
+    for name in ("pcc", "pcc_std", "half_width"):
+        found = content.get(name)
+        may_be_empty = name == "half_width" and found == []
+        if not isinstance(found, list) or (len(found) != len(genes) and not may_be_empty):
+            raise ValueError(f"{path}: {name} should be a list of {len(genes)} numbers. {_MEASURE_AGAIN}")
+        lists[name] = [_number(value, path, name) for value in found]
+    coverage, level = content.get("coverage"), _number(content.get("level"), path, "level")
+    if not isinstance(coverage, dict) or not 0 < level < 1:
+        raise ValueError(
+            f"{path}: coverage should be a table and level a share, found {brief(level)}. {_MEASURE_AGAIN}"
+        )
+    return HeldOut(
+        run=str(content.get("run", "")),
+        patients=patients,
+        genes=genes,
+        pcc=lists["pcc"],
+        pcc_std=lists["pcc_std"],
+        level=level,
+        half_width=lists["half_width"],
+        coverage={str(patient): _number(value, path, "coverage") for patient, value in coverage.items()},
+    )
+
+
+def _number(value: object, path: Path, name: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{path}: {name} should hold numbers, found {brief(value)}. {_MEASURE_AGAIN}")
+    return float(value)

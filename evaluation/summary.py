@@ -30,6 +30,7 @@ CHOICES = {  # by what `split.json` says under "selection"
     "validation": "epoch chosen on an inner held-out patient",
     "fixed": "number of epochs fixed beforehand",
     "none": "fitted without epochs",
+    "mixed": "epoch of each model chosen as in its own run",
 }
 OPTIMISTIC = "The epoch is chosen on the test fold, as in the published code: all scores are optimistic."
 PAPER_NOTE = (

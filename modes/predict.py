@@ -30,10 +30,8 @@ from modes.prediction.ensemble import (
     provenance_of,
     shared_genes,
 )
-from modes.prediction.place_spots import SlideSpots, spots_of_file, spots_on_tissue
-from modes.prediction.streamed import predict_spots
-from modes.prediction.trust import evidence_of
-from modes.prediction.write import THUMBNAIL_PX
+from modes.prediction.place_spots import THUMBNAIL_PX, SlideSpots, spots_of_file, spots_on_tissue
+from modes.prediction.predicted import evidence_of, predict_spots
 from utils.checkpoint import checkpoints_of_runs
 from utils.cli import say
 from utils.files import check_writable, require_file, safe_name

@@ -13,16 +13,17 @@ from datasets.targets import store_targets
 from modes.prediction.model import restored_config
 from modes.prediction.summary import finish_run
 from modes.training.compose import open_layout
-from modes.training.run_data import open_run_data
+from modes.training.ensemble import test_together
+from modes.training.run_data import RunData, open_run_data
 from modes.training.score import score_checkpoint
-from utils.checkpoint import chosen_checkpoints, has_ended, load_checkpoint, result_folder
+from utils.checkpoint import checkpoints_of_runs, has_ended, load_checkpoint, result_folder, runs_of
 from utils.cli import say
 from utils.files import check_writable
-from utils.trained_fold import NO_SCORE
+from utils.trained_fold import NO_SCORE, TrainedFold
 
 
 def test(
-    model_path: str,
+    model_path: str | Path | Sequence[str | Path],
     fold: int | None,
     overrides: Sequence[str],
     device: torch.device,
@@ -33,25 +34,26 @@ def test(
 
     Scores of a file other than a fold's best.pt go into a folder of their own, `test_<name>` beside it; the result of the
     fold and the summary of the run stay as they are. A fold whose training has not ended is refused.
+    Of several runs (or of a run over several seeds) the mean of the predictions is tested, see `test_together`.
     data_type: DATA.type of the configuration given on the command line, if any; must be the checkpoint's.
     with_report: figures and report.html of the run folder; the tables are written in any case.
     """
-    checkpoints, notes = chosen_checkpoints(model_path, fold)
+    checkpoints, notes = checkpoints_of_runs(model_path, fold)
     is_official = all(result_folder(checkpoint) == checkpoint.parent for checkpoint in checkpoints)
     for checkpoint in checkpoints:
-        if load_checkpoint(checkpoint, memory_map=True).split.is_final:
-            raise ValueError(
-                f"{checkpoint} was {NO_SCORE}. How its method does on new patients is what the cross-validation says that it "
-                "followed (held_out.json of the run, var['pcc_cv'] of a prediction); slides of other data sets: --mode "
-                "external_test."
-            )
-        if is_official and not has_ended(checkpoint):
-            raise ValueError(
-                f"{checkpoint} is of a training that has not ended, so it has no result yet. Go on with it: the command of "
-                "the training, with --resume; a test follows by itself. A copy under another name can be tested apart."
-            )
+        _check_has_score(checkpoint, is_official)
     for note in notes:
         say(note)
+    if len(runs_of(model_path)) > 1:
+        test_together(
+            checkpoints,
+            notes,
+            overrides,
+            device,
+            lambda member: _open_tested(member.fold, member.path, overrides, device, data_type),
+            with_report,
+        )
+        return
     for checkpoint in checkpoints:
         check_writable(result_folder(checkpoint) / "predictions" / "slide.h5ad")
     for checkpoint in checkpoints:
@@ -59,6 +61,21 @@ def test(
     run_dir = checkpoints[0].parent.parent
     if is_official and (run_dir / "config.yaml").is_file():
         say(finish_run(run_dir, with_report))
+
+
+def _check_has_score(checkpoint: Path, is_official: bool) -> None:
+    """Refuse, by ValueError, a model on all patients and one whose training has not ended."""
+    if load_checkpoint(checkpoint, memory_map=True).split.is_final:
+        raise ValueError(
+            f"{checkpoint} was {NO_SCORE}. How its method does on new patients is what the cross-validation says that it "
+            "followed (held_out.json of the run, var['pcc_cv'] of a prediction); slides of other data sets: --mode "
+            "external_test."
+        )
+    if is_official and not has_ended(checkpoint):
+        raise ValueError(
+            f"{checkpoint} is of a training that has not ended, so it has no result yet. Go on with it: the command of "
+            "the training, with --resume; a test follows by itself. A copy under another name can be tested apart."
+        )
 
 
 def _test_checkpoint(
@@ -71,6 +88,22 @@ def _test_checkpoint(
             f"--fold {fold}: {checkpoint} was trained for fold {split.fold} (test patients "
             f"{', '.join(split.test_patients)}); on another fold it would be tested on its own training patients."
         )
+    run_data = _open_tested(trained, checkpoint, overrides, device, data_type)
+    folder = result_folder(checkpoint)
+    is_clean = split.protocol == "clean"
+    targets = store_targets(run_data.store, split.test_slides, trained.genes, absent_is_zero=is_clean)
+    summary = score_checkpoint(run_data, checkpoint, folder, targets)
+    say(
+        f"Fold {split.fold} ({split.name}): PCC(A) {summary['pcc_all']:.4f}, MSE {summary['mse']:.4f} "
+        f"(training mean {_known(summary['training_mean']['mse'])}); written to {folder}"
+    )
+
+
+def _open_tested(
+    trained: TrainedFold, checkpoint: Path, overrides: Sequence[str], device: torch.device, data_type: str | None
+) -> RunData:
+    """Read the test slides of a fold; ValueError or FileNotFoundError unless they are those that it was started with."""
+    split = trained.split
     config = restored_config(trained, checkpoint, overrides)
     if data_type is not None and data_type != config.DATA.type:
         raise ValueError(
@@ -91,14 +124,7 @@ def _test_checkpoint(
             f"the data in {layout.root} are not those that {checkpoint} was started with:\n  {listed}\n"
             "Restore them as they were, or give their folder with --data_dir; other data: --mode external_test."
         )
-    folder = result_folder(checkpoint)
-    is_clean = split.protocol == "clean"
-    targets = store_targets(run_data.store, split.test_slides, trained.genes, absent_is_zero=is_clean)
-    summary = score_checkpoint(run_data, checkpoint, folder, targets)
-    say(
-        f"Fold {split.fold} ({split.name}): PCC(A) {summary['pcc_all']:.4f}, MSE {summary['mse']:.4f} "
-        f"(training mean {_known(summary['training_mean']['mse'])}); written to {folder}"
-    )
+    return run_data
 
 
 def _known(value: float) -> str:

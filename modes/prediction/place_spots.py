@@ -16,8 +16,8 @@ from datasets.images.tissue import MIN_TISSUE, find_tissue, tissue_grid
 from datasets.tables.array_grid import grid_of_pixels
 from datasets.tables.positions import read_positions
 from datasets.tables.spot_table import check_inside, spot_ids
-from modes.prediction.write import spot_diameter
 
+THUMBNAIL_PX = 2000  # of the picture in prediction files
 _LEAST_SPACING = 1 / 8  # of a patch
 _LEAST_ON_TISSUE = 0.1
 
@@ -101,6 +101,16 @@ def spots_of_file(slide: Slide, path: Path, covered_px: int, exchanged_pixels: b
     return SlideSpots(
         table, spot_diameter(positions.pixels, 100), f"{note}.{_on_tissue(slide, path, positions.pixels)}"
     )
+
+
+def spot_diameter(spatial_px: np.ndarray, patch_size: int) -> float:
+    """Guess the size of spots at `spatial_px` (N, 2), in full-resolution px: half the usual distance to the nearest one.
+
+    That is right of the ST arrays' 100 um spots on a 200 um pitch.  patch_size: what a single spot gets.
+    """
+    if len(spatial_px) < 2:
+        return float(patch_size)
+    return spacing(spatial_px) / 2
 
 
 def _check_spacing(path: Path, pixels: np.ndarray, covered_px: int) -> None:

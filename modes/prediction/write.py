@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from datasets.images.slides import open_slide
-from datasets.images.spots_on_tissue import spacing
 from datasets.spots import SlideRecord
 from evaluation.predictions import write_prediction
 from evaluation.slide_result import SlideResult
+from modes.prediction.place_spots import THUMBNAIL_PX, spot_diameter
 from utils.text import UNIT
-
-THUMBNAIL_PX = 2000
 
 
 def write_slide(
@@ -52,13 +50,3 @@ def thumbnail(record: SlideRecord) -> tuple[np.ndarray | None, float]:
         return None, 1.0
     with open_slide(record.image) as slide:
         return slide.thumbnail(THUMBNAIL_PX)
-
-
-def spot_diameter(spatial_px: np.ndarray, patch_size: int) -> float:
-    """Guess the size of spots at `spatial_px` (N, 2), in full-resolution px: half the usual distance to the nearest one.
-
-    That is right of the ST arrays' 100 um spots on a 200 um pitch.  patch_size: what a single spot gets.
-    """
-    if len(spatial_px) < 2:
-        return float(patch_size)
-    return spacing(spatial_px) / 2

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.fold_files import FoldRecord, read_run
-from evaluation.held_out import HeldOut, measure_held_out, read_held_out
+from evaluation.held_out import measure_held_out
+from evaluation.predictions import HeldOut, read_held_out
 from modes.training.compose import is_closed_form
 from modes.training.run_data import RunData
 from utils.cli import say

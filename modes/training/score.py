@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from datasets.spots import SlideRecord
 from datasets.targets import slide_targets
 from evaluation.fold_files import write_fold
 from evaluation.protocol import score_fold
+from models.contract import ExpressionModel
 from modes.prediction.model import restored_model
-from modes.prediction.slide import predict_slide, slide_result
+from modes.prediction.slide import Scales, predict_slide, slide_result
 from modes.prediction.write import write_slide
 from modes.training.run_data import RunData
 from utils.checkpoint import load_checkpoint
@@ -29,22 +33,41 @@ def score_checkpoint(run_data: RunData, checkpoint: Path, folder: Path, targets:
     """
     fold = load_checkpoint(checkpoint)
     check_same_patch_encoder(fold, run_data, checkpoint)
-    model = restored_model(fold, checkpoint, run_data.device)
+    predict = partial(predict_record, run_data, restored_model(fold, checkpoint, run_data.device))
+    return score_slides(run_data, fold, predict, folder, targets, provenance_of(fold, checkpoint))
+
+
+def predict_record(run_data: RunData, model: ExpressionModel, record: SlideRecord) -> Scales:
+    """Predict a slide of the store by one model: {scale: (N, G) float32}."""
+    (prediction,) = predict_slide(
+        [model],
+        run_data.maker.slide(record),
+        run_data.precision,
+        chunk_size=run_data.config.EVALUATION.chunk_size,
+        encode=run_data.encode,
+    )
+    return prediction
+
+
+def score_slides(
+    run_data: RunData,
+    fold: TrainedFold,
+    predict: Callable[[SlideRecord], Scales],
+    folder: Path,
+    targets: Tensor,
+    provenance: Mapping[str, object],
+) -> dict[str, Any]:
+    """Score what `predict` gives for the test slides of a fold and write it into `folder`; see `score_checkpoint`.
+
+    provenance: which models predict, for the prediction files.
+    """
     is_clean = fold.split.protocol == "clean"
-    provenance = provenance_of(fold, checkpoint)
     results = []
     records = run_data.store.named(fold.split.test_slides)
     for record in progress(records, description="test slides", unit="slide", leave=False):
-        (prediction,) = predict_slide(
-            [model],
-            run_data.maker.slide(record),
-            run_data.precision,
-            chunk_size=run_data.config.EVALUATION.chunk_size,
-            encode=run_data.encode,
-        )
         unsmoothed = slide_targets(record.table, fold.genes, smoothing=False, absent_is_zero=is_clean)
         smoothed = targets[record.start : record.stop].numpy()
-        results.append(slide_result(record, fold.genes, prediction, smoothed, unsmoothed))
+        results.append(slide_result(record, fold.genes, predict(record), smoothed, unsmoothed))
         path = folder / "predictions" / f"{record.name}.h5ad"
         write_slide(path, record, results[-1], patch_size=run_data.layout.patch_size, provenance=provenance)
     smoothed_mean, unsmoothed_mean = fold.training_mean.numpy()

@@ -8,7 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.held_out import FILE, HeldOut, coverage_of, half_widths, read_held_out, write_held_out
+from evaluation.held_out import coverage_of, half_widths, write_held_out
+from evaluation.predictions import HELD_OUT_FILE as FILE
+from evaluation.predictions import HeldOut, read_held_out
 
 
 def patients(shift: float, generator: np.random.Generator, count: int = 8) -> dict[str, np.ndarray]:

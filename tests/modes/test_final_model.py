@@ -11,7 +11,7 @@ import anndata
 import pytest
 import torch
 
-from evaluation.held_out import read_held_out
+from evaluation.predictions import read_held_out
 from tests.checkpoints import edit
 from tests.command_line import Left, call_main
 from utils.checkpoint import load_checkpoint

@@ -22,7 +22,7 @@ from modes.external_test import external_test
 from modes.predict import PredictOptions, predict
 from modes.prediction.ensemble import load_members, shared_genes
 from modes.prediction.place_spots import spots_on_tissue
-from modes.prediction.streamed import predict_mean
+from modes.prediction.predicted import predict_mean
 from preprocess.extract_features_uni import main as extract
 from tests.checkpoints import edit
 from tests.space_ranger import write_outs

@@ -1,0 +1,171 @@
+"""Predictions that say what is known of them, and several runs together: predicted, tested as a run, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from datasets.features.novelty import novelty, sample_training_spots
+from evaluation.predictions import read_held_out
+from tests.checkpoints import edit
+from tests.command_line import Left, call_main
+
+
+@pytest.fixture(scope="module")
+def ridge(tiny_run, tmp_path_factory) -> Path:
+    """Ridge with neighbors, trained on the folds of `tiny_run`."""
+    logs = tmp_path_factory.mktemp("ridge")
+    left = call_main(
+        *("--mode", "train", "--config_name", tiny_run.config_name, "--data_dir", tiny_run.data_dir, "--no_report"),
+        *("--log_path", logs, "--model", "ridge_neighbor", "--folds", "0,1", "--run_name", "ridge", "--device", "cpu"),
+    )
+    assert left.status == 0, left.said
+    return logs / "tiny" / "ridge"
+
+
+@pytest.fixture
+def runs(tiny_run, ridge, tmp_path) -> list[Path]:
+    """Copies of both runs beside each other: dml, ridge."""
+    sources = {"dml": tiny_run.path, "ridge": ridge}
+    return [Path(shutil.copytree(source, tmp_path / "logs" / name)) for name, source in sources.items()]
+
+
+def predict(tiny_run, out: Path, *arguments: object) -> Left:
+    root = tiny_run.data_dir / "test" / "demo_external"
+    return call_main(
+        *(
+            "--mode",
+            "predict",
+            "--image",
+            root / "ST-imgs/X/X1/X1.jpg",
+            "--spots",
+            root / "ST-spotfiles/X1_selection.tsv",
+        ),
+        *("--out", out, "--device", "cpu", *arguments),
+    )
+
+
+def run_test(tiny_run, *arguments: object) -> Left:
+    shared = ("--data_dir", tiny_run.data_dir, "--device", "cpu", "--num_workers", "1", "--no_report")
+    return call_main("--mode", "test", *shared, *arguments)
+
+
+def test_a_prediction_says_what_is_known_of_it(tiny_run, tmp_path):
+    left = predict(tiny_run, tmp_path / "x.h5ad", "--model_path", tiny_run.path)
+    assert left.status == 0 and "Intervals of 80 %" in left.said, left.said
+    found, held_out = anndata.read_h5ad(tmp_path / "x.h5ad"), read_held_out(tiny_run.path)
+    genes = list(found.var_names)
+    tables = pd.concat([pd.read_csv(tiny_run.path / f"fold_{fold}" / "per_gene_slide.csv") for fold in (0, 1)])
+    of_gene = tables[(tables["scale"] == "fused") & (tables["truth"] == "smoothed")].groupby("gene")["pearson"]
+    np.testing.assert_allclose(found.var["pcc_cv"], of_gene.mean()[genes])  # one slide a patient
+    np.testing.assert_allclose(found.var["pcc_cv_std"], of_gene.std(ddof=1)[genes])
+    half = held_out.values_of("half_width", genes)
+    np.testing.assert_allclose(found.layers["upper"] - found.X, np.broadcast_to(half, found.shape), atol=1e-5)
+    np.testing.assert_allclose(found.layers["lower"], np.maximum(found.X - half, 0), atol=1e-5)
+    for fold in (0, 1):
+        assert predict(tiny_run, tmp_path / f"{fold}.h5ad", "--model_path", tiny_run.path, "--fold", fold).status == 0
+    single = [anndata.read_h5ad(tmp_path / f"{fold}.h5ad")[:, genes] for fold in (0, 1)]
+    np.testing.assert_allclose(found.layers["std"], np.std([one.X for one in single], axis=0, ddof=1), atol=1e-5)
+    assert "std" not in single[0].layers and "pcc_cv" in single[0].var
+    np.testing.assert_allclose(
+        found.obs["novelty"], (single[0].obs["novelty"] + single[1].obs["novelty"]) / 2, atol=1e-6
+    )
+    assert found.obs["novelty"].between(0, 1).all()
+    assert "Intervals of 80 %" in found.uns["gene_dml"]["trust"]
+    assert any(
+        "Intervals of 80 %" in note for note in json.loads((tiny_run.path / "summary.json").read_text())["notes"]
+    )
+
+
+def test_an_earlier_run_predicts_and_what_is_missing_is_said_once(tiny_run, runs, tmp_path):
+    run = runs[0]
+    (run / "held_out.json").unlink()
+    for fold in (0, 1):
+        edit(run / f"fold_{fold}" / "best.pt", lambda content: content.pop("training_sample"))
+    left = predict(tiny_run, tmp_path / "x.h5ad", "--model_path", run)
+    assert left.status == 0 and left.said.count("no held_out.json") == 1 and left.said.count("No obs['novelty']") == 1
+    found = anndata.read_h5ad(tmp_path / "x.h5ad")
+    assert set(found.layers) == {"target", "neighbor", "global", "std"} and "novelty" not in found.obs
+    assert "pcc_cv" not in found.var
+    assert run_test(tiny_run, "--model_path", run).status == 0 and (run / "held_out.json").is_file()
+
+
+def test_several_runs_are_averaged_each_with_the_same_weight(tiny_run, runs, tmp_path):
+    (runs[1] / "fold_1" / "best.pt").unlink()
+    shutil.rmtree(runs[1] / "fold_1")
+    for name, given in (("both", runs), ("dml", runs[:1]), ("ridge", runs[1:])):
+        left = predict(tiny_run, tmp_path / f"{name}.h5ad", "--model_path", *given)
+        assert left.status == 0, left.said
+    both, dml, ridge = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("both", "dml", "ridge"))
+    genes = list(both.var_names)
+    np.testing.assert_allclose(both.X, (dml[:, genes].X + ridge[:, genes].X) / 2, atol=1e-5)
+    assert set(both.layers) == {"std", "lower", "upper"}, "one of the models has no single scales"
+    assert both.uns["gene_dml"]["runs"].tolist() == ["dml", "dml", "ridge"]
+
+
+def test_several_runs_are_tested_like_a_run(tiny_run, runs, tmp_path):
+    left = run_test(tiny_run, "--model_path", *runs)
+    assert left.status == 0, left.said
+    folder = runs[0].parent / "ensemble_dml+ridge"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["num_folds"] == 2 and any(
+        "Mean of the predictions of 2 runs: dml, ridge" in n for n in summary["notes"]
+    )
+    assert "epoch of each model chosen as in its own run" in summary["protocol_description"]
+    tested, *single = (anndata.read_h5ad(run / "fold_1" / "predictions" / "B1.h5ad") for run in (folder, *runs))
+    np.testing.assert_allclose(tested.X, (single[0].X + single[1].X) / 2, atol=1e-5)
+    assert run_test(tiny_run, "--model_path", *runs).status == 0, "again, into the same folder"
+    compared = call_main("--mode", "compare", "--runs", runs[0], folder, "--out", tmp_path / "compared")
+    assert compared.status == 0, compared.said
+    assert predict(tiny_run, tmp_path / "x.h5ad", "--model_path", *runs).status == 0
+    found, held_out = anndata.read_h5ad(tmp_path / "x.h5ad"), read_held_out(folder)
+    np.testing.assert_allclose(found.var["pcc_cv"], held_out.values_of("pcc", list(found.var_names)))
+
+
+def test_runs_that_have_no_score_together_are_refused(tiny_run, runs):
+    shutil.rmtree(runs[1] / "fold_1")
+    left = run_test(tiny_run, "--model_path", *runs)
+    assert left.status and "ridge has folds 0, " in left.said and "has 0, 1" in left.said
+    edit(runs[1] / "fold_0" / "best.pt", lambda content: content["fold"].update(test_patients=["B"]))
+    left = run_test(tiny_run, "--model_path", *runs, "--fold", 0)
+    assert left.status and "fold 0 of " in left.said and "another set of test patients" in left.said
+    left = run_test(tiny_run, "--model_path", runs[0], runs[0])
+    assert left.status and "names a run more than once" in left.said
+    (runs[0].parent / "ensemble_dml+ridge").mkdir()
+    edit(runs[1] / "fold_0" / "best.pt", lambda content: content["fold"].update(test_patients=["A"]))
+    left = run_test(tiny_run, "--model_path", *runs, "--fold", 0)
+    assert left.status and "holds something else than a test of these runs" in left.said
+    left = call_main("--mode", "external_test", "--test_name", "demo_external", "--model_path", *runs)
+    assert left.status and "--mode external_test takes one run" in left.said
+
+
+def test_the_seeds_of_a_run_are_predicted_together(tiny_run, tmp_path):
+    for seed in (0, 1):
+        shutil.copytree(tiny_run.path, tmp_path / "run" / f"seed_{seed}")
+    left = predict(tiny_run, tmp_path / "x.h5ad", "--model_path", tmp_path / "run")
+    assert left.status == 0 and "mean of 2 runs (seed_0, seed_1) with 4 models" in left.said, left.said
+
+
+def test_novelty_is_the_share_of_training_spots_that_are_more_usual():
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(600, 8, generator=random)
+    patients = ["A"] * 300 + ["B"] * 300
+    sample = sample_training_spots(features, patients, patients, torch.Generator().manual_seed(1))
+    assert torch.equal(sample.distances, sample.distances.sort().values) and len(sample.features) == 600
+    own = novelty(torch.randn(400, 8, generator=random), sample)
+    assert 0.35 < own.mean() < 0.6 and novelty(features + 20, sample).min() == 1
+    distances = torch.cdist(features[:300], features[300:].half().float()).topk(5, largest=False).values.mean(1)
+    other = torch.cdist(features[300:], features[:300].half().float()).topk(5, largest=False).values.mean(1)
+    slow = torch.cat([distances, other]).sort().values
+    np.testing.assert_allclose(sample.distances, slow, atol=5e-3)  # the sample is held in 16 bits
+    alone = sample_training_spots(features[:5], ["A"] * 5, ["A1"] * 5, torch.Generator().manual_seed(1))
+    assert (alone.distances > 0).all(), "one slide: each spot against the others"
+    one = sample_training_spots(features[:1], ["A"], ["A1"], torch.Generator().manual_seed(1))
+    assert novelty(features[1:3], one).tolist() == [1.0, 1.0]
