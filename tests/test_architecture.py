@@ -39,6 +39,7 @@ OF_THE_SAME_ROOM = {
     "modes.training": {"modes.prediction"},
     "preprocess.extraction": set(),
     "preprocess.raw": set(),
+    "preprocess.raw.space_ranger": {"preprocess.raw"},
     "preprocess.simulation": set(),
     "utils.untrusted": {"utils.files"},
 }

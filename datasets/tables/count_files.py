@@ -11,14 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from scipy import sparse
 
 from utils.untrusted.text import first_lines, text_bytes
 
+_ROWS = 2048
 _HEXADECIMAL = re.compile(rb"[\t,] *[-+]?0[xX][^\t,\n]*")  # Arrow takes it for a number
 
 
-def read_parquet(path: Path, genes: Sequence[str] | None) -> tuple[pa.Table, list[str], list[str]]:
-    """Read the columns of counts (only those of `genes`), the spots and the genes."""
+def read_parquet(path: Path, genes: Sequence[str] | None) -> tuple[pa.Table | sparse.csr_matrix, list[str], list[str]]:
+    """Read the columns of counts (only those of `genes`), the spots and the genes.
+
+    What is written in several groups of rows is too large for a full table, and becomes sparse group by group.
+    """
     # Many short columns: no read-ahead.
     file = pa.parquet.ParquetFile(path, memory_map=True, pre_buffer=False, page_checksum_verification=True)
     index = _index_columns(file.schema_arrow)
@@ -28,8 +33,47 @@ def read_parquet(path: Path, genes: Sequence[str] | None) -> tuple[pa.Table, lis
     if genes is not None:
         wanted = set(genes)
         columns = [name for name in columns if name in wanted]
+    kinds = [file.schema_arrow.field(name).type for name in columns]
+    if file.num_row_groups > 1 and columns and all(is_number(kind) for kind in kinds):
+        spots, parts = [], []
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=index[:1] + columns)
+            spots += table.column(index[0]).to_pylist()
+            parts.append(sparse_of(table.select(columns)))
+        return sparse.vstack(parts, format="csr"), spots, columns
     table = file.read(columns=index[:1] + columns)
     return table.select(columns), table.column(index[0]).to_pylist(), columns
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Tell whether a column of this type holds numbers."""
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def sparse_of(table: pa.Table) -> sparse.csr_matrix:
+    """Make a table of numbers (N, G) sparse: int32 where all of them fit, else float64, an empty cell NaN.
+
+    Some rows at a time, so that the full table is there only once.
+    """
+    dtype = _dtype_of(table)
+    parts = []
+    for start in range(0, table.num_rows, _ROWS):
+        piece = table.slice(start, _ROWS)
+        dense = np.empty((piece.num_rows, piece.num_columns), dtype=dtype)
+        for position, column in enumerate(piece.itercolumns()):
+            dense[:, position] = column.to_numpy()
+        parts.append(sparse.csr_matrix(dense))
+    empty = sparse.csr_matrix((0, table.num_columns), dtype=dtype)
+    return sparse.vstack(parts, format="csr") if parts else empty
+
+
+def _dtype_of(table: pa.Table) -> type:
+    """int32 where every number of every column fits; float64 for those that have to be looked at first."""
+    fits = all(
+        pa.types.is_integer(field.type) and field.type.bit_width <= 32 and field.type != pa.uint32()
+        for field in table.schema
+    )
+    return np.int32 if fits and not any(column.null_count for column in table.itercolumns()) else np.float64
 
 
 def parquet_genes(path: Path) -> list[str]:

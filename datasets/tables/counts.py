@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,7 +13,16 @@ import pyarrow as pa
 from anndata import AnnData
 from scipy import sparse
 
-from datasets.tables.count_files import parquet_genes, parquet_spots, read_parquet, read_text, text_genes, text_spots
+from datasets.tables.count_files import (
+    is_number,
+    parquet_genes,
+    parquet_spots,
+    read_parquet,
+    read_text,
+    sparse_of,
+    text_genes,
+    text_spots,
+)
 from datasets.tables.h5ad import read_h5ad, read_names
 from utils.files import reading, require_file
 from utils.text import brief, checked_names, shortened, some
@@ -134,13 +143,16 @@ def wrong_counts(values: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
     Asked before they are narrowed to 32 bits, which makes 3e9 a negative number.
     """
-    kinds = (
-        ("missing counts (NaN)", np.isnan(values)),
-        ("negative counts", values < 0),
-        ("counts that are no integers", np.isfinite(values) & (values != np.round(values))),
-        (f"counts above {GREATEST_COUNT}", values > GREATEST_COUNT),
-    )
-    return [(what, is_wrong) for what, is_wrong in kinds if is_wrong.any()]
+    kinds: list[tuple[str, Callable[[], np.ndarray]]] = [
+        ("missing counts (NaN)", lambda: np.isnan(values)),
+        ("negative counts", lambda: values < 0),
+        ("counts that are no integers", lambda: np.isfinite(values) & (values != np.round(values))),
+        (f"counts above {GREATEST_COUNT}", lambda: values > GREATEST_COUNT),
+    ]
+    if values.dtype.kind in "iu":  # the other two take memory, and cannot be
+        kinds = kinds[1::2]
+    found = ((what, test()) for what, test in kinds)
+    return [(what, is_wrong) for what, is_wrong in found if is_wrong.any()]
 
 
 def _checked(
@@ -162,16 +174,17 @@ def _checked(
         problems.append(f"{what} ({example}) in spots {some(ids)}")
     if problems:
         return None, problems
-    compressed = compressed.astype(np.int32)
-    compressed.eliminate_zeros()
-    return compressed, []
+    if not values.all():
+        compressed = compressed.copy()  # its arrays may be those of the caller
+        compressed.eliminate_zeros()
+    return compressed.astype(np.int32, copy=False), []
 
 
-def _numeric(table: pa.Table, spots: list[str], genes: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
-    """Columns of one type as a dense matrix; text or empty cells become problems that name gene and spots."""
+def _numeric(table: pa.Table, spots: list[str], genes: Sequence[str]) -> tuple[sparse.csr_matrix | None, list[str]]:
+    """Columns of numbers as a sparse matrix; text or empty cells become problems that name gene and spots."""
     problems = []
     for position, kind in enumerate(table.schema.types):
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        if not is_number(kind):
             column = table.column(position).to_pandas()
             bad = np.flatnonzero(pd.to_numeric(column, errors="coerce").isna())
             found = brief(column.iloc[bad[0]]) if len(bad) else str(kind)
@@ -179,16 +192,4 @@ def _numeric(table: pa.Table, spots: list[str], genes: Sequence[str]) -> tuple[n
             problems.append(f"non-numeric counts ({found} for gene {genes[position]}) in spots {some(where)}")
     if problems:
         return None, [some(problems, shown=3)] if len(problems) > 3 else problems
-    dense = np.empty((table.num_rows, table.num_columns), dtype=_dtype_of(table))
-    for position, column in enumerate(table.itercolumns()):
-        dense[:, position] = column.to_numpy()
-    return dense, []
-
-
-def _dtype_of(table: pa.Table) -> type:
-    """int32 where every number of every column fits; float64 for those that have to be looked at first."""
-    fits = all(
-        pa.types.is_integer(field.type) and field.type.bit_width <= 32 and field.type != pa.uint32()
-        for field in table.schema
-    )
-    return np.int32 if fits and not any(column.null_count for column in table.itercolumns()) else np.float64
+    return sparse_of(table), []

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 
 from datasets.tables.spot_table import GREATEST_COORDINATE, SELECTED, spot_ids
 from utils.files import reading, require_file
@@ -28,7 +30,8 @@ _OTHER_PIXELS = (("pxl_col_in_fullres", "pxl_row_in_fullres"), ("imagecol", "ima
 _ID_COLUMNS = ("barcode", "spot_id", "id", "spot")
 EXPECTED = (
     "Expected comma or tab separated: Space Ranger's tissue_positions.csv or tissue_positions_list.csv; a spot table with "
-    "x, y, pixel_x, pixel_y; or columns x, y (full-resolution pixels) with an optional column 'barcode'."
+    "x, y, pixel_x, pixel_y; or columns x, y (full-resolution pixels) with an optional column 'barcode'. "
+    "Or the same columns as .parquet."
 )
 
 
@@ -96,6 +99,10 @@ def read_positions(path: str | Path) -> Positions:
 
 def _read_table(path: Path) -> pd.DataFrame:
     """The table with lower-case column names; those of Space Ranger or x, y are supplied where there is no header."""
+    if path.suffix == ".parquet":
+        with reading(path, "a table of spot positions", remedy=EXPECTED):
+            table = pa.parquet.ParquetFile(path, page_checksum_verification=True).read().to_pandas()
+        return table.rename(columns=lambda name: str(name).strip().lower())
     with reading(path, "a table of spot positions", remedy=EXPECTED):
         text = text_of(path)
         first = text.partition("\n")[0].rstrip("\r")

@@ -79,7 +79,10 @@ def join(counts: AnnData, spots: pd.DataFrame, spec: DatasetSpec, source: str) -
     if spec.exchanged_pixels:
         # In these sets x counts rows of the array and pixel_x is the image row: both turn, so the axes agree again.
         grid, spatial = grid[:, ::-1], spatial[:, ::-1]
-    adata = counts[table.index].copy()
+    # In this order already: nothing to copy, of what may be gigabytes.
+    is_ordered = counts.obs_names.equals(table.index)
+    matrix = counts.X if is_ordered else counts[table.index].X.copy()
+    adata = AnnData(matrix, obs=counts.obs.loc[table.index], var=counts.var)
     adata.obsm["spatial"] = np.ascontiguousarray(spatial)
     adata.obsm["center"] = np.floor(spatial).astype(np.int64)
     adata.obsm["grid"] = np.ascontiguousarray(grid)

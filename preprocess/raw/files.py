@@ -22,10 +22,11 @@ from PIL import Image
 
 from datasets.images.slides import open_slide
 from datasets.tables.counts import read_counts
-from utils.devices import available_memory
 from utils.files import reading, sha256, write_atomically, write_text
 from utils.text import some
 from utils.untrusted.text import open_unpacked, text_of
+
+_CELLS_AT_A_TIME = 1 << 28  # of a table of counts: 1 GiB
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -133,19 +134,27 @@ def write_counts(path: Path, slide: AnnData, *, overwrite: bool) -> None:
         if not same_counts(read_counts(path), slide):
             raise ValueError(f"{path} is there already and holds other counts. Use --overwrite to replace it.")
         return
-    table = counts_table(slide)
     # Neither dictionaries nor statistics: with thousands of short columns they only cost time, here and at every reading.
-    write_atomically(
+    write_atomically(path, lambda temporary: _write_parquet(temporary, slide))
+
+
+def _write_parquet(path: Path, slide: AnnData) -> None:
+    """Rows in groups of at most `_CELLS_AT_A_TIME` counts: one group, but for the largest slides."""
+    rows = max(1, _CELLS_AT_A_TIME // slide.n_vars)
+    first = counts_table(slide, 0, rows)
+    writer = pa.parquet.ParquetWriter(
         path,
-        lambda temporary: pa.parquet.write_table(
-            table,
-            temporary,
-            compression="zstd",
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_checksum=True,
-        ),
+        first.schema,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
     )
+    with writer:
+        writer.write_table(first, row_group_size=rows)
+        del first
+        for start in range(rows, slide.n_obs, rows):
+            writer.write_table(counts_table(slide, start, start + rows), row_group_size=rows)
 
 
 def same_counts(first: AnnData, second: AnnData) -> bool:
@@ -155,25 +164,18 @@ def same_counts(first: AnnData, second: AnnData) -> bool:
     return (first[second.obs_names, second.var_names].X != second.X).nnz == 0
 
 
-def counts_table(slide: AnnData) -> pa.Table:
-    """Lay out counts (X csr int32) as columns, with the ids as what pandas takes for the index.
+def counts_table(slide: AnnData, start: int, stop: int) -> pa.Table:
+    """Lay out counts (X csr int32) of some rows as columns, with the ids as what pandas takes for the index.
 
     Made column by column from the matrix: by way of a pandas table it takes ten times as long, and the description of
     each of thousands of columns is read again at every opening.
-    Raises ValueError if the table would not fit in memory.
     """
-    needed, there = 4 * slide.n_obs * slide.n_vars, available_memory()
-    if needed > there:
-        raise ValueError(
-            f"Counts of {slide.n_obs:,} spots x {slide.n_vars:,} genes are prepared as a full table of {needed / 1e9:.1f} GB, "
-            f"but {there / 1e9:.1f} GB of memory are available. Prepare larger bins, or a part of the slide."
-        )
     assert slide.X.dtype == np.int32, "counts are checked"
-    dense = slide.X.toarray(order="F")
+    dense = slide.X[start:stop].toarray(order="F")
     columns = [pa.array(dense[:, gene]) for gene in range(slide.n_vars)]
     index = {"name": "spot", "field_name": "spot", "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
     description = {"index_columns": ["spot"], "column_indexes": [], "columns": [index]}
-    table = pa.table([pa.array(slide.obs_names.tolist()), *columns], names=["spot", *slide.var_names])
+    table = pa.table([pa.array(slide.obs_names[start:stop].tolist()), *columns], names=["spot", *slide.var_names])
     return table.replace_schema_metadata({"pandas": json.dumps(description)})
 
 

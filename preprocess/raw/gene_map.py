@@ -90,11 +90,15 @@ def symbols_of(names: Sequence[str], gene_map: Mapping[str, str] | None) -> list
 def with_genes(counts: AnnData, symbols: Sequence[str], genes: Sequence[str], source: str) -> AnnData:
     """Give the same spots other columns: column i goes to `symbols[i]`, those of one symbol are added up.
 
-    genes: the new columns, in order; they hold all symbols. Genes that no column goes to are zero.  source: for messages.
+    genes: the new columns, in order; a symbol that is none of them is left out, a gene that no column goes to is zero.
+    source: for messages.
     returns: checked counts, X (N, len(genes)) csr int32. Errors as in `datasets.tables.counts.check_counts`.
     """
     place = pd.Index(genes).get_indexer(list(symbols))
-    assert (place >= 0).all(), "every symbol is one of the genes"
-    ones = np.ones(counts.n_vars, dtype=np.int64)
-    columns = sparse.csr_matrix((ones, (np.arange(counts.n_vars), place)), shape=(counts.n_vars, len(genes)))
+    found = np.flatnonzero(place >= 0)
+    is_sum = len(np.unique(place[found])) < len(found)
+    ones = np.ones(
+        len(found), dtype=np.int64 if is_sum else np.int32
+    )  # a sum may be beyond 32 bits, and is checked then
+    columns = sparse.csr_matrix((ones, (found, place[found])), shape=(counts.n_vars, len(genes)))
     return check_counts(sparse.csr_matrix(counts.X @ columns), counts.obs_names.tolist(), list(genes), source=source)

@@ -11,7 +11,7 @@ from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
 from preprocess.raw.gene_map import is_ensembl, read_gene_map, symbols_of, without_version
-from preprocess.raw.matrices import GeneCounts
+from preprocess.raw.space_ranger.matrices import GeneCounts
 from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.cli import say
 from utils.config import Data
@@ -22,7 +22,8 @@ from utils.untrusted.text import text_of
 
 @dataclass(frozen=True)
 class TrainingPanel:
-    """genes: those that the models predict, in order.  source: where they are listed.  type: the models' data set.
+    """genes: those that the models predict, in order; empty where none are named: nothing here needs them.  source: where
+    they are listed.  type: the models' data set.
 
     trained, config_name: of the run that is the source, if it is one: what its features are, and its configuration.
     """
@@ -40,7 +41,8 @@ def training_panel(
     """Find the panel that the flags mean: a file, the genes file of a data set, or the genes of a run's checkpoints.
 
     The clean protocol gives every fold a panel of its own; then it is the genes of any fold, in order of appearance.
-    Raises ValueError / FileNotFoundError if the flags mean none or two, or it cannot be read.
+    A data set without a genes file has no panel; its type is known all the same.
+    Raises ValueError / FileNotFoundError if the flags mean two, or a panel cannot be read.
     """
     if panel is not None and model_path is not None:
         raise ValueError("--panel and --model_path are both given; give the one that holds the genes of the model.")
@@ -49,13 +51,9 @@ def training_panel(
     training_type = training_type or (SPECS[name].training_type if name in SPECS else None)
     if panel is not None:
         return TrainingPanel(_read_panel(panel), str(panel), training_type)
-    if training_type is None:
-        raise ValueError(
-            "The genes that the models predict are not known. Give --training_type TYPE (her2st, skinst, ...; its panel in "
-            "--data_dir), --panel FILE, or --model_path RUN."
-        )
-    path = Layout(data_dir, DatasetSpec(name=training_type)).panel_path
-    require_file(path, f"Prepare {training_type} first, or give the panel with --panel FILE or --model_path RUN.")
+    path = None if training_type is None else Layout(data_dir, DatasetSpec(name=training_type)).panel_path
+    if path is None or not path.is_file():
+        return TrainingPanel([], "no panel", training_type)
     return TrainingPanel(load_names(path), str(path), training_type)
 
 
@@ -85,8 +83,11 @@ def _panel_of_run(model_path: Path) -> TrainingPanel:
 def choose_names(counts: GeneCounts, panel: TrainingPanel, gene_map: Path | None) -> tuple[list[str], list[str]]:
     """Choose a name for every gene in the words of the panel (symbols or Ensembl ids), and sentences about the choice.
 
-    Raises ValueError with examples of both if no gene is in common.
+    Without a panel it is the symbol, by --gene_map where that is given. Raises ValueError with examples of both if no gene
+    is in common.
     """
+    if not panel.genes:
+        return counts.symbols if gene_map is None else symbols_of(counts.ids, read_gene_map(gene_map)), []
     ids = [without_version(gene) for gene in counts.ids]
     named = {"symbols": counts.symbols, "Ensembl ids": ids}
     if gene_map is not None:

@@ -6,7 +6,9 @@ The Space Ranger folder goes its way in test_external.py, the published download
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +16,26 @@ import anndata
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import main
 from datasets.folds import make_folds
-from datasets.known_sets import SPECS
-from preprocess import prepare_her2st, prepare_hest, prepare_skinst, prepare_stnet
+from datasets.known_sets import SPECS, get_spec
+from datasets.layout import Layout
+from preprocess import (
+    extract_features_uni,
+    prepare_her2st,
+    prepare_hest,
+    prepare_skinst,
+    prepare_stnet,
+    prepare_visium,
+)
 from tests.command_line import call, call_extract, call_main
 from tests.preprocess import test_prepare_her2st as her2st
 from tests.preprocess import test_prepare_hest as hest
 from tests.preprocess import test_prepare_skinst as skinst
 from tests.preprocess import test_prepare_stnet as stnet
+from tests.space_ranger import write_hd_outs, write_outs
 
 SMALL = [
     "DATA.patch_size=64", "DATA.num_neighbors=3", "DATA.num_genes=2", "DATA.encoder=efficientnet-lite0",
@@ -95,6 +108,70 @@ RAW = {
         ("DATA.patch_size=224", "MODEL.use_neighbor=false"),
     ),
 }  # fmt: skip
+
+
+def run_said(said: str, tmp_path: Path) -> list[str]:
+    """Run the commands that a preparing script has said, small, and return them."""
+    said_commands = re.findall(r"^(?:Next|Then|Before it[^:]*): (python .*)$", said, flags=re.MULTILINE)
+    settings = [part for setting in SMALL if "num_genes" not in setting for part in ("--set", setting)]
+    for command in said_commands:
+        script, *words = shlex.split(command)[1:]
+        more = ["--device", "cpu", *(settings if "external_test" not in words else ())]
+        if "train" in words:
+            more += ["--log_path", tmp_path / "logs", "--fold", 0, "--no_report", "--set", "TRAINING.epochs=1"]
+            words = [word if word != "50" else "1" for word in words]
+        left = call({"main.py": main.main}.get(script, extract_features_uni.main), *words, *more)
+        assert left.status == 0, f"{command}\n{left.said}"
+    return said_commands
+
+
+def write_sheet(folder: Path, generations: tuple[object, ...], patients: Sequence[str]) -> Path:
+    """A sheet of sections of several generations of Space Ranger; "hd" is Visium HD."""
+    picture = np.random.default_rng(5).integers(0, 255, (660, 740, 3), dtype=np.uint8)
+    symbols = ["GAPDH", "TP53", "ERBB2", "KRT5"]
+    lines = ["sample,patient,outs,image"]
+    for number, (generation, patient) in enumerate(zip(generations, patients, strict=True)):
+        home = folder / f"s{number}"
+        if generation == "hd":
+            outs, image = write_hd_outs(home / "outs", symbols, sizes=(8,)).folder, home / "image.tif"
+            Image.fromarray(picture).save(image)
+        else:
+            written = write_outs(
+                home / "outs", picture[:400, :520], symbols, generation=generation, pitch=90.0, seed=number
+            )
+            outs, image = written.folder, written.image
+        lines.append(f"S{number},{patient},{outs},{image}")
+    sheet = folder / "samples.csv"
+    sheet.write_text("\n".join(lines) + "\n")
+    return sheet
+
+
+@pytest.mark.parametrize(
+    ("generations", "patients"), [((1, 2, "hd", 3), ("P1", "P2", "P3", "P1")), ((2, 1), ("P1", "P2"))]
+)
+def test_a_sample_sheet_becomes_a_training_set_and_what_is_said_next_runs(tmp_path, monkeypatch, generations, patients):
+    monkeypatch.chdir(tmp_path)
+    sheet = write_sheet(tmp_path, generations, patients)
+    left = call(prepare_visium.main, "--samples", sheet, "--name", "mine")
+    assert left.status == 0, left.said
+    spec = get_spec("mine", tmp_path / "data")
+    assert not spec.external and spec.slides == tuple(f"S{i}" for i in range(len(patients)))
+    assert [spec.patient_of(slide) for slide in spec.slides] == list(patients)
+    assert not Layout("data", spec).panel_path.exists() and "select_genes" not in left.said
+    commands = run_said(left.said, tmp_path)
+    assert len(commands) == 4 and ("--fixed_epochs" in commands[-1]) == (len(patients) == 2)
+    (checkpoint,) = (tmp_path / "logs").rglob("best.pt")
+    assert torch.load(checkpoint, weights_only=True)["genes"] == ["ERBB2", "GAPDH", "KRT5", "TP53"]
+    again = call(prepare_visium.main, "--samples", sheet, "--name", "mine")
+    assert again.status == 0 and again.said.count(" kept") == len(patients), again.said
+    # The same sheet as an external set, for the run that has just been trained.
+    run = checkpoint.parent.parent
+    left = call(prepare_visium.main, "--samples", sheet, "--name", "theirs", "--test", "--model_path", run)
+    assert left.status == 0, left.said
+    run_said(left.said, tmp_path)
+    assert (run / "external" / "theirs").is_dir() or list(run.glob("fold_0/external/theirs"))
+    clash = call(prepare_visium.main, "--samples", sheet, "--name", "mine", "--test")
+    assert clash.status == 2 and "describes a training set of this name" in clash.said
 
 
 @pytest.mark.parametrize("name", RAW)

@@ -25,7 +25,8 @@ from preprocess.prepare_skinst import prepare_skinst
 from preprocess.prepare_visium import main as prepare_visium
 from preprocess.raw.gene_map import read_gene_map
 from preprocess.raw.prepare import Options, Prepared, findings
-from preprocess.raw.space_ranger import microns_per_pixel, read_outs
+from preprocess.raw.space_ranger.output import microns_per_pixel
+from preprocess.raw.space_ranger.outs import read_outs
 from preprocess.select_genes import genes_by_variability
 from tests.preprocess.test_prepare_hest import METADATA, SCALE, write_sample
 from tests.space_ranger import Outs, write_outs
@@ -388,16 +389,6 @@ def test_the_size_of_a_bin_is_enough_and_must_agree(tmp_path):
     assert microns_per_pixel(read_outs(write_bins(tmp_path / "a", some))) == pytest.approx(0.5)
     with pytest.raises(ValueError, match=r"do not belong together: 0\.5 um per pixel are stated, the positions give 1"):
         microns_per_pixel(read_outs(write_bins(tmp_path / "b", HD, pitch=8.0)))
-
-
-def test_visium_hd_as_it_comes_says_which_folder_to_export(tmp_path):
-    for size in ("002", "008"):
-        folder = write_bins(tmp_path / "outs" / "binned_outputs" / f"square_{size}um", HD)
-        (folder / "spatial" / "tissue_positions.csv").rename(folder / "spatial" / "tissue_positions.parquet")
-    with pytest.raises(
-        ValueError, match=r"is Visium HD .*Export the positions of one bin size.*beside its scalefactors"
-    ):
-        read_outs(tmp_path / "outs")
 
 
 # Maps of genes

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.csv
 from scipy import sparse
 
-from datasets.tables.counts import wrong_counts
+from datasets.tables.counts import GREATEST_COUNT, wrong_counts
 from datasets.tables.sparse import Stored, checked_sparse
 from preprocess.raw.files import find_optional
 from utils.files import reading
@@ -32,6 +32,8 @@ from utils.untrusted.text import text_of, unpacked_bytes
 _EXPRESSION = "Gene Expression"
 _WHAT = "a matrix of Space Ranger"
 _REMEDY = "Take the file of Space Ranger again."
+_COUNTS_AT_A_TIME = 1 << 24
+_BIN_NAME = re.compile(rb"s_\d{3}um_(?P<row>\d{5})_(?P<column>\d{5})(-\d+)?")
 _H5 = r"(.*_)?filtered_(feature|gene)_bc_matri(x|ces)(_h5)?\.h5(\.gz)?"
 _MTX = r"(.*_)?matrix\.mtx(\.gz)?"
 
@@ -64,13 +66,17 @@ def read_matrix(files: Sequence[Path], source: Path, expected: str) -> GeneCount
         counts = _read_matrix_market(path)
     else:
         counts = _read_h5(path)
-    if wrong := wrong_counts(counts.matrix.data):
-        first = counts.matrix.data[wrong[0][1]][0]
-        raise ValueError(f"{path} holds {first:g} where raw counts were expected. Take the matrix of Space Ranger.")
+    _check_counts_of(path, counts.matrix)
     twice = pd.Index(counts.barcodes)[pd.Index(counts.barcodes).duplicated()]
     if len(twice):
         raise ValueError(f"{path} lists barcodes twice: {some(twice.tolist())}.")
     return counts
+
+
+def _check_counts_of(path: Path, matrix: sparse.csr_matrix) -> None:
+    if wrong := wrong_counts(matrix.data):
+        first = matrix.data[wrong[0][1]][0]
+        raise ValueError(f"{path} holds {first:g} where raw counts were expected. Take the matrix of Space Ranger.")
 
 
 def _matrix_market_file(files: Sequence[Path], source: Path, expected: str) -> Path:
@@ -88,25 +94,131 @@ def _read_h5(path: Path) -> GeneCounts:
     """Version 3 (group `matrix` with `features`) and version 2 (one group a genome) of the 10x format."""
     with _without_compression(path) as plain, opened_hdf5(plain, _WHAT, _REMEDY) as file:
         group = file["matrix" if "matrix" in file else _only_genome(file)]
-        num_genes, num_barcodes = (int(length) for length in group["shape"][:])
-        is_version_3 = "features" in group
+        genes = _genes_of(group)
+        num_barcodes = int(group["shape"][1])
         barcodes = group["barcodes"].asstr()[:].tolist()
-        ids = group["features/id" if is_version_3 else "genes"].asstr()[:].tolist()
-        symbols = group["features/name" if is_version_3 else "gene_names"].asstr()[:].tolist()
-        kinds = group["features/feature_type"].asstr()[:].tolist() if "features/feature_type" in group else None
-        lists = {
-            "barcodes": (barcodes, num_barcodes),
-            "genes": (ids, num_genes),
-            "names of genes": (symbols, num_genes),
-        }
-        if kinds is not None:
-            lists["types of features"] = (kinds, num_genes)
-        for what, (names, length) in lists.items():
-            if len(names) != length:
-                raise ValueError(f"the matrix is for {length} {what}, but {len(names)} are listed")
+        _check_length("barcodes", barcodes, num_barcodes)
         data, indices, indptr = (group[name][:] for name in ("data", "indices", "indptr"))
-        matrix = checked_sparse(Stored(data, indices, indptr, (num_barcodes, num_genes), by_rows=True))
-    return _genes_only(GeneCounts(matrix, barcodes, ids, symbols, path), kinds)
+        matrix = checked_sparse(Stored(data, indices, indptr, (num_barcodes, len(genes.ids)), by_rows=True))
+    return _genes_only(GeneCounts(matrix, barcodes, genes.ids, genes.symbols, path), genes.kinds)
+
+
+def read_pooled(path: Path, place: np.ndarray, names: Sequence[str]) -> GeneCounts:
+    """Read the matrix of a slide of Visium HD and add up its bins, some millions of counts at a time.
+
+    place (rows, columns) of the array: which of `names` a bin is added to, -1 for none.  names: those of the squares.
+    returns: counts (squares, genes). Raises ValueError naming the file if it is damaged, lists a bin twice or holds no
+    counts, or a sum is beyond 32 bits.
+    """
+    with opened_hdf5(path, _WHAT, _REMEDY) as file:
+        if "matrix" not in file:
+            raise ValueError(f"expected the group 'matrix', found {some(list(file)) or 'nothing'}")
+        group = file["matrix"]
+        genes = _genes_of(group)
+        barcodes = group["barcodes"][:]
+        _check_length("barcodes", barcodes, int(group["shape"][1]))
+        target = _targets_of_bins(barcodes, place)
+        indptr = group["indptr"][:].astype(np.int64)
+        if len(indptr) != len(target) + 1 or (indptr[1:] < indptr[:-1]).any():
+            raise ValueError(f"its sparse matrix is damaged: indptr has {len(indptr)} entries, or goes back")
+        total = sparse.csr_matrix((len(names), len(genes.ids)), dtype=np.int32)
+        for start, stop in _pieces(indptr):
+            first, last = indptr[start], indptr[stop]
+            stored = Stored(
+                group["data"][first:last],
+                group["indices"][first:last],
+                indptr[start : stop + 1] - first,
+                (stop - start, len(genes.ids)),
+                by_rows=True,
+            )
+            part = checked_sparse(stored)
+            _check_counts_of(path, part)
+            total = _added(total, _pooled(part, target[start:stop], len(names)))
+    return _genes_only(GeneCounts(total, list(names), genes.ids, genes.symbols, path), genes.kinds)
+
+
+def _pieces(indptr: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Runs of rows (start, stop) of about `_COUNTS_AT_A_TIME` counts."""
+    start = 0
+    while start < len(indptr) - 1:
+        stop = int(np.searchsorted(indptr, indptr[start] + _COUNTS_AT_A_TIME, side="right")) - 1
+        stop = min(max(stop, start + 1), len(indptr) - 1)
+        yield start, stop
+        start = stop
+
+
+def _targets_of_bins(barcodes: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """(N,) the square of each bin, by its name "s_008um_<row>_<column>-1"; -1 for none.
+
+    Ten millions of them are no Python strings: the digits of all names are at the same places.
+    """
+    letters = np.ascontiguousarray(barcodes.astype("S")) if len(barcodes) else np.zeros(0, dtype="S21")
+    match = _BIN_NAME.fullmatch(letters[0]) if len(letters) else None
+    if match is None:
+        raise ValueError(
+            f"its barcodes should be bins like 's_008um_00012_00345-1', found {brief(letters[:1].tolist())}"
+        )
+    table = letters.view(np.uint8).reshape(len(letters), -1)
+    row, column = (table[:, slice(*match.span(part))].astype(np.int64) - ord("0") for part in ("row", "column"))
+    other = np.ones(table.shape[1], dtype=bool)
+    other[slice(*match.span("row"))] = other[slice(*match.span("column"))] = False
+    is_alike = (table[:, other] == table[0, other]).all(axis=1)
+    for digits in (row, column):
+        is_alike &= ((digits >= 0) & (digits <= 9)).all(axis=1)
+    if not is_alike.all():
+        wrong = letters[np.flatnonzero(~is_alike)[0]]
+        raise ValueError(f"its barcodes are bins like {brief(bytes(letters[0]))}, but one is {brief(bytes(wrong))}")
+    row, column = (digits @ 10 ** np.arange(digits.shape[1])[::-1] for digits in (row, column))
+    inside = (row < place.shape[0]) & (column < place.shape[1])
+    flat = row[inside] * place.shape[1] + column[inside]
+    if len(np.unique(flat)) < len(flat):
+        raise ValueError("a bin of it is listed twice")
+    target = np.full(len(letters), -1, dtype=np.int64)
+    target[inside] = place.ravel()[flat]
+    return target
+
+
+def _pooled(part: sparse.csr_matrix, target: np.ndarray, num_squares: int) -> sparse.csr_matrix:
+    """Rows of one target added up: (num_squares, genes) int64."""
+    kept = np.flatnonzero(target >= 0)
+    ones = np.ones(len(kept), dtype=np.int64)
+    return sparse.csr_matrix((ones, (target[kept], kept)), shape=(num_squares, part.shape[0])) @ part
+
+
+def _added(total: sparse.csr_matrix, part: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Both added up, int32; ValueError where a sum may be beyond it."""
+    if total.nnz and part.nnz and int(total.data.max()) + int(part.data.max()) > GREATEST_COUNT:
+        raise ValueError(f"its counts add up to more than {GREATEST_COUNT} in one square")
+    if part.nnz and int(part.data.max()) > GREATEST_COUNT:
+        raise ValueError(f"its counts add up to more than {GREATEST_COUNT} in one square")
+    return total + part.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class _Genes:
+    """Features of a file, one entry each; kinds: None where it has no types."""
+
+    ids: list[str]
+    symbols: list[str]
+    kinds: list[str] | None
+
+
+def _genes_of(group: h5py.Group) -> _Genes:
+    is_version_3 = "features" in group
+    ids = group["features/id" if is_version_3 else "genes"].asstr()[:].tolist()
+    symbols = group["features/name" if is_version_3 else "gene_names"].asstr()[:].tolist()
+    kinds = group["features/feature_type"].asstr()[:].tolist() if "features/feature_type" in group else None
+    num_genes = int(group["shape"][0])
+    lists = {"genes": ids, "names of genes": symbols, "types of features": kinds}
+    for what, names in lists.items():
+        if names is not None:
+            _check_length(what, names, num_genes)
+    return _Genes(ids, symbols, kinds)
+
+
+def _check_length(what: str, names: Sequence[str] | np.ndarray, expected: int) -> None:
+    if len(names) != expected:
+        raise ValueError(f"the matrix is for {expected} {what}, but {len(names)} are listed")
 
 
 @contextmanager

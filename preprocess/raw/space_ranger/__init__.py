@@ -1,0 +1,1 @@
+"""Space Ranger's folders of every generation, Visium and Visium HD."""

@@ -1,0 +1,173 @@
+"""Visium HD: bins of 2, 8 or 16 um, whose counts are added up to squares as large as a spot.
+
+A square is kept if at least half of its bins are under tissue; its centre is the mean of those of its bins. The finest
+bins that make such squares are read, because they know best where the tissue ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from datasets.tables.positions import SPACE_RANGER_COLUMNS, Positions
+from preprocess.raw.files import plain_image_size
+from preprocess.raw.space_ranger.matrices import read_pooled
+from preprocess.raw.space_ranger.output import SpaceRangerOutput, read_scale_factors
+from utils.files import reading, require_file
+from utils.text import some
+
+BIN_UM = 56.0  # about as wide as a spot of Visium (55 um)
+_MOST_BINS = 1 << 28  # of an array; a slide has 11 000 000 of 2 um
+_LEAST_TISSUE = 0.5  # of the bins of a square
+_NUMBERS = SPACE_RANGER_COLUMNS[1:]
+
+
+@dataclass(frozen=True)
+class BinFolder:
+    """One bin size of a slide, binned_outputs/square_008um for example. size: um.  factors: its scale factors."""
+
+    folder: Path
+    positions: Path
+    size: float
+    factors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Squares:
+    """place (rows, columns) int32 of the array of bins: the square of each bin under tissue, -1 for none.
+
+    grid (S, 2): column and row of each square.  pixels (S, 2): its centre, full-resolution px (x, y).  left_out: how many
+    squares have too little tissue.
+    """
+
+    place: np.ndarray
+    grid: np.ndarray
+    pixels: np.ndarray
+    left_out: int
+
+
+def find_bins(files: Sequence[Path]) -> list[BinFolder]:
+    """Find the bin sizes among the files of a source: tables of positions whose scale factors know the size of a bin.
+
+    Raises ValueError naming scale factors that are damaged, or a folder square_*um without them.
+    """
+    found = []
+    for positions in [path for path in files if path.name == "tissue_positions.parquet"]:
+        folder = positions.parent.parent if positions.parent.name == "spatial" else positions.parent
+        path = positions.with_name("scalefactors_json.json")
+        factors = read_scale_factors(path) if path.is_file() else {}
+        if "bin_size_um" in factors:
+            found.append(BinFolder(folder, positions, factors["bin_size_um"], factors))
+        elif folder.name.startswith("square_"):
+            raise ValueError(
+                f"{folder} is of Visium HD, but no {path} says how large a bin is (bin_size_um). Take the file of Space Ranger "
+                "again."
+            )
+    return found
+
+
+def choose_bins(found: Sequence[BinFolder], bin_um: float) -> BinFolder:
+    """Choose the finest bins that squares of `bin_um` can be made of.
+
+    Raises ValueError if they are of several samples, or no size divides `bin_um`.
+    """
+    homes = sorted({bins.folder.parent for bins in found})
+    sizes = sorted(found, key=lambda bins: bins.size)
+    if len(homes) > 1 or len({bins.size for bins in found}) < len(found):
+        raise ValueError(
+            f"Bins of {len(found)} folders where those of one slide were expected: {some([b.folder for b in found])}. Give the "
+            "folder of one slide (its outs/)."
+        )
+    for bins in sizes:
+        if bin_um >= bins.size and abs(bin_um / bins.size - round(bin_um / bins.size)) < 1e-6:
+            return bins
+    finest = sizes[0].size
+    raise ValueError(
+        f"Squares of {bin_um:g} um cannot be made of bins of {some([f'{bins.size:g}' for bins in sizes])} um, which are in "
+        f"{homes[0]}. Give --bin_um as a multiple of one of them, for example {max(1, round(bin_um / finest)) * finest:g}."
+    )
+
+
+def read_bins(bins: BinFolder, bin_um: float) -> SpaceRangerOutput:
+    """Read one bin size and add its bins up to squares of `bin_um`.
+
+    returns: squares in the place of spots; their scale factors say `bin_um` as the size of a bin.
+    Raises FileNotFoundError / ValueError naming the file that is missing, damaged or without tissue.
+    """
+    matrix = require_file(
+        bins.folder / "filtered_feature_bc_matrix.h5",
+        "It holds the counts of the bins; take it from Space Ranger's outs/.",
+    )
+    side = round(bin_um / bins.size)
+    with reading(bins.positions, "the positions of bins (.parquet)"):
+        squares = _squares(_read_table(bins.positions), side)
+    names = [f"s_{bin_um:03.0f}um_{row:05d}_{column:05d}" for column, row in squares.grid.tolist()]
+    hires = bins.positions.with_name("tissue_hires_image.png")
+    return SpaceRangerOutput(
+        folder=bins.folder,
+        positions=Positions(
+            names, squares.pixels, squares.grid, np.ones(len(names), dtype=bool), "Space Ranger positions"
+        ),
+        positions_path=bins.positions,
+        counts=read_pooled(matrix, squares.place, names),
+        scale_factors={**bins.factors, "bin_size_um": bin_um},
+        hires_size=plain_image_size(hires) if hires.is_file() else None,
+        notes=[
+            f"squares of {bin_um:g} um of {side} x {side} bins of {bins.size:g} um ({bins.folder.name}); left out, as less "
+            f"than half of their bins are under tissue: {squares.left_out}"
+        ],
+    )
+
+
+def _read_table(path: Path) -> dict[str, np.ndarray]:
+    """The columns of numbers; that the names of the bins agree with them is looked up in the first rows."""
+    file = pa.parquet.ParquetFile(path, page_checksum_verification=True)
+    missing = [name for name in SPACE_RANGER_COLUMNS if name not in file.schema_arrow.names]
+    if missing:
+        raise ValueError(f"columns {', '.join(missing)} are missing; found {some(file.schema_arrow.names, 8)}")
+    first = next(file.iter_batches(1000, columns=list(SPACE_RANGER_COLUMNS)), None)
+    for row in [] if first is None else first.to_pylist():
+        if f"_{row['array_row']:05d}_{row['array_col']:05d}" not in str(row["barcode"]):
+            raise ValueError(f"bin {row['barcode']} stands in row {row['array_row']}, column {row['array_col']}")
+    table = file.read(columns=list(_NUMBERS))
+    return {name: table.column(name).to_numpy() for name in _NUMBERS}
+
+
+def _squares(table: dict[str, np.ndarray], side: int) -> Squares:
+    """Squares of `side` x `side` bins. Raises ValueError, without the file, where the table is none of bins."""
+    in_tissue, row, column, pixel_row, pixel_column = (table[name] for name in _NUMBERS)
+    for name, values in table.items():
+        if not np.issubdtype(values.dtype, np.number) or not np.isfinite(values).all():
+            raise ValueError(f"{name} is missing or no number in some rows")
+    row, column = row.astype(np.int64), column.astype(np.int64)
+    if not len(row) or min(row.min(), column.min()) < 0 or (row.max() + 1) * (column.max() + 1) > _MOST_BINS:
+        raise ValueError(f"expected some bins of an array of at most {_MOST_BINS:,}, found {len(row):,} rows")
+    shape = (int(row.max()) + 1, int(column.max()) + 1)
+    flat = row * shape[1] + column
+    if len(np.unique(flat)) < len(flat):
+        raise ValueError("positions of the array are listed twice")
+    width = -(-shape[1] // side)
+    square = (row // side) * width + column // side
+    is_tissue = in_tissue == 1
+    listed, tissue = np.bincount(square), np.bincount(square[is_tissue], minlength=int(square.max()) + 1)
+    kept = np.flatnonzero(tissue >= _LEAST_TISSUE * side * side)
+    if not len(kept):
+        raise ValueError(
+            f"no square of {side} x {side} bins is under tissue ({int(is_tissue.sum()):,} of {len(row):,} bins are)"
+        )
+    number = np.full(len(listed), -1, dtype=np.int32)
+    number[kept] = np.arange(len(kept), dtype=np.int32)
+    place = np.full(shape, -1, dtype=np.int32)
+    place.ravel()[flat[is_tissue]] = number[square[is_tissue]]
+    sums = [np.bincount(square, weights=values) for values in (pixel_column, pixel_row)]
+    return Squares(
+        place=place,
+        grid=np.stack([kept % width, kept // width], axis=1),
+        pixels=np.stack([total[kept] / listed[kept] for total in sums], axis=1),
+        left_out=int((tissue > 0).sum()) - len(kept),
+    )
