@@ -88,7 +88,7 @@ RUN = (
          needed_by=("predict", "import_reference"),
          instead={"train": "writes to --log_path and --run_name", "test": "writes beside the checkpoint",
                   "external_test": "writes below the run"}),
-    Flag("overwrite", ("predict",), "replace the file of --out if it is there", kind=bool),
+    Flag("overwrite", ("predict",), "replace the files of --out and --geojson if they are there", kind=bool),
     Flag("test_name", ("external_test", "doctor"), "external test set below <data_dir>/test",
          needed_by=("external_test",)),
 )
@@ -118,6 +118,8 @@ PREDICTION = (
     Flag("pitch_um", PREDICT, "the same in micrometres", kind=float),
     Flag("mpp", PREDICT, "micrometres per pixel (default: of the slide's metadata)", kind=float),
     Flag("match_mpp", PREDICT, "scale patches to the field of view of the training", kind=bool),
+    Flag("region", PREDICT, "only spots in it: .geojson of areas (QuPath), or a mask image", metavar="FILE"),
+    Flag("geojson", PREDICT, "also write the genes of --genes as QuPath detections", metavar="FILE"),
     Flag("min_tissue", PREDICT, "share of a patch that must be tissue (default: 0.5)", kind=float),
     Flag("genes", (*START, *PREDICT), "train on these genes (DATA.genes); predict: also draw their maps; e.g. ERBB2,GNAS",
          kind=parse_names),
@@ -242,6 +244,8 @@ def predict_options(arguments: argparse.Namespace) -> PredictOptions:
         mpp=arguments.mpp,
         match_mpp=arguments.match_mpp,
         min_tissue=arguments.min_tissue,
+        region=arguments.region,
+        geojson=arguments.geojson,
         genes=tuple(arguments.genes or ()),
         overwrite=arguments.overwrite,
     )

@@ -47,7 +47,8 @@ class PredictOptions:
     pitch_px, pitch_um: distance of two spots of that grid (default: one patch beside the other).  mpp: micrometres per
     pixel, default that of the slide's metadata.  match_mpp: scale patches to the training's field of view.
     exchanged_pixels: the positions are of a published external set, whose two pixel columns are exchanged.
-    min_tissue: share of a patch that must be tissue.  genes: maps of these are drawn beside the file.
+    min_tissue: share of a patch that must be tissue.  region: areas or a mask; only spots in it are predicted.
+    geojson: the genes' predictions as QuPath detections.  genes: maps of these are drawn beside the file.
     overwrite: replace a file that is there.
     """
 
@@ -60,6 +61,8 @@ class PredictOptions:
     mpp: float | None = None
     match_mpp: bool = False
     min_tissue: float | None = None
+    region: str | Path | None = None
+    geojson: str | Path | None = None
     genes: tuple[str, ...] = ()
     overwrite: bool = False
 
@@ -93,6 +96,7 @@ def predict(
         say(view_note)
         spots = find_spots(slide, options, mpp, covered_px)
         say(spots.note)
+        say(f"What is taken for tissue: {draw_tissue(slide, spots, covered_px, out)}")
         check_writable(out, needed=_BYTES_A_NUMBER * len(spots.table) * len(genes))
         encoder = open_patch_encoder(members[0], device)
         found = predict_spots(members, genes, slide, spots.centers, spots.table.obsm["grid"], encoder, covered_px)
@@ -124,6 +128,8 @@ def predict(
         },
     )
     maps = draw_maps(out, options.genes)
+    if options.geojson is not None:
+        say(f"For QuPath: {write_geojson(out, options.geojson, options.genes)}")
     say(
         f"{out}: {len(spots.table)} spots x {len(genes)} genes, {UNIT}; {describe_members(members)}. "
         + (f"Maps: {', '.join(path.name for path in maps)}. " if maps else "")
@@ -161,11 +167,18 @@ def _check_options(options: PredictOptions) -> Path:
             problems.append(f"{name} should be more than zero, found {value:g}.")
     if options.min_tissue is not None and options.min_tissue > 1:
         problems.append(f"--min_tissue is a share of a patch, at most 1, found {options.min_tissue:g}.")
-    if out.exists() and not options.overwrite:
-        problems.append(f"--out {out} exists. Give another name, or --overwrite to replace it.")
+    geojson = None if options.geojson is None else Path(options.geojson)
+    if geojson is not None and geojson.suffix != ".geojson":
+        problems.append(f"--geojson {geojson} should end with .geojson.")
+    if geojson is not None and not options.genes:
+        problems.append("--geojson writes the genes of --genes, which is not given.")
+    for name, path in (("--out", out), ("--geojson", geojson)):
+        if path is not None and path.exists() and not options.overwrite:
+            problems.append(f"{name} {path} exists. Give another name, or --overwrite to replace it.")
     if problems:
         raise ValueError("\n".join(problems))
-    check_writable(out)
+    for path in filter(None, (out, geojson)):
+        check_writable(path)
     return out
 
 
@@ -201,17 +214,35 @@ def covered_by_patch(members: Sequence[Member], mpp: float | None, match_mpp: bo
 
 
 def find_spots(slide: Slide, options: PredictOptions, mpp: float | None, covered_px: int) -> SlideSpots:
-    """Take the spots of the file, or those of a grid on the tissue. Raises as `spots_of_file`, `spots_on_tissue`."""
+    """Take the spots of the file, or those of a grid on the tissue, within the region that is wanted.
+
+    Raises as `spots_of_file`, `spots_on_tissue`, `read_region`.
+    """
     if options.spots is not None:
-        return spots_of_file(slide, Path(options.spots), covered_px, options.exchanged_pixels)
-    return spots_on_tissue(
-        slide,
-        pitch_px=options.pitch_px,
-        pitch_um=options.pitch_um,
-        mpp=mpp,
-        covered_px=covered_px,
-        min_tissue=options.min_tissue,
-    )
+        spots = spots_of_file(slide, Path(options.spots), covered_px, options.exchanged_pixels)
+    else:
+        spots = spots_on_tissue(
+            slide,
+            pitch_px=options.pitch_px,
+            pitch_um=options.pitch_um,
+            mpp=mpp,
+            covered_px=covered_px,
+            min_tissue=options.min_tissue,
+        )
+    if options.region is None:
+        return spots
+    from datasets.images.region import read_region  # most predictions are of the whole slide
+
+    return spots.within(read_region(options.region, slide.size), Path(options.region))
+
+
+def draw_tissue(slide: Slide, spots: SlideSpots, covered_px: int, out: Path) -> Path:
+    """Draw the tissue found and the spots beside the file, so that a thumbnail or a control in a corner is seen."""
+    from datasets.images.overlay import write_tissue  # what is refused before draws nothing
+
+    path = out.with_name(f"{out.stem}_tissue.png")
+    write_tissue(slide, spots.tissue, spots.centers, covered_px, path)
+    return path
 
 
 def draw_maps(out: Path, genes: Sequence[str]) -> list[Path]:
@@ -230,3 +261,15 @@ def draw_maps(out: Path, genes: Sequence[str]) -> list[Path]:
         figure = predicted_map(tissue, gene, predicted=np.asarray(adata[:, gene].X).ravel(), unit=UNIT)
         paths.append(save_figure(figure, out.with_name(f"{out.stem}_{gene.replace('/', '-')}"))[0])
     return paths
+
+
+def write_geojson(out: Path, path: str | Path, genes: Sequence[str]) -> Path:
+    """Write the predictions of the genes as QuPath detections, with the novelty of the spots where it is known."""
+    from evaluation.report.qupath import write_detections
+
+    adata = read_prediction(out)
+    measurements = {gene: np.asarray(adata[:, gene].X).ravel() for gene in genes}
+    if "novelty" in adata.obs:
+        measurements["novelty"] = adata.obs["novelty"].to_numpy()
+    _, _, diameter = tissue_image(adata)
+    return write_detections(path, list(adata.obs_names), adata.obsm["spatial"], diameter, measurements)

@@ -115,6 +115,7 @@ def parser_of(script: str, parse) -> argparse.ArgumentParser:
     needed = {
         "preprocess/prepare_visium.py": ["--source", "a", "--image", "b", "--name", "c"],
         "preprocess/select_genes.py": ["--type", "demo"],
+        "preprocess/select_spots.py": ["--type", "demo", "--slide", "a", "--region", "b"],
         "preprocess/simulate_demo.py": [],
     }
     return parse(script, needed.get(script, ["--source", "a"])).parser

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw
 
 from datasets.images.slides import Slide
 from datasets.images.spots_on_tissue import SpotsOnTissue, TissuePicture, check_spots_on_tissue, spacing
+from datasets.images.tissue import MIN_TISSUE, TissueMask, find_tissue
+from datasets.images.tissue import THUMBNAIL_PX as TISSUE_PX
 from utils.files import writing
 
 _ON_TISSUE, _ON_GLASS, _EDGE = (0, 120, 30), (255, 60, 0), (60, 60, 60)
@@ -24,7 +26,7 @@ def draw_overlay(picture: TissuePicture, centers: np.ndarray, is_on_tissue: np.n
     pixels[:-1, :-1][(tissue[1:, :-1] != tissue[:-1, :-1]) | (tissue[:-1, 1:] != tissue[:-1, :-1])] = _EDGE
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
-    radius = max(1.0, _DIAMETER / 2 * spacing(centers) * picture.scale)
+    radius = max(1.0, _DIAMETER / 2 * spacing(centers) * picture.scale) if len(centers) > 1 else 2.0
     for (x, y), is_on in zip(centers * picture.scale, is_on_tissue):
         draw.ellipse(
             (x - radius, y - radius, x + radius, y + radius), outline=_ON_TISSUE if is_on else _ON_GLASS, width=2
@@ -33,12 +35,24 @@ def draw_overlay(picture: TissuePicture, centers: np.ndarray, is_on_tissue: np.n
 
 
 def write_overlay(picture: TissuePicture, centers: np.ndarray, is_on_tissue: np.ndarray, path: Path) -> None:
-    """Write the overlay as PNG, unless it is there and the same. Raises OSError with the path if it cannot be written.
+    """Write the overlay as PNG, unless it is there and the same. Raises OSError with the path if it cannot be written."""
+    _write(draw_overlay(picture, centers, is_on_tissue), path)
 
-    A picture that a kill has cut short differs, so the next program that looks at the slide writes it again.
+
+def write_tissue(slide: Slide, mask: TissueMask | None, centers: np.ndarray, covered_px: int, path: Path) -> None:
+    """Write a picture of the tissue that was found on a slide and of the spots (N, 2), level-0 px, that are predicted.
+
+    mask: None where it is still to be found.  covered_px: width of a patch.  Raises as `write_overlay`.
     """
+    mask = find_tissue(slide) if mask is None else mask
+    pixels, scale = slide.thumbnail(TISSUE_PX)
+    is_on = mask.share_of_squares(centers, covered_px) >= MIN_TISSUE
+    _write(draw_overlay(TissuePicture(pixels, scale, slide.size, mask.is_tissue), centers, is_on), path)
+
+
+def _write(drawn: Image.Image, path: Path) -> None:
+    """A picture that a kill has cut short differs, so the next program that looks at the slide writes it again."""
     content = io.BytesIO()
-    drawn = draw_overlay(picture, centers, is_on_tissue)
     drawn.quantize(_COLOURS, Image.Quantize.FASTOCTREE).save(content, format="PNG")
     if path.is_file() and path.read_bytes() == content.getvalue():
         return

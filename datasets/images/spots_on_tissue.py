@@ -99,13 +99,13 @@ class TissuePicture:
     """A small picture of a slide: where tissue is, and how dark.
 
     picture (H, W, 3) uint8.  scale: its pixels per level-0 pixel.  size: (width, height) of level 0.
-    is_tissue (H, W) bool: the section with its holes, so that spots on fat are on it.  tissue_share, darkness: means over
-    squares; darkness from 0, white, to 255, black.
+    is_tissue (H, W) bool: if not given the section with its holes, so that spots on fat are on it.
+    tissue_share, darkness: means over squares; darkness from 0, white, to 255, black.
     """
 
-    def __init__(self, picture: np.ndarray, scale: float, size: tuple[int, int]):
+    def __init__(self, picture: np.ndarray, scale: float, size: tuple[int, int], is_tissue: np.ndarray | None = None):
         self.picture, self.scale, self.size = picture, scale, size
-        self.is_tissue = section_of(tissue_of(picture))
+        self.is_tissue = section_of(tissue_of(picture)) if is_tissue is None else is_tissue
         self.tissue_share = SquareMeans(self.is_tissue, scale)
         self.darkness = SquareMeans(255 - picture.mean(axis=2), scale)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,13 @@ from anndata import AnnData
 
 from datasets.images.slides import Slide
 from datasets.images.spots_on_tissue import TissuePicture, check_spots_on_tissue, spacing
-from datasets.images.tissue import MIN_TISSUE, find_tissue, tissue_grid
+from datasets.images.tissue import MIN_TISSUE, TissueMask, find_tissue, tissue_grid
 from datasets.tables.array_grid import grid_of_pixels
 from datasets.tables.positions import read_positions
 from datasets.tables.spot_table import check_inside, spot_ids
+
+if TYPE_CHECKING:  # most predictions are of the whole slide
+    from datasets.images.region import Region
 
 THUMBNAIL_PX = 2000  # of the picture in prediction files
 _LEAST_SPACING = 1 / 8  # of a patch
@@ -30,6 +34,15 @@ class SlideSpots:
     table: AnnData
     spot_diameter_px: float
     note: str
+    tissue: TissueMask | None = None  # on which the grid was laid; None where the positions were given
+
+    def within(self, region: Region, source: Path) -> SlideSpots:
+        """Keep the spots whose centre lies in a region; ValueError, with its file `source`, where none does."""
+        inside = region.contains(self.centers)
+        if not inside.any():
+            raise ValueError(f"{source}: none of the {len(inside)} spots lies in the region. Is it of this slide?")
+        note = f"{self.note} Of these, {inside.sum()} lie in the region of {source.name}."
+        return replace(self, table=self.table[inside].copy(), note=note)
 
     @property
     def centers(self) -> np.ndarray:
@@ -68,7 +81,7 @@ def spots_on_tissue(
         + "."
     )
     ids = spot_ids(*grid.grid.T)
-    return SlideSpots(_table(slide, ids, grid.centers.astype(np.float64), grid.grid), pitch, note)
+    return SlideSpots(_table(slide, ids, grid.centers.astype(np.float64), grid.grid), pitch, note, mask)
 
 
 def spots_of_file(slide: Slide, path: Path, covered_px: int, exchanged_pixels: bool = False) -> SlideSpots:
