@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.cli import progress
-from utils.precision import Precision
+from utils.devices import Precision
 
 Batch = TypeVar("Batch", bound=Sized)
 

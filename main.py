@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import run, say
+from utils.cli import going_on_by, run, say
 from utils.config import LARGE, Config, config_label, load_config
 from utils.flags import CommandLine, Flag, parse_names, parse_numbers
 
@@ -165,10 +166,11 @@ def main(words: Sequence[str] | None = None) -> None:
 
         config = config_of(arguments)
         options = train_options(config, arguments)
-        if arguments.seeds is None:
-            train(config, options)
-        else:
-            train_seeds(config, options, arguments.seeds)
+        with going_on_by("repeat it with --resume"):
+            if arguments.seeds is None:
+                train(config, options)
+            else:
+                train_seeds(config, options, arguments.seeds)
     elif arguments.mode == "test":
         from modes.test import test
 
@@ -216,6 +218,9 @@ def train_options(config: Config, arguments: argparse.Namespace) -> TrainOptions
 
     if groups_spots(config) and not config.LOSS.use_kmeans:
         say("Instance groups come from spectral clustering; --use_kmeans selects the paper's k-means.")
+    seconds = 60.0 if arguments.checkpoint_seconds is None else arguments.checkpoint_seconds
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"--checkpoint_seconds {seconds:g} is no time; give seconds, 0 or more.")
     return TrainOptions(
         config_name=config_label(arguments.config_name),
         config_file=arguments.config_name,
@@ -223,7 +228,7 @@ def train_options(config: Config, arguments: argparse.Namespace) -> TrainOptions
         device=device_of(arguments),
         folds=arguments.folds if arguments.fold is None else [arguments.fold, *(arguments.folds or [])],
         resume=arguments.resume,
-        checkpoint_seconds=60.0 if arguments.checkpoint_seconds is None else arguments.checkpoint_seconds,
+        checkpoint_seconds=seconds,
         with_report=not arguments.no_report,
         all_patients=arguments.all_patients,
         epochs_from=arguments.epochs_from,

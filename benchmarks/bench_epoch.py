@@ -40,8 +40,8 @@ from preprocess.extract_features_uni import main as extract
 from preprocess.simulate_demo import simulate
 from utils.cli import run
 from utils.config import Config, load_config, with_overrides
+from utils.devices import Precision
 from utils.files import load_names
-from utils.precision import Precision
 from utils.runs import generator_for, seed_everything
 
 FOLDS, EPOCHS = 8, 200

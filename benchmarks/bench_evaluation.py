@@ -35,7 +35,7 @@ from modes.prediction.model import make_model
 from modes.prediction.slide import predict_slide
 from utils.cli import run
 from utils.config import Config, with_overrides
-from utils.precision import Precision
+from utils.devices import Precision
 from utils.runs import seed_everything
 
 POOL = 48  # different spots that the features of a slide are made of

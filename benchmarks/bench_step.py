@@ -48,8 +48,7 @@ from modes.train import make_step
 from modes.training.compose import Optimization, make_encode
 from utils.cli import run
 from utils.config import Config, with_overrides
-from utils.devices import keep_freed_memory
-from utils.precision import Precision
+from utils.devices import Precision, keep_freed_memory
 from utils.runs import seed_everything
 
 PUBLISHED_S = {"neighbor encoder": 1.0, "global encoder": 2.6, "projection and fusion": 0.7}  # forward, 32 spots

@@ -23,7 +23,7 @@ from modes.training.plan import lacks_validation, plan_folds
 from modes.training.run_data import check_clusters, runs_encoder
 from utils.cli import say
 from utils.config import Config
-from utils.precision import Precision
+from utils.devices import Precision
 from utils.runs import check_run
 from utils.trained_fold import SplitRecord
 

@@ -25,7 +25,15 @@ from modes.training.final import (
     open_cross_validation,
     with_chosen_epochs,
 )
-from modes.training.fold import fit_closed_form, new_model, remember_training_spots, start_folder, untrained_fold
+from modes.training.fold import (
+    check_nobody_works_on,
+    fit_closed_form,
+    new_model,
+    remember_training_spots,
+    start_folder,
+    untrained_fold,
+    working_on,
+)
 from modes.training.plan import find_folds
 from modes.training.resume import check_continues, check_started_folds
 from modes.training.run_data import RunData, open_run_data
@@ -36,7 +44,7 @@ from utils.cli import progress as progress_bar
 from utils.cli import say
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory
-from utils.runs import Board, check_run, generator_for, open_run, seed_everything, write_epochs
+from utils.runs import Board, check_run, generator_for, note_versions, open_run, seed_everything, write_epochs
 from utils.trained_fold import NO_SCORE
 
 
@@ -72,30 +80,35 @@ def train(config: Config, options: TrainOptions) -> Path:
     check_run(run_dir, config, options.resume)
     patient_of_slide = layout.patients_on_disk()
     folds, notices = find_folds(config, layout, patient_of_slide, options.folds, all_patients=options.all_patients)
+    check_nobody_works_on(run_dir, folds)
     # Every fold splits all patients on disk into training, validation and test.
     run_data = open_run_data(config, config_file, layout, list(patient_of_slide), options.device, folds)
     check_started_folds(run_dir, run_data)
     if source is not None:
         check_same_data(source, run_data)
-    open_run(run_dir, config, options.resume)
-    if source is not None:
-        write_held_out(run_dir, source.held_out)
-    say(f"Run folder: {run_dir}")
-    for record in folds:
-        folder = run_dir / record.folder
-        if is_complete(folder):
-            say(f"{record.title}: complete, nothing to do.")
-            continue
-        split = prepare_split(run_data, record)
-        check_continues(folder, split)
-        start_folder(folder, run_data, split, notices)
-        if is_closed_form(config):
-            fit_closed_form(run_data, split, folder)
-        else:
-            train_fold(run_data, split, folder, options.checkpoint_seconds)
-        if not record.is_final:
-            score_checkpoint(run_data, folder / "best.pt", folder, split.targets)
-    say(f"Note: the model was {NO_SCORE}." if options.all_patients else finish_run(run_dir, options.with_report))
+    with working_on(run_dir, folds):
+        is_noted = open_run(run_dir, config, options.resume)
+        if source is not None:
+            write_held_out(run_dir, source.held_out)
+        say(f"Run folder: {run_dir}")
+        for record in folds:
+            folder = run_dir / record.folder
+            if is_complete(folder):
+                say(f"{record.title}: complete, nothing to do.")
+                continue
+            split = prepare_split(run_data, record)
+            check_continues(folder, split)
+            if not is_noted:
+                note_versions(run_dir)
+                is_noted = True
+            start_folder(folder, run_data, split, notices)
+            if is_closed_form(config):
+                fit_closed_form(run_data, split, folder)
+            else:
+                train_fold(run_data, split, folder, options.checkpoint_seconds)
+            if not record.is_final:
+                score_checkpoint(run_data, folder / "best.pt", folder, split.targets)
+        say(f"Note: the model was {NO_SCORE}." if options.all_patients else finish_run(run_dir, options.with_report))
     return run_dir
 
 

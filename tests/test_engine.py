@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine import train_one_epoch
-from utils.precision import Precision
+from utils.devices import Precision
 
 CPU = torch.device("cpu")
 

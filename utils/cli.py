@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -14,20 +18,41 @@ from utils.files import reason_of
 from utils.text import shortened
 
 _OF_PYTORCH_WITHOUT_MEMORY = ("can't allocate memory", "CUDA out of memory")
-WRONG_USE, INTERRUPTED = 2, 130
-INTERRUPTED_TEXT = "interrupted: finished work is kept; run the same command again (a training with --resume added)."
+WRONG_USE = 2
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # of a cluster whose time is up; SIGINT is Python's own
+_GO_ON = "run the same command again"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the program in order, as Ctrl-C does. number: of the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def going_on_by(advice: str) -> Iterator[None]:
+    """Say how to go on, should the block be interrupted, in place of "run the same command again"."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(advice)
+        raise
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a program and leave with its exit status.
 
     0 done; 2 wrong use, bad input, or a machine that lacks the disk or the memory for it (ValueError, OSError, MemoryError,
-    RecursionError: one message, no traceback); 130 interrupted (everything finished so far is on the disk); 1 anything
-    else, with the traceback, since that is our fault, and without one if the reader of the output has gone (`| head`).
+    RecursionError: one message, no traceback); 128 and the number of the signal when interrupted, so 130 by Ctrl-C, 143 by
+    SIGTERM (everything finished so far is on the disk); 1 anything else, with the traceback, since that is our fault, and
+    without one if the reader of the output has gone (`| head`).
     """
     try:
         try:
-            main()
+            with _stopping_on_signals():
+                main()
         finally:
             sys.stdout.flush()
     except ValueError as error:
@@ -40,9 +65,10 @@ def run(main: Callable[[], None]) -> NoReturn:
     except (OSError, MemoryError, RecursionError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(WRONG_USE)
-    except KeyboardInterrupt:
-        print(f"\n{INTERRUPTED_TEXT}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        advice = " ".join(getattr(interrupt, "__notes__", ())) or _GO_ON
+        print(f"\ninterrupted: finished work is kept; {advice}.", file=sys.stderr)
+        sys.exit(128 + getattr(interrupt, "number", signal.SIGINT))
     except Exception as error:
         if any(words in str(error) for words in _OF_PYTORCH_WITHOUT_MEMORY):
             print(f"error: it takes more memory than there is ({shortened(str(error))})", file=sys.stderr)
@@ -50,6 +76,30 @@ def run(main: Callable[[], None]) -> NoReturn:
         traceback.print_exc()
         sys.exit(1)
     sys.exit(0)
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """Let the signals of a cluster end the block as Ctrl-C would; a process that is forked inside dies of them as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise Stopped(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    for number in (number for number, handler in before.items() if handler is not signal.SIG_IGN):
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _sentence(error: OSError | MemoryError | RecursionError) -> str:

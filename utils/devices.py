@@ -1,7 +1,8 @@
-"""What a machine has, asked in one place: its devices, the memory that is left."""
+"""What a machine has, asked in one place: its devices, the precision they compute in, the memory that is left."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from utils.cli import say
+
+_BF16_CAPABILITY = (8, 0)  # Ampere
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -66,6 +69,41 @@ def _require_cuda(index: int, flag: str) -> None:
     if not 0 <= index < count:
         found = f"{count} CUDA device{'s' if count != 1 else ''}"
         raise ValueError(f"{flag}: this machine has {found}. Leave the flag out or use --device cpu to run on the CPU.")
+
+
+def half_precision(device: torch.device) -> str:
+    """Name of the 16-bit type for mixed precision on a CUDA device: bf16 where its matrix units have it, fp16 elsewhere.
+
+    `torch.cuda.is_bf16_supported` is no answer: it also says yes for older cards, which emulate bf16 without their
+    matrix units, and it asks the current device instead of this one.
+    """
+    assert device.type == "cuda", device
+    if torch.version.hip is not None:
+        return "bf16"
+    return "bf16" if torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY else "fp16"
+
+
+class Precision:
+    """Mixed precision: autocast and, for fp16 alone, the gradient scaler.
+
+    name: auto (CUDA: bf16 where the device has it, fp16 elsewhere; CPU: float32) | float32 | bf16 | fp16.
+    Raises ValueError for fp16 on the CPU.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "auto":
+            name = half_precision(device) if device.type == "cuda" else "float32"
+        if name == "fp16" and device.type != "cuda":
+            raise ValueError("TRAINING.precision=fp16 needs a CUDA device; on the CPU use float32 or bf16.")
+        self.name, self.device = name, device
+        self.dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Open the context in which the model runs in this precision."""
+        if self.name == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.locks import temporary_prefix
 from utils.text import LONGEST_NAME, brief, checked_names, is_plain, shortened, some
 from utils.untrusted.npy import strings_of_npy
 
@@ -48,7 +49,6 @@ _SYSTEM_ERRORS = {
 }
 _FAILED_WRITE_OF_TORCH = re.compile("inline_container|PytorchStreamWriter|file write failed")
 _NEARLY_FULL = 1 << 16  # bytes
-_TEMPORARY = "..12345678"  # what the name of a temporary file has more than that of the file
 
 
 class UnreadableFile(ValueError):
@@ -157,9 +157,9 @@ def check_writable(path: str | Path, needed: int = 0) -> None:
         if not there.is_dir():
             raise UnwritableFile(f"{path} cannot be written: {there} is a file and no folder. Choose another place.")
         longest = max(len(os.fsencode(part)) for part in path.relative_to(there).parts)
-        if longest + len(_TEMPORARY) > os.pathconf(there, "PC_NAME_MAX"):
+        if longest + len(temporary_prefix("")) + 8 > os.pathconf(there, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, "")
-        with tempfile.NamedTemporaryFile(dir=there, prefix="."):
+        with tempfile.NamedTemporaryFile(dir=there, prefix=temporary_prefix("check")):
             pass
         free = free_bytes(there)
         if free is not None and free < needed:
@@ -177,7 +177,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path.stem), suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         try:

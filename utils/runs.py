@@ -10,6 +10,7 @@ import platform
 import random
 import subprocess
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from utils.config import Config, differences, read_config, save_config
 from utils.files import check_writable, reading, write_text, writing
+from utils.locks import sweep
 from utils.text import brief
 
 VERSION = "1.0.0"
@@ -53,28 +55,39 @@ def generator_for(*keys: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(*keys))
 
 
-def open_run(folder: Path, config: Config, resume: bool) -> None:
-    """Make the run folder with its resolved configuration and versions, or check that it may be continued.
+def open_run(folder: Path, config: Config, resume: bool) -> bool:
+    """Make the run folder with its versions and its resolved configuration, or check that it may be continued.
 
+    What a process that has ended left half written there is removed. The configuration comes last: with it the run has begun.
+    Returns whether the versions of this process are noted; a continuation notes them (`note_versions`) when it begins to work.
     Raises ValueError as `check_run`.
     """
     check_run(folder, config, resume)
-    if not (folder / "config.yaml").exists():
+    for place in (folder, folder / "figures"):
+        sweep(place)
+    is_new = not (folder / "config.yaml").exists()
+    if is_new:
+        (folder / "versions.json").unlink(missing_ok=True)  # of a start that was killed before the run had begun
+        note_versions(folder)
         save_config(config, folder / "config.yaml")
-        write_json(folder / "versions.json", versions())
+    return is_new
 
 
 def check_run(folder: Path, config: Config, resume: bool) -> None:
     """Whether a run may start or go on in the folder; nothing is written.
 
-    A folder that holds a run is continued only on request and only with the configuration it was started with.
+    A folder that holds a run is continued only on request and only with the configuration it was started with; one in which
+    nothing was begun, as a kill in the first moments leaves it, is started in any case.
     Raises ValueError for that, OSError where nothing can be written.
     """
     saved = folder / "config.yaml"
     check_writable(saved)
     if not saved.exists():
-        if resume and folder.exists():
-            raise ValueError(f"--resume: {folder} holds no config.yaml, so no run was started there.")
+        if resume and _has_begun(folder):
+            raise ValueError(
+                f"--resume: {folder} holds no config.yaml, so no run was started there, but other files. "
+                "Choose the folder of the run, or start another with --run_name NAME."
+            )
         return
     if not resume:
         raise ValueError(
@@ -88,6 +101,30 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
             f"--resume: {saved} differs from what is asked for:\n  {listed}\n"
             "Repeat the command of the run as it was, or start another run with --run_name NAME."
         )
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a folder holds anything that a run would not make before its configuration."""
+    return any(
+        path.is_file() and path.name != "versions.json" and not path.name.startswith(".") for path in folder.rglob("*")
+    )
+
+
+def note_versions(folder: Path) -> None:
+    """Add a start to `versions.json`: when, and its versions; of a start that went on, those that differ from the first.
+
+    Raises ValueError for a file that is none.
+    """
+    path, starts, now = folder / "versions.json", [], versions()
+    if path.is_file():
+        with reading(path, "the versions of the starts of a run"):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            starts = [
+                dict(start) for start in (found if isinstance(found, list) else [found])
+            ]  # one, in earlier versions
+    differing = {name: value for name, value in now.items() if not starts or starts[0].get(name) != value}
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(path, [*starts, {"started": started, **differing}])
 
 
 def versions() -> dict[str, str]:

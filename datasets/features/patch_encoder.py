@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from utils.precision import half_precision
+from utils.devices import half_precision
 
 BATCH_SIZE = {"cuda": 256}  # images that pass the encoder at a time
 CPU_BATCH_SIZE = 32  # also of any other device

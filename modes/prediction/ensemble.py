@@ -16,7 +16,7 @@ from modes.prediction.model import needs_of, restored_config, restored_model
 from modes.prediction.slide import Scales
 from utils.checkpoint import load_checkpoint, result_folder
 from utils.config import Config
-from utils.precision import Precision
+from utils.devices import Precision
 from utils.text import LONGEST_NAME
 from utils.trained_fold import NO_SCORE, TrainedFold
 

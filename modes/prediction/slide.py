@@ -12,7 +12,7 @@ from datasets.batches import SlideBatch, SpotBatch
 from datasets.spots import SlideRecord
 from evaluation.slide_result import SlideResult
 from models.contract import ExpressionModel, ModelInputs
-from utils.precision import Precision
+from utils.devices import Precision
 
 Encode = Callable[[SpotBatch], Tensor | None]  # batch -> its target tokens (B, T, D), None where the model reads none
 Scales = dict[str, np.ndarray]  # {scale: (n, G) float32} of n spots, the fused prediction first

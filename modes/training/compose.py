@@ -18,7 +18,7 @@ from models.table import find_model
 from modes.prediction.slide import Encode, model_inputs
 from utils.commands import extraction_command
 from utils.config import Config
-from utils.precision import Precision
+from utils.devices import Precision
 from utils.trained_fold import OptimizationState
 
 

@@ -24,8 +24,8 @@ from modes.training.compose import find_patch_encoder_weights, groups_spots, mak
 from modes.training.memory import demand, tokens_of_spot
 from utils.cli import say
 from utils.config import Config
+from utils.devices import Precision
 from utils.files import load_names
-from utils.precision import Precision
 from utils.runs import generator_for
 from utils.trained_fold import SplitRecord
 

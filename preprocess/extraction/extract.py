@@ -31,7 +31,7 @@ from datasets.tables.spot_table import check_inside
 from models.patch_encoders.build import PatchEncoder
 from preprocess.extraction.patch_slide import PatchSlide
 from preprocess.extraction.prefetch import opened_in_turn
-from preprocess.extraction.writers import CacheWriters
+from preprocess.extraction.writers import CacheWriters, check_nobody_makes
 from utils.cli import progress, say
 from utils.files import check_writable
 from utils.text import some
@@ -95,6 +95,7 @@ def extract(
     if not work:
         say(f"Nothing to do: all caches are there and valid ({', '.join(settings.kinds)}).")
         return
+    check_nobody_makes([find_cache(layout, kind, item.slide) for item in work for kind in item.identities])
     _check_disk(layout, work, shapes, settings)
     try:
         extract_slides(layout, work, encoder, settings)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from datasets.features.cache import write_cache
 from datasets.features.encoding import EncodedSpots
 from datasets.features.identity import CacheIdentity
+from utils.locks import check_free, lock, sweep
 
 _BLOCKS_AHEAD = 2  # of each cache that wait for the disk: they bound the memory when it is slower than the encoder
 _POLL_SECONDS = 0.2
@@ -20,7 +22,8 @@ _POLL_SECONDS = 0.2
 class CacheWriters:
     """Caches that appear once `wait` has returned; if the `with` block is left by an exception, none does.
 
-    The end of the block does not wait for the disk, so that the next slide can begin meanwhile.
+    The end of the block does not wait for the disk, so that the next slide can begin meanwhile. Their locks are held until
+    then; ValueError where another process makes one of them.
     paths, identities: per kind.  spot_ids (N,), centers (N, 2): the spots of the slide, in the order of the blocks.
     """
 
@@ -33,6 +36,7 @@ class CacheWriters:
     ):
         self._queues: dict[str, queue.Queue] = {kind: queue.Queue(maxsize=_BLOCKS_AHEAD) for kind in paths}
         self._is_aborted = False
+        self._locks = _locked(paths.values())
         self._pool = ThreadPoolExecutor(len(paths), thread_name_prefix="cache-writer")
         self._written: dict[str, Future] = {
             kind: self._pool.submit(
@@ -87,13 +91,41 @@ class CacheWriters:
 
         All writers have their blocks by then, so that also an interruption leaves whole files.
         """
-        self._pool.shutdown(wait=True)
-        for written in self._written.values():
-            written.result()
+        with self._locks:
+            self._pool.shutdown(wait=True)
+            for written in self._written.values():
+                written.result()
 
     def _abort(self) -> None:
         self._is_aborted = True  # no effect on a writer that is done
-        self._pool.shutdown(wait=True)
+        with self._locks:
+            self._pool.shutdown(wait=True)
+
+
+def check_nobody_makes(caches: Collection[Path]) -> None:
+    """Raise ValueError if another process makes one of the caches; remove what ended processes left half written there."""
+    for path in caches:
+        check_free(*_lock_of(path))
+    for folder in sorted({path.parent for path in caches}):
+        sweep(folder)
+
+
+def _locked(caches: Iterable[Path]) -> ExitStack:
+    """Take the locks of caches; what was left of them half written, by whatever process, is removed."""
+    with ExitStack() as locks:
+        for path in caches:
+            locks.enter_context(lock(*_lock_of(path)))
+            sweep(path.parent, path.stem, is_locked=True)
+        return locks.pop_all()
+
+
+def _lock_of(path: Path) -> tuple[Path, str, str]:
+    """Where the lock of a cache lies, what another process does that holds it, and what to do then."""
+    return (
+        path.with_name(f".{path.stem}.lock"),
+        f"{path} is being made",
+        "Wait until it is there, then run the same command again: what is there is kept. Or name other --slides.",
+    )
 
 
 class _Aborted(Exception):

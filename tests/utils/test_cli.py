@@ -21,7 +21,7 @@ def failing(error):
     [
         (ValueError("bad k"), 2, "error: bad k"),
         (FileNotFoundError("no file"), 2, "error: no file"),
-        (KeyboardInterrupt(), 130, "run the same command again (a training with --resume added)"),
+        (KeyboardInterrupt(), 130, "interrupted: finished work is kept; run the same command again."),
         (RuntimeError("ours"), 1, "Traceback"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Memory that is freed and taken again costs no page faults any more. In a process of its own: it cannot be undone."""
+"""Precisions of a device; memory that is freed and taken again costs no page faults (in a process: it cannot be undone)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from utils.devices import available_memory
+from utils.devices import Precision, available_memory
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 PAGES_OF_A_ROUND = 2 * 80 * 2**20 // 4096  # two blocks of 80 MiB in pages of 4 KiB
 SCRIPT = """
@@ -79,3 +81,19 @@ def test_available_memory_is_the_least_of_machine_and_control_groups(tmp_path, v
     assert available_memory(tmp_path) == 3_000_000, "the group above has a limit; files in memory are given up"
     _group(tmp_path / top / "job/step", "2500000", 3_000_000, 0, version)
     assert available_memory(tmp_path) == 0
+
+
+def test_precision_of_the_cpu():
+    assert Precision("auto", CPU).name == "float32"
+    with pytest.raises(ValueError, match="fp16 needs a CUDA device"):
+        Precision("fp16", CPU)
+    with Precision("bf16", CPU).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("capability", "name"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_mixed_precision_follows_the_matrix_units_of_the_device(capability, name, monkeypatch):
+    """A card of before 2020 says that it supports bf16, and emulates it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    assert Precision("auto", torch.device("cuda", 1)).name == name

@@ -38,7 +38,8 @@ def test_seeds_are_the_same_everywhere_and_differ_by_key():
 def test_a_run_folder_is_started_once_and_continued_on_request(tmp_path):
     config = load_config("demo/dml")
     open_run(tmp_path / "run", config, resume=False)
-    assert json.loads((tmp_path / "run" / "versions.json").read_text())["torch"] in torch.__version__
+    (start,) = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert start["torch"] in torch.__version__
     with pytest.raises(ValueError, match="already holds a run"):
         open_run(tmp_path / "run", config, resume=False)
     open_run(tmp_path / "run", config, resume=True)
@@ -47,6 +48,7 @@ def test_a_run_folder_is_started_once_and_continued_on_request(tmp_path):
     with pytest.raises(ValueError, match=r"LOSS\.k: the run has 8, asked for 9"):
         open_run(tmp_path / "run", load_config("demo/dml", ["LOSS.k=9"]), resume=True)
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(ValueError, match="no run was started there"):
         open_run(tmp_path / "other", config, resume=True)
 

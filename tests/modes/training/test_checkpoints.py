@@ -13,7 +13,7 @@ from modes.training.compose import Optimization
 from tests.checkpoints import fabricated_fold
 from utils.checkpoint import load_checkpoint
 from utils.config import load_config
-from utils.precision import Precision
+from utils.devices import Precision
 from utils.trained_fold import Progress
 
 SCORE = "validation/pcc_all"
