@@ -114,6 +114,7 @@ def parser_of(script: str, parse) -> argparse.ArgumentParser:
     """The parser of a script, with a command line that holds whatever it requires."""
     needed = {
         "preprocess/prepare_visium.py": ["--source", "a", "--image", "b", "--name", "c"],
+        "preprocess/prepare_anndata.py": ["--source", "a", "--image", "b", "--name", "c"],
         "preprocess/select_genes.py": ["--type", "demo"],
         "preprocess/select_spots.py": ["--type", "demo", "--slide", "a", "--region", "b"],
         "preprocess/simulate_demo.py": [],

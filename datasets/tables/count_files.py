@@ -33,8 +33,8 @@ def read_parquet(path: Path, genes: Sequence[str] | None) -> tuple[pa.Table | sp
     if genes is not None:
         wanted = set(genes)
         columns = [name for name in columns if name in wanted]
-    kinds = [file.schema_arrow.field(name).type for name in columns]
-    if file.num_row_groups > 1 and columns and all(is_number(kind) for kind in kinds):
+    kinds = dict(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+    if file.num_row_groups > 1 and columns and all(is_number(kinds[name]) for name in columns):
         spots, parts = [], []
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=index[:1] + columns)

@@ -29,7 +29,7 @@ def read_h5ad(path: Path, what: str = "a table of counts (.h5ad)", columns: Sequ
     wrong, or if the names are of other number than rows and columns.
     """
     with opened_hdf5(path, what, remedy=_REMEDY) as file:
-        obs, var = _frame(file["obs"], columns), _frame(file["var"])
+        obs, var = frame_of(file["obs"], columns), frame_of(file["var"])
         matrix = _matrix(file["X"])
         spatial = np.asarray(anndata.io.read_elem(file["obsm/spatial"])) if "obsm/spatial" in file else None
         if matrix.shape != (len(obs), len(var)):
@@ -44,11 +44,14 @@ def read_h5ad(path: Path, what: str = "a table of counts (.h5ad)", columns: Sequ
 def read_names(path: Path, axis: str) -> list[str]:
     """Read the names of the spots (axis "obs") or genes ("var") alone. Errors as in `read_h5ad`."""
     with opened_hdf5(path, "a table of counts (.h5ad)", remedy=_REMEDY) as file:
-        return _frame(file[axis]).index.tolist()
+        return frame_of(file[axis]).index.tolist()
 
 
-def _frame(stored: h5py.Group | h5py.Dataset, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """The index and some columns of obs or var; a data set of rows is how AnnData wrote it before version 0.7."""
+def frame_of(stored: h5py.Group | h5py.Dataset, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Read the index and some columns of obs or var; a data set of rows is how AnnData wrote it before version 0.7.
+
+    Raises ValueError, without the file, where columns are of other lengths.
+    """
     if isinstance(stored, h5py.Dataset):
         table = stored[()]
         name = "index" if "index" in table.dtype.names else table.dtype.names[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,21 @@ def checked_sparse(stored: Stored) -> sparse.csr_matrix:
     if not matrix.has_canonical_format:
         raise ValueError("its sparse matrix is damaged: an entry of it is there twice")
     return matrix
+
+
+def runs_of_lines(indptr: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Yield runs (start, stop) of rows, or of columns, with about `most` entries each; `indptr` begins with 0.
+
+    Raises ValueError, without the file, where it goes back.
+    """
+    if not len(indptr) or indptr[0] != 0 or (indptr[1:] < indptr[:-1]).any():
+        raise ValueError(f"its sparse matrix is damaged: indptr has {len(indptr)} entries, or goes back")
+    start = 0
+    while start < len(indptr) - 1:
+        stop = int(np.searchsorted(indptr, indptr[start] + most, side="right")) - 1
+        stop = min(max(stop, start + 1), len(indptr) - 1)
+        yield start, stop
+        start = stop
 
 
 def _problem(stored: Stored) -> str | None:

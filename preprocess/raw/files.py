@@ -26,7 +26,7 @@ from utils.files import reading, sha256, write_atomically, write_text
 from utils.text import some
 from utils.untrusted.text import open_unpacked, text_of
 
-_CELLS_AT_A_TIME = 1 << 28  # of a table of counts: 1 GiB
+_CELLS_AT_A_TIME = 1 << 27  # of a table of counts: half a gigabyte
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -136,7 +136,7 @@ def read_expression(
     data = read_h5ad(sample.expression, "the expression of a sample (.h5ad)", ("in_tissue", "array_col", "array_row"))
     if "spatial" not in data.obsm or np.shape(data.obsm["spatial"])[1:] != (2,):
         raise ValueError(f"{source} lacks obsm['spatial'], the centres in pixels (x, y).")
-    is_left_out = ~(_in_tissue(data, source) | data.obs_names.isin(list(with_patch)))
+    is_left_out = ~(is_in_tissue(data, source) | data.obs_names.isin(list(with_patch)))
     if is_left_out.all():
         raise ValueError(
             f"{source}: in_tissue is 0 for all {data.n_obs} spots, and none has a patch. Correct the column, or leave it out."
@@ -166,8 +166,8 @@ def read_expression(
     return HestExpression(counts, spots, notes if is_left_out.any() else notes[1:])
 
 
-def _in_tissue(data: AnnData, source: str) -> np.ndarray:
-    """(N,) bool: what in_tissue says, as a number, a flag or a text; True without it."""
+def is_in_tissue(data: AnnData, source: str) -> np.ndarray:
+    """Tell, (N,) bool, what in_tissue says, as a number, a flag or a text; True without it. ValueError naming `source`."""
     if "in_tissue" not in data.obs:
         return np.ones(data.n_obs, dtype=bool)
     words = data.obs["in_tissue"].astype(str).str.lower()

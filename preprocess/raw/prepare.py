@@ -173,6 +173,7 @@ def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnDat
     """
     patient = layout.spec.patient_of(raw.name)
     joined = join(raw.counts, raw.spots, layout.spec, f"Slide {raw.name}: {raw.source}")
+    raw.counts = joined  # what the source held may be gigabytes, and is not needed any more
     joined.uns["slide"], joined.uns["patient"] = raw.name, patient
     if raw.image is not None:
         check_inside(joined, image_size(raw.image), raw.image)

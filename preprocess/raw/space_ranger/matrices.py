@@ -22,7 +22,7 @@ import pyarrow.csv
 from scipy import sparse
 
 from datasets.tables.counts import GREATEST_COUNT, wrong_counts
-from datasets.tables.sparse import Stored, checked_sparse
+from datasets.tables.sparse import Stored, checked_sparse, runs_of_lines
 from preprocess.raw.files import find_optional
 from utils.files import reading
 from utils.text import brief, checked_names, some
@@ -119,10 +119,10 @@ def read_pooled(path: Path, place: np.ndarray, names: Sequence[str]) -> GeneCoun
         _check_length("barcodes", barcodes, int(group["shape"][1]))
         target = _targets_of_bins(barcodes, place)
         indptr = group["indptr"][:].astype(np.int64)
-        if len(indptr) != len(target) + 1 or (indptr[1:] < indptr[:-1]).any():
-            raise ValueError(f"its sparse matrix is damaged: indptr has {len(indptr)} entries, or goes back")
+        if len(indptr) != len(target) + 1:
+            raise ValueError(f"its sparse matrix is damaged: indptr has {len(indptr)} entries for {len(target)} bins")
         total = sparse.csr_matrix((len(names), len(genes.ids)), dtype=np.int32)
-        for start, stop in _pieces(indptr):
+        for start, stop in runs_of_lines(indptr, _COUNTS_AT_A_TIME):
             first, last = indptr[start], indptr[stop]
             stored = Stored(
                 group["data"][first:last],
@@ -135,16 +135,6 @@ def read_pooled(path: Path, place: np.ndarray, names: Sequence[str]) -> GeneCoun
             _check_counts_of(path, part)
             total = _added(total, _pooled(part, target[start:stop], len(names)))
     return _genes_only(GeneCounts(total, list(names), genes.ids, genes.symbols, path), genes.kinds)
-
-
-def _pieces(indptr: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Runs of rows (start, stop) of about `_COUNTS_AT_A_TIME` counts."""
-    start = 0
-    while start < len(indptr) - 1:
-        stop = int(np.searchsorted(indptr, indptr[start] + _COUNTS_AT_A_TIME, side="right")) - 1
-        stop = min(max(stop, start + 1), len(indptr) - 1)
-        yield start, stop
-        start = stop
 
 
 def _targets_of_bins(barcodes: np.ndarray, place: np.ndarray) -> np.ndarray:

@@ -1,0 +1,233 @@
+"""AnnData files of every form in, the documented layout out; what is no counts, or whose patient is unknown, is refused."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from PIL import Image
+from scipy import sparse
+
+from datasets.known_sets import get_spec
+from datasets.layout import Layout
+from datasets.tables.slide_table import load_slide
+from preprocess import prepare_anndata
+from preprocess.raw import anndata_file
+from tests.command_line import Left, call
+from tests.modes.test_from_raw import run_said
+
+GENES = ["TP53", "ERBB2", "CD3E", "KRT5"]
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "your_data.md"
+
+
+def slide(seed: int, *, hexagonal: bool = True, with_array: bool = True) -> AnnData:
+    """A slide of 6 rows of 5 spots, 64 px apart, in random order."""
+    random = np.random.default_rng(seed)
+    row, column = (axis.ravel() for axis in np.mgrid[0:6, 0:5])
+    x = 60.0 + 64 * column + (32 * (row % 2) if hexagonal else 0)
+    y = 60.0 + 64 * row * (np.sqrt(0.75) if hexagonal else 1)
+    obs = pd.DataFrame(index=[f"BC{seed}{i:02d}-1" for i in range(30)])
+    if with_array:
+        obs["array_row"], obs["array_col"] = row, 2 * column + row % 2 if hexagonal else column
+    counts = sparse.csr_matrix(random.poisson(3.0, (30, len(GENES))).astype(np.float32))
+    adata = AnnData(counts, obs=obs, var=pd.DataFrame(index=GENES), obsm={"spatial": np.stack([x, y], axis=1)})
+    return adata[random.permutation(30)].copy()
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    picture = np.random.default_rng(5).integers(0, 255, (450, 460, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+@pytest.fixture
+def several(tmp_path, image) -> AnnData:
+    """Three slides of three patients, their rows mixed, and a folder of their images."""
+    joined = anndata.concat([slide(i) for i in range(3)], label="slide", keys=["S0", "S1", "S2"])
+    joined.obs["patient"] = joined.obs["slide"].map({"S0": "P1", "S1": "P2", "S2": "P3"}).astype("category")
+    (tmp_path / "images").mkdir()
+    for name in ("S0", "S1", "S2"):
+        shutil.copy(image, tmp_path / "images" / f"{name}.png")
+    return joined[np.random.default_rng(0).permutation(90)].copy()
+
+
+def prepare(adata: AnnData, folder: Path, image: object, *more: object, external: bool = True) -> Left:
+    adata.write_h5ad(folder / "file.h5ad")
+    flags = ["--source", folder / "file.h5ad", "--image", image, "--name", "own", "--data_dir", folder / "data"]
+    return call(prepare_anndata.main, *flags, *(["--test"] if external else []), *more)
+
+
+def prepared(adata: AnnData, folder: Path, image: object, *more: object) -> AnnData:
+    left = prepare(adata, folder, image, *more)
+    assert left.status == 0, left.said
+    return load_slide(Layout(folder / "data", get_spec("own", folder / "data")), "own")
+
+
+def same_as(table: AnnData, adata: AnnData, counts: np.ndarray) -> bool:
+    """Whether every spot has its own counts, found by its pixels."""
+    by_pixel = {tuple(np.round(xy, 3)): row for xy, row in zip(adata.obsm["spatial"], counts, strict=True)}
+    wanted = [by_pixel[tuple(np.round(xy, 3))] for xy in table.obsm["spatial"]]
+    return np.array_equal(table[:, list(adata.var_names)].X.toarray(), wanted)
+
+
+@pytest.mark.parametrize("at_a_time", [1 << 24, 10])
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("place", ["X", "layer", "raw"])
+def test_counts_of_every_place_and_form(tmp_path, image, kind, place, at_a_time, monkeypatch):
+    monkeypatch.setattr(anndata_file, "_AT_A_TIME", at_a_time)
+    adata = slide(1)
+    counts = adata.X.toarray()
+    form = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": np.asarray}[kind]
+    adata.X = form(counts)
+    flags: list[str] = []
+    if place == "layer":
+        adata.layers["counts"], flags = form(counts), ["--layer", "counts"]
+    if place == "raw":
+        adata.raw, flags = adata.copy(), ["--raw"]
+        adata = adata[:, :2].copy()
+    if place != "X":
+        adata.X = np.log1p(adata.X if isinstance(adata.X, np.ndarray) else adata.X.toarray())
+    table = prepared(adata, tmp_path, image, *flags)
+    adata = adata.raw.to_adata() if place == "raw" else adata
+    assert table.n_obs == 30 and same_as(table, adata, counts)
+
+
+def test_places_on_the_array_are_those_of_the_file_or_found_from_the_pixels(tmp_path, image):
+    for hexagonal in (True, False):
+        grids = []
+        for with_array in (True, False):
+            folder = tmp_path / f"{hexagonal}{with_array}"
+            folder.mkdir()
+            grids.append(prepared(slide(1, hexagonal=hexagonal, with_array=with_array), folder, image).obsm["grid"])
+        np.testing.assert_array_equal(grids[0] - grids[0].min(axis=0), grids[1])
+
+
+def test_logarithmic_values_are_refused_with_where_counts_are(tmp_path, image):
+    adata = slide(1)
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = np.log1p(adata.X.toarray())
+    left = prepare(adata, tmp_path, image)
+    assert left.status == 2 and "Counts seem to be in layers/counts: give --layer counts." in left.said
+    del adata.layers["counts"]
+    left = prepare(adata, tmp_path, image)
+    assert left.status == 2 and "take the file from before sc.pp.normalize_total" in left.said
+    assert re.search(r"X holds [\d.]+ where raw counts were expected", left.said)
+    adata.raw = slide(1)
+    assert "Counts seem to be in raw/X: give --raw." in prepare(adata, tmp_path, image).said
+    assert not (tmp_path / "data").exists()
+
+
+def test_spots_off_the_tissue_and_symbols_of_a_column(tmp_path, image):
+    adata = slide(1)
+    adata.obs["in_tissue"] = [0] * 4 + [1] * 26
+    adata.var["symbol"] = adata.var_names
+    adata.var_names = [f"ENSG{i:011d}" for i in range(4)]
+    table = prepared(adata, tmp_path, image, "--gene_column", "symbol")
+    assert table.n_obs == 26 and set(table.var_names) == set(GENES)
+
+
+@pytest.mark.parametrize(
+    ("factors", "flags", "microns"),
+    [
+        ({"tissue_hires_scalef": 0.1, "microns_per_pixel": 1.6}, [], 1.6),
+        ({"spot_diameter_fullres": 40.0}, [], 100 / 64),  # the array is fitted: 100 um between spots
+        ({"spot_diameter_fullres": 40.0}, ["--mpp", 0.5], 0.5),
+        (None, [], None),
+    ],
+)
+def test_the_size_of_a_pixel_is_that_of_space_ranger_where_it_is_known(tmp_path, image, factors, flags, microns):
+    adata = slide(1)
+    if factors:
+        adata.uns["spatial"] = {"library": {"scalefactors": factors}}
+    prepared(adata, tmp_path, image, *flags)
+    found = get_spec("own", tmp_path / "data").microns_of("own")
+    assert found == (microns if microns is None else pytest.approx(microns, rel=1e-3))
+
+
+def _without(adata: AnnData, **changes: object) -> AnnData:
+    for name, value in changes.items():
+        if name == "spatial":
+            del adata.obsm["spatial"]
+            adata.obsm["X_pixels"] = np.zeros((adata.n_obs, 2))
+        else:
+            adata.obs[name] = value
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "message"),
+    [
+        ({"spatial": None}, (), r"has no obsm\['spatial'\].*obsm has X_pixels"),
+        ({}, ("--layer", "counts"), r"has no layers/counts; counts could be in X"),
+        ({}, ("--layer", "counts", "--raw"), "--layer and --raw are both given"),
+        ({}, ("--gene_column", "symbol"), "var has no column symbol; it has none"),
+        ({}, ("--slide_column", "slide"), "obs has no column slide; it has array_col, array_row"),
+        ({"patient": ["P1", "P2"] * 15}, ("--patient_column", "patient"), r"is of the patients P1, P2.*--slide_column"),
+        ({"patient": ["P1"] * 29 + [""]}, ("--patient_column", "patient"), "patient is empty for some spots"),
+        ({"in_tissue": 0}, (), "in_tissue is 0 for all 30 spots"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named_with_what_there_is(tmp_path, image, changes, flags, message):
+    left = prepare(_without(slide(1), **changes), tmp_path, image, *flags)
+    assert left.status == 2 and re.search(message, left.said), left.said
+
+
+def test_several_slides_become_a_training_set_and_what_is_said_next_runs(tmp_path, several, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--slide_column", "slide", "--patient_column", "patient"]
+    left = prepare(several, tmp_path, tmp_path / "images", *flags, external=False)
+    assert left.status == 0, left.said
+    layout = Layout(tmp_path / "data", get_spec("own", tmp_path / "data"))
+    assert dict(layout.spec.patient_of_slide) == {"S0": "P1", "S1": "P2", "S2": "P3"}
+    for name in layout.spec.slides:
+        of_slide = several[several.obs["slide"] == name]
+        assert same_as(load_slide(layout, name), of_slide, of_slide.X.toarray())
+    assert len(run_said(left.said, tmp_path)) == 4 and list((tmp_path / "logs").rglob("best.pt"))
+
+
+def test_images_of_several_slides(tmp_path, several):
+    flags = ["--slide_column", "slide"]
+    each = [f"{name}={tmp_path}/images/{name}.png" for name in ("S0", "S1", "S2")]
+    left = prepare(several, tmp_path, each[0], "--image", *each[1:], *flags)
+    assert left.status == 0, left.said
+    left = prepare(several, tmp_path, each[0], "--image", "S9=x.png", *flags)
+    assert left.status == 2 and "missing are S1, S2, no slides of the file are S9" in left.said
+    (tmp_path / "images" / "S1.png").unlink()
+    left = prepare(several, tmp_path, tmp_path / "images", *flags)
+    assert left.status == 2 and "no image, or several, of the name of S1" in left.said
+
+
+def test_a_file_a_slide_goes_into_one_set(tmp_path, image):
+    left = prepare(slide(1), tmp_path, image, external=False)
+    assert left.status == 2 and "give --patient_column" in left.said
+    left = prepare(slide(1), tmp_path, image, "--sample", "S1", "--patient", "P1", external=False)
+    assert left.status == 0 and "So far all sections are of patient P1" in left.said
+    left = prepare(slide(2), tmp_path, image, "--sample", "S2", "--patient", "P2", external=False)
+    assert left.status == 0 and "Two patients leave none to choose" in left.said
+    left = prepare(slide(2), tmp_path, image, "--sample", "S2", "--patient", "P9", external=False)
+    assert left.status == 2 and "says that S2 is of patient P2, not of P9" in left.said
+    left = prepare(slide(2), tmp_path, image, "--panel", "x.npy", "--patient", "P1", external=False)
+    assert left.status == 2 and "--panel is for an external set" in left.said
+
+
+def test_a_spatialdata_object_gets_there_by_the_code_of_the_page(tmp_path, image, monkeypatch):
+    spatialdata = pytest.importorskip("spatialdata")
+    monkeypatch.chdir(tmp_path)
+    table = slide(1)
+    centers = table.obsm.pop("spatial")
+    table.obs["spot_id"], table.obs["region"] = np.arange(30), pd.Categorical(["spots"] * 30)
+    shapes = spatialdata.models.ShapesModel.parse(centers, geometry=0, radius=20.0, index=np.arange(30))
+    model = spatialdata.models.TableModel.parse(table, region="spots", region_key="region", instance_key="spot_id")
+    spatialdata.SpatialData(shapes={"spots": shapes}, tables={"table": model}).write(tmp_path / "sample.zarr")
+    (code,) = re.findall(r"```python\n(import spatialdata.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    exec(code, {})
+    written = anndata.read_h5ad(tmp_path / "sample.h5ad")
+    np.testing.assert_allclose(written.obsm["spatial"], centers)
+    assert prepared(written, tmp_path, image).n_obs == 30
