@@ -28,6 +28,7 @@ from modes.external_test import external_test
 from preprocess.extract_features_uni import main as extract
 from preprocess.prepare_visium import main as prepare_visium
 from tests.checkpoints import edit
+from tests.command_line import call_main
 from tests.space_ranger import write_outs
 from utils.checkpoint import load_checkpoint
 from utils.files import load_names
@@ -420,3 +421,19 @@ def test_command_line_needs_no_configuration(tested, tiny_run, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["main.py", *flags[:2], "--model_path", str(run)])
     with pytest.raises(ValueError, match="--mode external_test needs --test_name"):
         main.main()
+
+
+def test_a_model_on_all_patients_is_tested_and_said_to_have_no_score(tested, tiny_run, tmp_path):
+    data_dir, _ = tested
+    shared = ("--data_dir", data_dir, "--device", "cpu")
+    trained = call_main(
+        *("--mode", "train", "--config_name", tiny_run.config_name, "--log_path", tmp_path, "--model", "ridge"),
+        *("--all_patients", "--run_name", "final", *shared),
+    )
+    assert trained.status == 0, trained.said
+    run = tmp_path / "tiny" / "final"
+    left = call_main("--mode", "external_test", "--test_name", "demo_external", "--model_path", run, *shared)
+    assert left.status == 0, left.said
+    summary = json.loads((run / "external" / "demo_external" / "summary.json").read_text())
+    assert summary["checkpoints"] == ["all_patients/best.pt"]
+    assert any("no patient is held out and it has no score of its own" in note for note in summary["notes"])

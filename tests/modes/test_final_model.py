@@ -66,7 +66,7 @@ def test_a_continued_one_equals_an_undisturbed_one(tiny_run, tmp_path):
     assert all(torch.equal(value, other.weights[name]) for name, value in one.weights.items())
 
 
-def test_predict_and_external_test_take_it_and_test_does_not(final, tiny_run, tmp_path):
+def test_predict_takes_it_and_test_and_compare_do_not(final, tiny_run, tmp_path):
     root = tiny_run.data_dir / "demo"
     image = next((root / "ST-imgs" / "A" / "A1").iterdir())
     shared = ("--model_path", final, "--data_dir", tiny_run.data_dir, "--device", "cpu")
