@@ -16,6 +16,7 @@ from datasets.features.novelty import novelty, sample_training_spots
 from evaluation.predictions import read_held_out
 from tests.checkpoints import edit
 from tests.command_line import Left, call_main
+from utils.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +170,18 @@ def test_novelty_is_the_share_of_training_spots_that_are_more_usual():
     assert (alone.distances > 0).all(), "one slide: each spot against the others"
     one = sample_training_spots(features[:1], ["A"], ["A1"], torch.Generator().manual_seed(1))
     assert novelty(features[1:3], one).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("broken", [{}, {"features": torch.zeros(3, 5), "distances": torch.zeros(3)}, 3, "nan"])
+def test_a_checkpoint_with_another_sample_is_refused(tiny_run, tmp_path, broken):
+    path = Path(shutil.copy(tiny_run.path / "fold_0" / "best.pt", tmp_path))
+
+    def change(content: dict) -> None:
+        if broken == "nan":
+            content["training_sample"]["distances"][0] = torch.nan
+        else:
+            content["training_sample"] = broken
+
+    edit(path, change)
+    with pytest.raises(ValueError, match=r"best\.pt: training_sample should hold features \(n, \d+\) and n distances"):
+        load_checkpoint(path)
