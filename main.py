@@ -118,7 +118,7 @@ PREDICTION = (
     Flag("pitch_px", PREDICT, "without --spots: grid on the tissue, spots this many px apart", kind=float),
     Flag("pitch_um", PREDICT, "the same in micrometres", kind=float),
     Flag("mpp", PREDICT, "micrometres per pixel (default: of the slide's metadata)", kind=float),
-    Flag("match_mpp", PREDICT, "scale patches to the field of view of the training", kind=bool),
+    Flag("match_mpp", (*PREDICT, "external_test"), "scale patches to the field of view of the training", kind=bool),
     Flag("region", PREDICT, "only spots in it: .geojson of areas (QuPath), or a mask image", metavar="FILE"),
     Flag("geojson", PREDICT, "also write the genes of --genes as QuPath detections", metavar="FILE"),
     Flag("min_tissue", PREDICT, "share of a patch that must be tissue (default: 0.5)", kind=float),
@@ -180,7 +180,8 @@ def main(words: Sequence[str] | None = None) -> None:
     elif arguments.mode == "external_test":
         from modes.external_test import external_test
 
-        external_test(arguments.model_path[0], arguments.test_name, arguments.fold, overrides, device_of(arguments))
+        device, match_mpp = device_of(arguments), arguments.match_mpp
+        external_test(arguments.model_path[0], arguments.test_name, arguments.fold, overrides, device, match_mpp)
     elif arguments.mode == "predict":
         from modes.predict import predict
 

@@ -35,14 +35,50 @@ def microns_of(spec: DatasetSpec, slide: str, pixels: np.ndarray | None) -> floa
     return spec.pitch_um / float(np.sqrt(abs(np.linalg.det(steps))))
 
 
-def field_of_view(layout: Layout, pixels_of_slide: Mapping[str, np.ndarray | None]) -> float | None:
+def field_of_view(
+    layout: Layout,
+    pixels_of_slide: Mapping[str, np.ndarray | None],
+    covered_px: Mapping[str, int | None] | None = None,
+) -> float | None:
     """Average the width of a patch in micrometres over the slides whose pixel size is known; None where it is of none.
 
     pixels_of_slide: (N, 2) centres of the spots of each slide, None where they are not at hand.
+    covered_px: level-0 px that a patch covers, where that is not the patch size.
     """
-    sizes = [microns_of(layout.spec, slide, pixels) for slide, pixels in pixels_of_slide.items()]
-    known = [size for size in sizes if size is not None]
-    return layout.patch_size * sum(known) / len(known) if known else None
+    if layout.patch_um is not None:
+        return layout.patch_um
+    sizes = {slide: microns_of(layout.spec, slide, pixels) for slide, pixels in pixels_of_slide.items()}
+    known = {slide: size for slide, size in sizes.items() if size is not None}
+    if not known:
+        return None
+    covered = covered_px or {}
+    if not any(covered.get(slide) for slide in known):
+        return layout.patch_size * sum(known.values()) / len(known)
+    widths = [size * (covered.get(slide) or layout.patch_size) for slide, size in known.items()]
+    return sum(widths) / len(widths)
+
+
+def pixels_of_width(width_um: float, microns: float) -> int:
+    """Find the even number of level-0 px nearest to a width. microns: of a pixel."""
+    return max(2, 2 * round(width_um / microns / 2))
+
+
+def covered_px(layout: Layout, slide: str, pixels: np.ndarray, stated: float | None) -> int | None:
+    """Find the level-0 px that a patch of the asked width covers; None where it is the patch size.
+
+    pixels (N, 2): centres of the spots.  stated: micrometres per pixel by the image itself.
+    Raises ValueError where a width is asked for and the size of a pixel is not known.
+    """
+    if layout.patch_um is None:
+        return None
+    microns = microns_of(layout.spec, slide, pixels) or stated
+    if microns is None:
+        raise ValueError(
+            f"Slide {slide}: patches {layout.patch_um:g} um wide are asked for (DATA.patch_um), and the size of a pixel is "
+            f"known neither to the image nor to the data set. Write microns_per_pixel into {layout.spec_path}."
+        )
+    covered = pixels_of_width(layout.patch_um, microns)
+    return None if covered == layout.patch_size else covered
 
 
 def compare_fields_of_view(trained: float | None, here: float | None, what: str) -> tuple[str, bool]:

@@ -25,7 +25,8 @@ class Layout:
     data_dir:  the folder of all data sets (`--data_dir`).
     spec:      the data set; an external one lies in data_dir/test/<test_name>.
     test_name: name of an external set; default the spec's own name if it is external.
-    patch_size, num_neighbors, encoder: they name the folders of the caches; those of UNI leave the encoder out, as documented.
+    patch_size, patch_um (see DATA.patch_um), num_neighbors, encoder: they name the folders of the caches; those of UNI
+        leave the encoder out, as documented.
     root: the folder itself, where it lies elsewhere (a download in the documented layout).
     extraction: spells the command that `repair` gives, with the configuration of whoever opens the folder.
     """
@@ -39,6 +40,7 @@ class Layout:
         patch_size: int = 224,
         num_neighbors: int = 5,
         encoder: str = Data.encoder,
+        patch_um: float | None = None,
         root: str | Path | None = None,
         extraction: Callable[..., str] = extraction_command,
     ):
@@ -53,6 +55,7 @@ class Layout:
         self.patch_size = patch_size
         self.num_neighbors = num_neighbors
         self.encoder = encoder
+        self.patch_um = patch_um
         self._extraction = extraction
 
     def repair(self, kind: str, slides: str | None = None, encoder: str | None = None, overwrite: bool = False) -> str:
@@ -69,6 +72,7 @@ class Layout:
             test_name=self.name if self.is_external else None,
             patch_size=self.patch_size,
             num_neighbors=self.num_neighbors,
+            patch_um=self.patch_um,
         )
 
     @property
@@ -164,17 +168,24 @@ class Layout:
         """Find the caches of a slide that any encoder has made, sorted."""
         return sorted(self.root.glob(f"{self._cache_folder(kind, '*')}/{safe_name(slide, 'Slide')}.h5"))
 
+    def caches_of_all_widths(self, kind: str, slide: str) -> list[Path]:
+        """Find the caches of a slide from patches of any width in micrometres, or of none, sorted."""
+        folder = self.cache_path(kind, slide).parent.name.removesuffix(f"_{self.patch_um or 0:g}um")
+        paths = [*self.root.glob(f"{folder}/*.h5"), *self.root.glob(f"{folder}_*um/*.h5")]
+        return sorted(path for path in paths if path.stem == slide)
+
     @property
     def _encoder_part(self) -> str:
         return "_" + re.sub(r"[^\w.-]", "_", self.encoder)
 
     def _cache_folder(self, kind: str, encoder_part: str) -> str:
         """Name the folder of a kind of caches below the root."""
+        size = f"{self.patch_size}" if self.patch_um is None else f"{self.patch_size}_{self.patch_um:g}um"
         return {
-            "target": f"gt_features{encoder_part}_{self.patch_size}",
-            "neighbor": f"n_features{encoder_part}_{self.num_neighbors}_{self.patch_size}",
-            "token": f"token_features{encoder_part}_{self.patch_size}",
-            "patch": f"patches_{self.patch_size}",
+            "target": f"gt_features{encoder_part}_{size}",
+            "neighbor": f"n_features{encoder_part}_{self.num_neighbors}_{size}",
+            "token": f"token_features{encoder_part}_{size}",
+            "patch": f"patches_{size}",
         }[kind]
 
     def overlay_path(self, slide: str) -> Path:
@@ -225,7 +236,7 @@ class Layout:
         return "".join(
             f" Patches of {size} px are in patches_{size}: add --set DATA.patch_size={size}."
             for size in sizes
-            if size != str(self.patch_size)
+            if size.isdigit() and size != str(self.patch_size)
         )
 
     def slides_on_disk(self) -> list[str]:

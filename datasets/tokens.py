@@ -14,13 +14,18 @@ from datasets.features.cache import read_features
 from datasets.features.identity import CacheIdentity
 from datasets.features.places import find_cache
 from datasets.features.token_store import TokenStore
-from datasets.features.verify import verify_cache
+from datasets.features.verify import expected_size, verify_cache
 from datasets.images.geometry import NUM_VIEWS, dihedral_views, patch_corner
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.spots import SlideRecord, SpotStore
 from utils.cli import progress, say
 from utils.devices import to_device
+
+WITHOUT_TOKENS = (
+    "Where only pooled features are at hand, --set DATA.tokens=pooled trains on them: a variant of its own, whose target "
+    "is one token."
+)
 
 
 class CachedTokens:
@@ -95,7 +100,7 @@ def open_tokens(
     if choice == "cache" and missing:
         raise FileNotFoundError(
             f"DATA.tokens=cache: slides {', '.join(missing[:5])} have no token cache. Run: "
-            f"{layout.repair('token', ','.join(missing), store.encoder.name)}"
+            f"{layout.repair('token', ','.join(missing), store.encoder.name)}\n{WITHOUT_TOKENS}"
         )
     if choice == "online" or missing:
         say(
@@ -120,7 +125,7 @@ def open_tokens(
 def _verify_tokens(layout: Layout, store: SpotStore) -> CacheIdentity:
     problems, identity = [], None
     for slide in store.slides:
-        expected: dict[str, object] = {"kind": "token", "encoder": store.encoder.name, "patch_size": layout.patch_size}
+        expected = {"kind": "token", "encoder": store.encoder.name, **expected_size(layout)}
         if store.encoder.sha256 != "unknown":
             expected["encoder_sha256"] = store.encoder.sha256
         try:
@@ -148,7 +153,7 @@ def _all_patches(layout: Layout, slides: Sequence[SlideRecord]) -> Tensor:
         if path.exists():
             repair = partial(layout.repair, "patch", slide.name, overwrite=True)
             centers = slide.table.obsm["center"]
-            verify_cache(path, {"kind": "patch", "patch_size": size}, list(slide.table.obs_names), centers, repair)
+            verify_cache(path, {"kind": "patch", **expected_size(layout)}, list(slide.table.obs_names), centers, repair)
             found = read_features(path)
         else:
             found = cut_patches(layout, slide)
@@ -161,7 +166,7 @@ def cut_patches(layout: Layout, slide: SlideRecord) -> np.ndarray:
 
     Raises FileNotFoundError where the slide has no image, ValueError where it cannot be decoded.
     """
-    size = layout.patch_size
-    corners = patch_corner(slide.table.obsm["center"], size)
+    size, covered = layout.patch_size, slide.covered_px or layout.patch_size
+    corners, scaled = patch_corner(slide.table.obsm["center"], covered), None if covered == size else (size, size)
     with open_slide(slide.image or layout.image_path(slide.name)) as image:
-        return np.stack([image.read_region(int(x), int(y), size, size) for x, y in corners])
+        return np.stack([image.read_region(int(x), int(y), covered, covered, size=scaled) for x, y in corners])

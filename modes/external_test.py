@@ -38,6 +38,7 @@ from modes.prediction.ensemble import (
     peak_memory,
     provenance_of,
     run_folder,
+    width_to_match,
 )
 from modes.prediction.external_data import ExternalTest, external_layout, open_test, warnings_of
 from modes.prediction.slide import Scales, predict_slide, slide_result
@@ -51,16 +52,22 @@ _BYTES_A_NUMBER = 4
 
 
 def external_test(
-    model_path: str | Path, test_name: str, fold: int | None, overrides: Sequence[str], device: torch.device
+    model_path: str | Path,
+    test_name: str,
+    fold: int | None,
+    overrides: Sequence[str],
+    device: torch.device,
+    match_mpp: bool = False,
 ) -> Path:
     """Test a run on <data_dir>/test/<test_name>; returns the folder with the results, <run>/external/<test_name>.
 
     fold: of the run, None for all finished ones.  overrides: see `restored_config`.
+    match_mpp: read features of patches as wide in micrometres as those of the training, instead of as many pixels.
     Raises ValueError / FileNotFoundError for whatever cannot be used, before anything is predicted.
     """
     checkpoints, fold_notes = chosen_checkpoints(model_path, fold)
     members = load_members(checkpoints, overrides, device)
-    layout = external_layout(members[0], test_name)
+    layout = external_layout(members[0], test_name, round(width_to_match(members), 1) if match_mpp else None)
     test = open_test(members, layout, device, fold_notes)
     folder = run_folder(members, model_path, fold) / "external" / layout.name
     numbers = test.store.slides[-1].stop * len(test.genes)
@@ -186,7 +193,7 @@ def chunks_of(test: ExternalTest, record: SlideRecord, size: int) -> Iterator[Ch
         return torch.from_numpy(read_rows(test.layout, "neighbor", record, rows))
 
     if test.encoder is not None:
-        plan = plan_for(test.members[0], ("token",))
+        plan = plan_for(test.members[0], ("token",), record.covered_px)
         with open_slide(record.image or test.layout.image_path(record.name)) as slide:
             centers = record.table.obsm["center"]
             for chunk in encoded_chunks(slide, centers, test.encoder, plan, default_workers(), size):

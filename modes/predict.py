@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.field_of_view import compare_fields_of_view
+from datasets.field_of_view import compare_fields_of_view, pixels_of_width
 from datasets.images.slides import Slide, open_slide
 from evaluation.predictions import read_prediction, tissue_image, write_prediction
 from modes.prediction.encode import (
@@ -29,6 +29,7 @@ from modes.prediction.ensemble import (
     peak_memory,
     provenance_of,
     shared_genes,
+    width_to_match,
 )
 from modes.prediction.place_spots import THUMBNAIL_PX, SlideSpots, spots_of_file, spots_on_tissue
 from modes.prediction.predicted import evidence_of, predict_spots
@@ -199,15 +200,12 @@ def covered_by_patch(members: Sequence[Member], mpp: float | None, match_mpp: bo
     Raises ValueError where that is asked for and a size is not known.
     """
     patch_px, trained = members[0].config.DATA.patch_size, field_of_view_of(members)
-    if match_mpp:
+    if match_mpp or members[0].config.DATA.patch_um is not None:
         if mpp is None:
-            raise ValueError("--match_mpp needs the size of a pixel, which the slide does not tell. Give --mpp.")
-        if trained is None:
             raise ValueError(
-                "--match_mpp: the size of a pixel of the training slides is not known to this run (microns_per_pixel of the "
-                "data set), so there is no field of view to match. Leave the flag out."
+                "To match the training, --match_mpp needs the size of a pixel, which the slide does not tell. Give --mpp."
             )
-        covered = max(2, 2 * round(trained / mpp / 2))
+        covered = pixels_of_width(width_to_match(members), mpp)
         return covered, f"A patch covers {covered} px ({covered * mpp:.0f} um), scaled to {patch_px} px as in training."
     sentence, differs = compare_fields_of_view(trained, None if mpp is None else patch_px * mpp, "this slide")
     return patch_px, f"WARNING: {sentence} --match_mpp rescales the patches." if differs else sentence

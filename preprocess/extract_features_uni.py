@@ -45,7 +45,18 @@ KINDS_OF_MODE = {
 }
 _TOKEN_FLAGS = ("views", "token_pool", "dtype")
 _SHARED_FLAGS = (
-    *("config", "mode", "test_name", "num_n", "data_dir", "model_size", "encoder", "weights", "random_weights"),
+    *(
+        "config",
+        "mode",
+        "test_name",
+        "num_n",
+        "match_mpp",
+        "data_dir",
+        "model_size",
+        "encoder",
+        "weights",
+        "random_weights",
+    ),
     *("gpu", "device", "precision", "batch_size"),
 )  # of this command that a repairing command repeats
 
@@ -61,6 +72,8 @@ SLIDES = (
     Flag("overwrite", BOTH, "make caches again that are there", kind=bool),
     Flag("data_dir", BOTH, "folder of the data sets", "DATA.data_dir"),
     Flag("num_n", BOTH, "neighbor tiles a side (default: of the configuration, 5)", "DATA.num_neighbors", int),
+    Flag("match_mpp", BOTH, "scale patches this wide in micrometres (as the training of a run needs)", "DATA.patch_um", float,
+         metavar="UM"),
     Flag("set", BOTH, "any configuration key", is_repeated=True, metavar="SECTION.key=value"),
     Flag("num_workers", BOTH, "threads that crop patches (default: from the number of cores)", kind=int),
 )
@@ -123,6 +136,7 @@ def main(words: Sequence[str] | None = None) -> None:
         patch_size=config.DATA.patch_size,
         num_neighbors=config.DATA.num_neighbors,
         encoder=config.DATA.encoder,
+        patch_um=config.DATA.patch_um,
     )
     slides = choose_slides(layout, arguments.slides, kinds)
     patch_encoder = encoder = None

@@ -17,6 +17,7 @@ def extraction_command(
     test_name: str | None,
     patch_size: int,
     num_neighbors: int,
+    patch_um: float | None = None,
     config_name: str = "CONFIG",
 ) -> str:
     """Spell the command that extracts features of a kind where a data folder of these sizes keeps them.
@@ -37,6 +38,8 @@ def extraction_command(
         flags.append(f"--set DATA.patch_size={patch_size}")
     if num_neighbors != (data or Data).num_neighbors:
         flags.append(f"--num_n {num_neighbors}")
+    if patch_um != (data or Data).patch_um:
+        flags.append(f"--match_mpp {patch_um:g}" if patch_um else "--set DATA.patch_um=null")
     flags += [f"--slides {slides}"] if slides else []
     flags += ["--overwrite"] if overwrite else []
     return f"python preprocess/extract_features_uni.py {' '.join(flags)}"

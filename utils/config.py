@@ -35,12 +35,17 @@ class Data:
     type: str = "her2st"
     data_dir: str = "data"
     patch_size: int = 224  # px at level 0
+    patch_um: float | None = (
+        None  # width in micrometres that every patch is scaled from; None: patch_size px at level 0
+    )
     num_neighbors: int = 5  # tiles a side
     num_genes: int = 250
     genes: str | None = None  # the panel: a file of names, or the names with commas; None: chosen by the protocol
     encoder: str = "uni"
     weights: str | None = None  # file of the encoder's weights; None: looked for (weights/README.md)
-    tokens: str = "auto"  # auto | cache | online: where the target tokens come from
+    tokens: str = (
+        "auto"  # auto | cache | online: where the target tokens come from; pooled: the pooled feature is the one
+    )
     residence: str = "auto"  # auto | device | host: where features and tokens are held
     num_workers: int = 2  # threads that read tokens
 
@@ -123,7 +128,7 @@ LARGE = (
     *(f"MODEL.{f.name}={f.default}" for f in dataclasses.fields(Model) if f.name.startswith(("neighbor_", "global_"))),
 )
 _CHOICES = {
-    "DATA.tokens": ("auto", "cache", "online"),
+    "DATA.tokens": ("auto", "cache", "online", "pooled"),
     "DATA.residence": ("auto", "device", "host"),
     "TRAINING.precision": ("auto", "float32", "bf16", "fp16"),
     "EVALUATION.protocol": ("clean", "paper"),

@@ -16,6 +16,7 @@ from utils.text import brief
 
 SCHEMA_VERSION = 1
 DATASET_OF_KIND = {"target": "features", "neighbor": "features", "token": "tokens", "patch": "patches"}
+_MAY_BE_UNKNOWN = ("microns_per_pixel", "patch_um", "covered_px")  # the last two also absent, in earlier versions
 FILL_RULE = "white outside the image; neighbor tiles that cross an edge are zero and masked"
 NO_ENCODER = "none"  # of the patch cache
 _DTYPES = {"patch": ("uint8",)}
@@ -26,9 +27,11 @@ _FEATURE_DTYPES = ("float16", "float32")
 class CacheIdentity:
     """Everything the numbers of a cache depend on; stored as attributes.
 
-    kind: target | neighbor | token | patch.  image_size: (width, height) px.  patch_size: px at level 0.
+    kind: target | neighbor | token | patch.  image_size: (width, height) px.  patch_size: px a side.
     num_neighbors: tiles a side.  views: how many dihedral views of each patch.  token_pool: factor by which the grid of
     patch tokens was mean-pooled (1: as the encoder gives them).  precision: of the encoder's arithmetic.
+    patch_um: width in micrometres that was asked for (DATA.patch_um), None for none.  covered_px: level-0 px that a patch
+    covers, None where that is the patch size.
     """
 
     kind: str
@@ -44,6 +47,8 @@ class CacheIdentity:
     fill: str = FILL_RULE
     token_pool: int = 1
     precision: str = "float32"
+    patch_um: float | None = None
+    covered_px: int | None = None
 
 
 def attributes_of(identity: CacheIdentity) -> dict[str, object]:
@@ -64,7 +69,8 @@ def identity_of(attributes: Mapping[str, object]) -> CacheIdentity:
     if found != SCHEMA_VERSION:
         raise ValueError(f"it has the schema version {found}, this program reads version {SCHEMA_VERSION}")
     kinds = get_type_hints(CacheIdentity)
-    values = {name: _from_attribute(name, attributes[name], kind) for name, kind in kinds.items()}
+    found_or_none = {**dict.fromkeys(_MAY_BE_UNKNOWN[1:], math.nan), **attributes}
+    values = {name: _from_attribute(name, found_or_none[name], kind) for name, kind in kinds.items()}
     if values["kind"] not in DATASET_OF_KIND:
         raise ValueError(f"it is of the unknown kind {brief(values['kind'])}")
     return CacheIdentity(**values)
@@ -75,7 +81,7 @@ def _from_attribute(name: str, value: object, kind: type) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     if name == "image_size" and isinstance(value, np.ndarray) and value.shape == (2,) and value.dtype.kind in "iu":
         return tuple(value.tolist())
-    if isinstance(value, float) and math.isnan(value) and name == "microns_per_pixel":
+    if isinstance(value, float) and math.isnan(value) and name in _MAY_BE_UNKNOWN:
         return None
     if name == "image_size" or not isinstance(value, kind):
         raise ValueError(f"its {name.replace('_', ' ')} is {brief(value)}")

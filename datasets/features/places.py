@@ -32,6 +32,13 @@ def other_encoders(layout: Layout, kind: str, slide: str) -> list[str]:
     return sorted(maker for maker in makers if maker not in (layout.encoder, None))
 
 
+def other_widths(layout: Layout, kind: str, slide: str) -> list[str]:
+    """Say how wide the patches of the caches of a slide are that were made with another width (DATA.patch_um)."""
+    own = layout.cache_path(kind, slide).parent
+    folders = [path.parent.name for path in layout.caches_of_all_widths(kind, slide) if path.parent != own]
+    return [f"{name.rpartition('_')[2][:-2]} um wide" if name.endswith("um") else "not scaled" for name in folders]
+
+
 def _maker(path: Path) -> str | None:
     """The encoder that made a cache; None for a file that does not say."""
     found = path.stat()

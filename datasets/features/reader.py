@@ -7,6 +7,7 @@ check does it then; after that the numbers are read (`read_features`), and the d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from datasets.features.cache import read_features
 from datasets.features.identity import CacheIdentity
-from datasets.features.places import find_cache, other_encoders
+from datasets.features.places import find_cache, other_encoders, other_widths
 from datasets.features.published import read_published, verify_published
-from datasets.features.verify import verify_cache
+from datasets.features.verify import expected_size, verify_cache
 from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
@@ -29,6 +30,19 @@ from datasets.tables.spot_table import check_inside
 from utils.cli import progress
 
 _SAME_IN_ALL = ("dtype", "precision", "fill")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the features of a slide were made of.
+
+    image: where it is at hand.  image_size: (width, height) px.  covered_px: level-0 px that a patch covers, None for the
+    patch size.
+    """
+
+    image: Path | None
+    image_size: tuple[int, int]
+    covered_px: int | None = None
 
 
 class FeatureReader:
@@ -54,38 +68,40 @@ class FeatureReader:
         for slide in slides:
             try:
                 table = load_slide(self.layout, slide, genes)
-                image, image_size = self.verify(slide, table)
+                seen = self.verify(slide, table)
             except (ValueError, FileNotFoundError) as error:
                 problems.append(str(error))
                 continue
-            records.append(SlideRecord(table, start, start + table.n_obs, image_size, image))
+            records.append(SlideRecord(table, start, start + table.n_obs, seen.image_size, seen.image, seen.covered_px))
             start += table.n_obs
         if problems:
             raise ValueError(_joined(problems))
         assert records, "at least one slide is read"
         return records
 
-    def verify(self, slide: str, table: AnnData) -> tuple[Path | None, tuple[int, int]]:
-        """Check a slide's features against its spots and image; returns the image, if at hand, and its (width, height).
+    def verify(self, slide: str, table: AnnData) -> Seen:
+        """Check a slide's features against its spots and image.
 
         Reads headers and identifiers only. table: with ids and centres; its counts are not used.
         Raises FileNotFoundError for features that are not there, ValueError for those that do not fit, with the command
         that makes them, and for several images.
         """
-        image, image_size = self._image(slide), None
+        image, identity = self._image(slide), None
         for kind in self.kinds:
             path = find_cache(self.layout, kind, slide)
             if path.exists():
-                image_size = self._verify_cache(kind, slide, table, image)
+                identity = self._verify_cache(kind, slide, table, image)
             elif (published := self.layout.published_path(kind, slide)) is not None:
                 verify_published(published, table.n_obs)
             else:
                 raise FileNotFoundError(self._missing(kind, slide, path))
-        if image_size is None:  # published features do not tell it
+        if identity is not None:
+            seen = Seen(image, identity.image_size, identity.covered_px)
+        else:  # published features do not tell it
             with open_slide(image or self.layout.image_path(slide)) as opened:
-                image_size = opened.size
-        check_inside(table, image_size, image or "its image")
-        return image, image_size
+                seen = Seen(image, opened.size)
+        check_inside(table, seen.image_size, image or "its image")
+        return seen
 
     def _missing(self, kind: str, slide: str, path: Path) -> str:
         others = other_encoders(self.layout, kind, slide)
@@ -94,14 +110,17 @@ class FeatureReader:
             if others
             else ""
         )
+        if widths := other_widths(self.layout, kind, slide):
+            asked = f"{self.layout.patch_um:g} um wide" if self.layout.patch_um else "not scaled"
+            there += f" There are those of patches that are {', '.join(widths)}, expected {asked} (DATA.patch_um)."
         return (
             f"{path} does not exist: slide {slide} has no {kind} features.{there} Run: "
             f"{self.layout.repair(kind, slide, self.encoder)}"
         )
 
-    def _verify_cache(self, kind: str, slide: str, table: AnnData, image: Path | None) -> tuple[int, int]:
+    def _verify_cache(self, kind: str, slide: str, table: AnnData, image: Path | None) -> CacheIdentity:
         path = find_cache(self.layout, kind, slide)
-        expected: dict[str, object] = {"kind": kind, "encoder": self.encoder, "patch_size": self.layout.patch_size}
+        expected = {"kind": kind, "encoder": self.encoder, **expected_size(self.layout)}
         if kind == "neighbor":
             expected["num_neighbors"] = self.layout.num_neighbors
         if self.sha256 is not None:
@@ -115,7 +134,7 @@ class FeatureReader:
         identity = verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair)
         self.sha256 = self.sha256 or identity.encoder_sha256
         self._first.setdefault(kind, identity)
-        return identity.image_size
+        return identity
 
     def _image(self, slide: str) -> Path | None:
         """The image, or None where only features are at hand; several images are still an error."""
@@ -135,7 +154,7 @@ class FeatureReader:
             neighbor_validity(
                 record.table.obsm["center"],
                 record.image_size,
-                self.layout.patch_size,
+                record.covered_px or self.layout.patch_size,
                 self.layout.num_neighbors,
             )
             for record in records

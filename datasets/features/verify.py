@@ -10,6 +10,7 @@ import numpy as np
 
 from datasets.features.cache import opened
 from datasets.features.identity import CacheIdentity
+from datasets.layout import Layout
 
 _NAMED_AT_MOST = 5  # spots in a message
 
@@ -41,6 +42,11 @@ def verify_cache(
     return identity
 
 
+def expected_size(layout: Layout) -> dict[str, object]:
+    """Give the fields about the size of a patch that every cache of a data folder must agree with."""
+    return {"patch_size": layout.patch_size, "patch_um": layout.patch_um}
+
+
 def _what_to_do(identity: CacheIdentity, differing: Sequence[str], repair: Callable[[], str]) -> str:
     """What another patch encoder, or other weights of it, made took as long as this would: it is never to be overwritten."""
     if not {"encoder", "encoder_sha256"} & set(differing):
@@ -63,6 +69,9 @@ def _describe_field(name: str, found: object, expected: object) -> str:
         return f"it was made with other weights of the encoder (SHA-256 {found}, expected {expected})"
     if name == "encoder":
         return f"it was made with encoder {found!r}, expected {expected!r}"
+    if name == "patch_um":
+        widths = [f"{width:g} um wide" if isinstance(width, float) else "not scaled" for width in (found, expected)]
+        return f"its patches are {widths[0]}, expected {widths[1]} (DATA.patch_um)"
     return f"its {name.replace('_', ' ')} is {found}, expected {expected}"
 
 

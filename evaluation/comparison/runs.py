@@ -241,7 +241,8 @@ def _feature_differences(first: FoldRecord, other: FoldRecord) -> list[str]:
     """In what the patches and their encoder differ. Folds that do not say are taken to be alike."""
     a, b = (dict(record.split.get("features", {})) for record in (first, other))
     tokens = [features.pop("tokens", {}) for features in (a, b)]
-    if all(variant.get("source", "none") != "none" for variant in tokens):  # models without tokens have none to differ
+    # Models without tokens have none to differ, and the pooled feature as the only one is a method, not a feature.
+    if all(variant.get("source", "none") not in ("none", "pooled") for variant in tokens):
         a, b = (
             features | {f"tokens: {name}": variant.get(name) for name in ("views", "token_pool")}
             for features, variant in zip((a, b), tokens)
@@ -254,7 +255,7 @@ def _feature_differences(first: FoldRecord, other: FoldRecord) -> list[str]:
 
 
 def _training_differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> list[str]:
-    """What a reader must know of how the two came to their weights."""
+    """What a reader must know of how the two came to their weights, and of what the other saw of a patch."""
     folds = {record.index: record for record in first}
     choices: dict[tuple[str, str], list[int]] = {}
     for record in other:
@@ -262,12 +263,20 @@ def _training_differences(first: Sequence[FoldRecord], other: Sequence[FoldRecor
             mine, its = (each.split.get("selection") for each in (record, folds[record.index]))
             if mine and its and mine != its:
                 choices.setdefault((mine, its), []).append(record.index)
-    return [
+    pooled = [_is_pooled(run[0]) for run in (first, other)]
+    note = f"the target is {'one token, the pooled feature' if pooled[1] else 'all tokens'} (DATA.tokens); of the first method"
+    notes = [f"{note} {'one token' if pooled[0] else 'all tokens'}."] if pooled[0] != pooled[1] else []
+    return notes + [
         f"{CHOICES.get(mine, mine)}; the first method: {CHOICES.get(its, its)} (folds {', '.join(map(str, indices))}). "
         "A patient held out to choose the epoch is one patient less to learn from."
         for (mine, its), indices in choices.items()
         if "validation" in (mine, its)
     ]
+
+
+def _is_pooled(record: FoldRecord) -> bool:
+    """Whether the pooled feature was the one token of a patch."""
+    return record.split.get("features", {}).get("tokens", {}).get("source") == "pooled"
 
 
 def _list_differences(first: FoldRecord, other: FoldRecord) -> list[str]:

@@ -52,12 +52,12 @@ def fields_of_view(layout: Layout, slides: Sequence[str]) -> dict[str, float]:
     for slide in slides:
         path = find_cache(layout, "target", slide)
         try:
-            microns = read_identity(path).microns_per_pixel if path.exists() else None
+            identity = read_identity(path) if path.exists() else None
         except ValueError:  # a damaged cache has been told by then
-            microns = None
-        microns = microns or layout.spec.microns_of(slide)
+            identity = None
+        microns = (identity.microns_per_pixel if identity else None) or layout.spec.microns_of(slide)
         if microns:
-            found[slide] = microns * layout.patch_size
+            found[slide] = microns * ((identity.covered_px if identity else None) or layout.patch_size)
     return found
 
 
@@ -132,6 +132,7 @@ def _check_same_inputs(path: Path, trained: TrainedFold, config: Config, finding
         for what, mine, theirs in (
             ("encoder", config.DATA.encoder, made.name),
             ("DATA.patch_size", config.DATA.patch_size, data.patch_size),
+            ("DATA.patch_um", config.DATA.patch_um, data.patch_um),
             ("DATA.num_neighbors", config.DATA.num_neighbors, data.num_neighbors),
         )
         if mine != theirs

@@ -12,7 +12,7 @@ from anndata import AnnData
 from datasets.features.cache import read_identity
 from datasets.features.places import find_cache
 from datasets.features.reader import FeatureReader
-from datasets.features.verify import verify_cache
+from datasets.features.verify import expected_size, verify_cache
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from datasets.tables.counts import gene_names, round_ids, spot_names
@@ -172,7 +172,7 @@ def _without(layout: Layout, kind: str, records: Sequence[SlideRecord]) -> list[
 def _check_tokens(layout: Layout, records: Sequence[SlideRecord], reader: FeatureReader, findings: Findings) -> None:
     cached = [record for record in records if find_cache(layout, "token", record.name).exists()]
     problems = []
-    expected = {"kind": "token", "encoder": reader.encoder, "patch_size": layout.patch_size}
+    expected = {"kind": "token", "encoder": reader.encoder, **expected_size(layout)}
     expected |= {"encoder_sha256": reader.sha256} if reader.sha256 else {}
     for record in cached:
         repair = partial(layout.repair, "token", record.name, reader.encoder, overwrite=True)

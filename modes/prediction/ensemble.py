@@ -108,6 +108,7 @@ def _check_alike(members: Sequence[Member]) -> None:
         return {
             "encoder": (encoder.name, encoder.sha256, encoder.token_pool),
             "patch size": data.patch_size,
+            "patch width (um)": data.patch_um,
             "number of neighbors": data.num_neighbors,
             "data set": data.type,
         }
@@ -186,6 +187,17 @@ def field_of_view_of(members: Sequence[Member]) -> float | None:
     """Average the width of a training patch in micrometres over the folds; None where no fold knows it."""
     known = [size for member in members if (size := member.fold.field_of_view_um) is not None]
     return float(np.mean(known)) if known else None
+
+
+def width_to_match(members: Sequence[Member]) -> float:
+    """Find the width of a training patch in micrometres. Raises ValueError where the run does not know it."""
+    width = field_of_view_of(members)
+    if width is None:
+        raise ValueError(
+            "--match_mpp: the size of a pixel of the training slides is not known to this run (microns_per_pixel of the data "
+            "set), so there is no field of view to match. Leave the flag out."
+        )
+    return width
 
 
 def peak_memory() -> dict[str, float]:

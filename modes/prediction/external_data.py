@@ -52,9 +52,10 @@ class ExternalTest:
         return self.members[0].config
 
 
-def external_layout(member: Member, test_name: str) -> Layout:
+def external_layout(member: Member, test_name: str, patch_um: float | None = None) -> Layout:
     """Find <data_dir>/test/<test_name>, or, for the name of a training set that is prepared as such, its own folder.
 
+    patch_um: width of a patch in micrometres, None for that of the run (DATA.patch_um), if any.
     Raises ValueError for a data set that is not known, and for the one that the fold was trained on.
     """
     data = member.config.DATA
@@ -66,6 +67,7 @@ def external_layout(member: Member, test_name: str) -> Layout:
         patch_size=data.patch_size,
         num_neighbors=data.num_neighbors,
         encoder=data.encoder,
+        patch_um=data.patch_um if patch_um is None else patch_um,
         extraction=partial(extraction_command, config_name=member.fold.config_name),
     )
     external, internal = open_folder(test_name=test_name), open_folder()
@@ -157,9 +159,10 @@ def warnings_of(test: ExternalTest) -> list[str]:
     if meant is not None and meant != config.DATA.type:
         notes.append(f"{layout.name} is meant for models of {meant}; this run was trained on {config.DATA.type}.")
     for record in test.store.slides:
-        here = field_of_view(layout, {record.name: record.table.obsm["spatial"]})
+        pixels, covered = {record.name: record.table.obsm["spatial"]}, {record.name: record.covered_px}
+        here = field_of_view(layout, pixels, covered)
         sentence, differs = compare_fields_of_view(field_of_view_of(test.members), here, record.name)
-        notes.append(f"WARNING: {sentence} --mode predict --match_mpp rescales the patches." if differs else sentence)
+        notes.append(f"WARNING: {sentence} --match_mpp rescales the patches." if differs else sentence)
         published = [k for k in ("target", "neighbor") if not find_cache(layout, k, record.name).exists()]
         if published and layout.published_path("target", record.name) and layout.spec.exchanged_pixels:
             notes.append(

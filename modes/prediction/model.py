@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,10 +27,18 @@ FREE_KEYS = (
     "EVALUATION.chunk_size",
 )
 
+POOLED = "pooled"  # DATA.tokens of the variant whose target is one token
+
 
 def needs_of(config: Config) -> Needs:
-    """Say which inputs the configured model reads. Raises ValueError for an unknown name."""
-    return find_model(config.MODEL.name).needs(config.MODEL)
+    """Say which inputs must be at hand for the configured model. Raises ValueError for an unknown name."""
+    needs = find_model(config.MODEL.name).needs(config.MODEL)
+    return replace(needs, tokens=False) if config.DATA.tokens == POOLED else needs
+
+
+def has_pooled_target(config: Config) -> bool:
+    """Tell whether the configured model reads target tokens and is given the pooled feature as the only one."""
+    return config.DATA.tokens == POOLED and find_model(config.MODEL.name).needs(config.MODEL).tokens
 
 
 def make_model(config: Config, *, feature_dim: int, token_dim: int, num_genes: int) -> ExpressionModel:
@@ -55,7 +64,8 @@ def restored_config(fold: TrainedFold, checkpoint: Path, overrides: Sequence[str
     Raises ValueError for an override that would make it another model, with those that are free.
     """
     config = with_overrides(fold.config, overrides)
-    changed = [line for line in differences(fold.config, config) if line.split(":")[0] not in FREE_KEYS]
+    fixed = {"DATA.tokens"} if POOLED in (fold.config.DATA.tokens, config.DATA.tokens) else set()  # another model
+    changed = [line for line in differences(fold.config, config) if line.split(":")[0] not in set(FREE_KEYS) - fixed]
     if changed:
         listed = "\n  ".join(changed)
         raise ValueError(

@@ -82,10 +82,13 @@ def _joined(parts: list[Scales]) -> Scales:
 
 
 def model_inputs(batch: SpotBatch, target_tokens: Tensor | None, global_tokens: Tensor | None) -> ModelInputs:
-    """Put together what a model is called with; target_tokens (B, T, D) and global_tokens (B, F) if it needs them."""
+    """Put together what a model is called with; target_tokens (B, T, D) and global_tokens (B, F) if it needs them.
+
+    Without target tokens (DATA.tokens=pooled) the pooled feature of a patch is its one token.
+    """
     return ModelInputs(
         target_features=batch.target_features,
-        target_tokens=target_tokens,
+        target_tokens=batch.target_features[:, None] if target_tokens is None else target_tokens,
         neighbor_features=batch.neighbor_features,
         neighbor_is_valid=batch.neighbor_is_valid,
         global_tokens=global_tokens,

@@ -35,6 +35,7 @@ def open_layout(config: Config, config_name: str, test_name: str | None = None) 
         patch_size=config.DATA.patch_size,
         num_neighbors=config.DATA.num_neighbors,
         encoder=config.DATA.encoder,
+        patch_um=config.DATA.patch_um,
         extraction=partial(extraction_command, config_name=config_name),
     )
 

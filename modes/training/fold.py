@@ -72,7 +72,9 @@ def start_folder(folder: Path, run_data: RunData, split: Split, notices: Sequenc
 
 def untrained_fold(run_data: RunData, split: Split) -> TrainedFold:
     """Describe the fold as its checkpoints will; weights and progress are still to come."""
-    pixels = {slide.name: slide.table.obsm["spatial"] for slide in run_data.store.named(split.record.train_slides)}
+    slides = run_data.store.named(split.record.train_slides)
+    pixels = {slide.name: slide.table.obsm["spatial"] for slide in slides}
+    covered = {slide.name: slide.covered_px for slide in slides}
     return TrainedFold(
         weights={},
         epoch=0,
@@ -89,7 +91,7 @@ def untrained_fold(run_data: RunData, split: Split) -> TrainedFold:
         split=split.record,
         training_mean=split.training_mean,
         gene_lists=split.gene_lists,
-        field_of_view_um=field_of_view(run_data.layout, pixels),
+        field_of_view_um=field_of_view(run_data.layout, pixels, covered),
         sample=_sample(run_data, split),
     )
 

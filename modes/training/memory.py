@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from datasets.features.patch_encoder import pooled_grid_side
 from datasets.features.places import find_cache
 from datasets.layout import Layout
 from models.patch_encoders.build import PatchEncoderSpec
-from modes.prediction.model import make_model, needs_of
+from modes.prediction.model import has_pooled_target, make_model, needs_of
 from modes.training.compose import find_patch_encoder_weights
 from utils.config import Config
 
@@ -61,11 +61,13 @@ def demand(
     all that the encoder gives).
     """
     needs, data, tiles = needs_of(config), config.DATA, config.DATA.num_neighbors**2
+    if is_pooled := has_pooled_target(config):
+        spec, num_tokens = replace(spec, dim=spec.pooled_dim), 1
     with torch.device("meta"):
         model = make_model(config, feature_dim=spec.pooled_dim, token_dim=spec.dim, num_genes=data.num_genes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     batch = inputs = 0
-    if needs.tokens:
+    if needs.tokens or is_pooled:
         tokens = num_tokens or spec.num_tokens(data.patch_size)
         batch = activations(config, spec, tokens, slide_sizes) * (FLOAT // 2 if half else FLOAT)
         of_spot = data.patch_size**2 * 3 if online else tokens * spec.dim * FLOAT // 2

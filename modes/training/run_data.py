@@ -16,9 +16,9 @@ from datasets.layout import Layout
 from datasets.spots import SlideRecord, SpotStore, slide_of_row
 from datasets.tables.gene_list import check_given_genes, given_genes
 from datasets.targets import check_panel, note_on_counts
-from datasets.tokens import CachedTokens, CutPatches, open_tokens
+from datasets.tokens import WITHOUT_TOKENS, CachedTokens, CutPatches, open_tokens
 from models.patch_encoders.build import PatchEncoder, PatchEncoderSpec, patch_encoder_spec
-from modes.prediction.model import needs_of
+from modes.prediction.model import POOLED, has_pooled_target, needs_of
 from modes.prediction.slide import Encode
 from modes.training.compose import find_patch_encoder_weights, groups_spots, make_encode, make_patch_encoder
 from modes.training.memory import demand, tokens_of_spot
@@ -58,7 +58,7 @@ class RunData:
         """Where the target tokens come from and in which variant, for `split.json`: what a run was trained on."""
         source = self.maker.source
         if source is None:
-            return {"source": "none"}
+            return {"source": POOLED if has_pooled_target(self.config) else "none"}
         if not isinstance(source, CachedTokens):
             return {"source": "encoder", "views": source.num_views, "token_pool": 1}
         identity = source.store.identity
@@ -94,7 +94,7 @@ def open_run_data(
     needs = needs_of(config)
     spec = patch_encoder_spec(config.DATA.encoder)
     if needs.tokens and runs_encoder(config, layout, slides):
-        find_patch_encoder_weights(config)
+        _check_encoder_can_run(config)
     panel = fixed_panel(config, layout) if folds else None
     reader = FeatureReader(layout, config.DATA.encoder, with_neighbors=needs.neighbors)
     records = reader.read_tables(slides)
@@ -138,6 +138,16 @@ def check_fixed_panel(config: Config, records: Sequence[SlideRecord], panel: Seq
         check_given_genes(panel, {record.name: set(record.table.var_names) for record in records})
     for record in records:
         check_panel(record.table, panel)
+
+
+def _check_encoder_can_run(config: Config) -> None:
+    """Raise FileNotFoundError where the weights are missing, with the variant that trains without them."""
+    try:
+        find_patch_encoder_weights(config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}\nThe encoder would run in every step: not every slide has a token cache. {WITHOUT_TOKENS}"
+        ) from error
 
 
 def _reserve(config: Config, layout: Layout, spec: PatchEncoderSpec, store: SpotStore, device: torch.device) -> int:

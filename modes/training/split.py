@@ -98,6 +98,7 @@ def _features(run_data: RunData) -> dict[str, Any]:
         "encoder": encoder.name,
         "encoder_sha256": encoder.sha256,
         "patch_size": data.patch_size,
+        "patch_um": data.patch_um,
         "num_neighbors": data.num_neighbors,
         "tokens": run_data.token_source,
     }

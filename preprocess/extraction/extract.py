@@ -22,6 +22,7 @@ from datasets.features.identity import NO_ENCODER, CacheIdentity
 from datasets.features.patch_encoder import BatchedPatchEncoder, Encoded, pooled_grid_side
 from datasets.features.places import find_cache
 from datasets.features.verify import verify_cache
+from datasets.field_of_view import covered_px
 from datasets.images.geometry import check_num_neighbors, check_patch_size
 from datasets.images.overlay import compare_with_image
 from datasets.images.slides import Slide, open_slide
@@ -36,7 +37,16 @@ from utils.cli import progress, say
 from utils.files import check_writable
 from utils.text import some
 
-_CHECKED_FIELDS = ("kind", "encoder", "encoder_sha256", "image_fingerprint", "patch_size", "fill")
+_CHECKED_FIELDS = (
+    "kind",
+    "encoder",
+    "encoder_sha256",
+    "image_fingerprint",
+    "patch_size",
+    "patch_um",
+    "covered_px",
+    "fill",
+)
 _CHECKED_OF_KIND = {"neighbor": ("num_neighbors",), "token": ("views", "dtype", "token_pool")}
 
 
@@ -234,6 +244,8 @@ def _plan_slide(
             microns_per_pixel=image.microns_per_pixel or layout.spec.microns_of(slide),
             num_neighbors=layout.num_neighbors,
             precision=encoder.precision if encoder else NO_ENCODER,
+            patch_um=layout.patch_um,
+            covered_px=covered_px(layout, slide, table.obsm["spatial"], image.microns_per_pixel),
         )
     pending = {}
     for kind in settings.kinds:
@@ -350,6 +362,7 @@ def _encode_one(
     encoding = EncodingPlan(
         kinds=tuple(item.identities),
         patch_size=layout.patch_size,
+        source_size=next(iter(item.identities.values())).covered_px,
         num_neighbors=layout.num_neighbors,
         views=settings.views,
         token_pool=settings.token_pool,
