@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 DATASET_OF_KIND = {"target": "features", "neighbor": "features", "token": "tokens", "patch": "patches"}
 _MAY_BE_UNKNOWN = ("microns_per_pixel", "patch_um", "covered_px")  # the last two also absent, in earlier versions
 FILL_RULE = "white outside the image; neighbor tiles that cross an edge are zero and masked"
+UNKNOWN = "unknown"  # SHA-256 and precision of features that other tools have made; it contradicts nothing
 NO_ENCODER = "none"  # of the patch cache
 _DTYPES = {"patch": ("uint8",)}
 _FEATURE_DTYPES = ("float16", "float32")

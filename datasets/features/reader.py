@@ -17,7 +17,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from datasets.features.cache import read_features
-from datasets.features.identity import CacheIdentity
+from datasets.features.identity import UNKNOWN, CacheIdentity
 from datasets.features.places import find_cache, other_encoders, other_widths
 from datasets.features.published import read_published, verify_published
 from datasets.features.verify import expected_size, verify_cache
@@ -132,7 +132,8 @@ class FeatureReader:
                 expected["image_fingerprint"] = opened.fingerprint()
         repair = partial(self.layout.repair, kind, slide, self.encoder, overwrite=True)
         identity = verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair)
-        self.sha256 = self.sha256 or identity.encoder_sha256
+        if identity.encoder_sha256 != UNKNOWN:
+            self.sha256 = self.sha256 or identity.encoder_sha256
         self._first.setdefault(kind, identity)
         return identity
 
@@ -162,7 +163,7 @@ class FeatureReader:
         held = hold_neighbors and "neighbor" in self.kinds
         return SpotStore(
             slides=records,
-            encoder=EncoderIdentity(self.encoder, self.sha256 or "unknown"),
+            encoder=EncoderIdentity(self.encoder, self.sha256 or UNKNOWN),
             target_features=self._read_kind("target", records),
             neighbor_features=self._read_kind("neighbor", records) if held else None,
             neighbor_is_valid=torch.from_numpy(np.concatenate(validity)),

@@ -12,7 +12,7 @@ import torch
 
 from evaluation.slide_result import MEAN
 from models.contract import FUSED, ExpressionModel, Needs
-from modes.prediction.model import needs_of, restored_config, restored_model
+from modes.prediction.model import has_pooled_target, needs_of, restored_config, restored_model
 from modes.prediction.slide import Scales
 from utils.checkpoint import load_checkpoint, result_folder
 from utils.config import Config
@@ -102,6 +102,10 @@ def ensemble_folder(runs: Sequence[Path]) -> Path:
     return runs[0].parent / (f"ensemble_of_{len(runs)}_{runs[0].name}" if is_long else name)
 
 
+def _reads_pooled(member: Member) -> bool:
+    return has_pooled_target(member.config)
+
+
 def _check_alike(members: Sequence[Member]) -> None:
     def what_it_reads(member: Member) -> dict[str, object]:
         encoder, data = member.fold.encoder, member.config.DATA
@@ -113,6 +117,12 @@ def _check_alike(members: Sequence[Member]) -> None:
             "data set": data.type,
         }
 
+    pooled, full = ([m for m in members if reads(m)] for reads in (_reads_pooled, lambda m: m.needs.tokens))
+    if pooled and full:  # the tokens that are read for one would reach the other
+        raise ValueError(
+            f"{pooled[0].path} and {full[0].path} cannot be averaged: DATA.tokens=pooled in one of them, all tokens in the "
+            "other. Give one of them with --model_path."
+        )
     first = what_it_reads(members[0])
     for member in members[1:]:
         differences = [

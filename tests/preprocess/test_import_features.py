@@ -1,0 +1,109 @@
+"""Features in the files of other tools, in a shuffled order: to the spots they belong to, and through a training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from datasets.features.cache import read_features, read_identity
+from datasets.known_sets import get_spec
+from datasets.layout import Layout
+from datasets.tables.slide_table import load_slide
+from modes.test import test as run_test
+from modes.train import TrainOptions, train
+from preprocess.import_features import main
+from utils.config import load_config
+
+ENCODER, SIDE = "efficientnet-lite0", 64
+
+
+@pytest.fixture
+def layout(tiny_data, tmp_path) -> Layout:
+    data_dir = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    return Layout(data_dir, get_spec("demo", data_dir), patch_size=SIDE, num_neighbors=3, encoder=ENCODER)
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        """
+DATA: {type: demo, patch_size: 64, num_neighbors: 3, num_genes: 24, encoder: efficientnet-lite0, tokens: pooled}
+MODEL: {use_neighbor: false, projection_dim: 32, global_depth: 2, global_heads: 4, global_mlp_ratio: 1, fusion_mlp_dim: 32,
+        gene_mlp_dim: 32, predictor_dim: 32}
+LOSS: {k: 4, use_kmeans: true}
+TRAINING: {batch_size: 64, epochs: 1}
+"""
+    )
+    return path
+
+
+def write(layout: Layout, slide: str, kind: str, shift: float = 0.0, leave_out: int = 0) -> np.ndarray:
+    """A file of a tool with the patches of the spots in another order; returns the features in that of the spots."""
+    centers = load_slide(layout, slide).obsm["center"]
+    features = np.random.default_rng(len(slide)).normal(size=(len(centers), 112)).astype(np.float32)
+    order = np.random.default_rng(1).permutation(len(centers))[leave_out:]
+    folder = layout.data_dir.parent / "features"
+    folder.mkdir(exist_ok=True)
+    with h5py.File(folder / f"{slide}.h5", "w") as file:
+        values = features[order]
+        file["embeddings" if kind == "hest" else "features"] = values[None] if kind == "trident" else values
+        corners = centers[order] + shift if kind == "hest" else centers[order] - SIDE // 2 + shift
+        file["coords"] = corners
+        if kind == "trident":
+            file["coords"].attrs.update(patch_size=32, patch_size_level0=SIDE, level0_magnification=40)
+        if kind == "clam":
+            file["coords"].attrs.update(patch_size=32, patch_level=1, downsample=[2.0, 2.0])
+    return features
+
+
+def imported(layout: Layout, config: Path, kind: str, *flags: str) -> None:
+    source = layout.data_dir.parent / "features"
+    shared = ["--source", str(source), "--config", str(config), "--data_dir", str(layout.data_dir)]
+    main([*shared, "--format", kind, *flags])
+
+
+@pytest.mark.parametrize("kind", ["trident", "clam", "hest"])
+def test_each_spot_gets_its_own_feature(layout, config, kind):
+    expected = write(layout, "A1", kind)
+    imported(layout, config, kind)
+    path = layout.cache_path("target", "A1")
+    assert np.array_equal(read_features(path), expected)
+    identity = read_identity(path)
+    assert (identity.encoder, identity.encoder_sha256, identity.patch_size) == (ENCODER, "unknown", SIDE)
+    with pytest.raises(ValueError, match=r"A1\.h5 is there already"):
+        imported(layout, config, kind)
+
+
+def test_a_file_of_another_slide_is_refused(layout, config):
+    write(layout, "A1", "trident", shift=4000)
+    with pytest.raises(
+        ValueError, match=r"0 of \d+ spots lie in a patch.*typically \([\d.]+, [\d.]+\) px away.*another slide"
+    ):
+        imported(layout, config, "trident")
+    assert not layout.cache_path("target", "A1").exists()
+
+
+def test_spots_without_a_patch_are_said_and_refused_unless_allowed(layout, config, capsys):
+    write(layout, "A1", "trident", leave_out=3)
+    with pytest.raises(ValueError, match=r"3 find none: .*--max_missing SHARE"):
+        imported(layout, config, "trident")
+    imported(layout, config, "trident", "--max_missing", "0.5")
+    assert "the other 3 take the feature of the nearest" in capsys.readouterr().out
+
+
+def test_import_train_and_test(layout, config, tmp_path):
+    for slide in layout.slides_with_counts():
+        write(layout, slide, "trident")
+    imported(layout, config, "trident")
+    loaded = load_config(config, [f"DATA.data_dir={layout.data_dir}", f"GENERAL.log_path={tmp_path / 'logs'}"])
+    run = train(loaded, TrainOptions("tiny", "run", torch.device("cpu"), [0], False, 60.0, with_report=False))
+    assert json.loads((run / "fold_0" / "split.json").read_text())["tokens"] == {"source": "pooled"}
+    run_test(run, None, [], torch.device("cpu"), None, False)
+    assert np.isfinite(json.loads((run / "fold_0" / "result.json").read_text())["mse"])
