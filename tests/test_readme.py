@@ -115,6 +115,7 @@ def parser_of(script: str, parse) -> argparse.ArgumentParser:
     needed = {
         "preprocess/prepare_visium.py": ["--source", "a", "--image", "b", "--name", "c"],
         "preprocess/prepare_anndata.py": ["--source", "a", "--image", "b", "--name", "c"],
+        "preprocess/import_features.py": ["--source", "a", "--format", "clam", "--config", "demo/dml"],
         "preprocess/select_genes.py": ["--type", "demo"],
         "preprocess/select_spots.py": ["--type", "demo", "--slide", "a", "--region", "b"],
         "preprocess/simulate_demo.py": [],
@@ -330,6 +331,7 @@ def test_every_mode_is_documented_with_what_it_needs():
         ("main.py", ["main.py"]),
         ("preprocess/extract_features_uni.py", ["preprocess/extract_features_uni.py"]),
         ("preprocess/prepare_*.py", [f"preprocess/{path.name}" for path in (ROOT / "preprocess").glob("prepare_*.py")]),
+        ("preprocess/import_features.py", ["preprocess/import_features.py"]),
         ("preprocess/select_genes.py", ["preprocess/select_genes.py"]),
         ("preprocess/simulate_demo.py", ["preprocess/simulate_demo.py"]),
     ],
