@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 DEMO := demo
 SOURCES := main.py engine.py modes models datasets evaluation preprocess utils
 
-.PHONY: setup setup-dev demo test lint format bench clean
+.PHONY: setup setup-dev demo test soak lint format bench clean
 
 setup: .venv/installed
 
@@ -31,6 +31,11 @@ demo: setup
 # One process a core, one thread each: threads of small tensors only wait for each other.
 test: setup-dev
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
+
+# Damaged files, kills, full disks, two processes at once; an hour. SEED=1 tries others.
+SEED := 0
+soak: setup-dev
+	$(PYTHON) -m tests.soak --seed $(SEED) --files 25000
 
 lint: setup-dev
 	$(PYTHON) -m ruff check .

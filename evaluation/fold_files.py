@@ -12,6 +12,8 @@ Undefined values are empty cells in CSV and null in JSON.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -25,8 +27,9 @@ import pandas as pd
 from evaluation.metrics import METRIC_NAMES
 from utils.files import reading, require_file, write_atomically, write_text
 from utils.runs import plain, read_epochs
-from utils.text import brief
+from utils.text import brief, some
 from utils.trained_fold import ALL_PATIENTS_FOLDER
+from utils.untrusted.text import text_of
 
 _TABLES = ("per_gene_slide", "per_gene", "per_slide", "per_patient")
 _NAMES = ("slide", "patient", "scale", "truth", "gene")  # columns of text
@@ -114,15 +117,20 @@ def read_fold(fold_dir: str | Path) -> FoldRecord:
             f"{fold_dir}: split.json was made for the protocol {split['protocol']!r}, result.json for "
             f"{result.get('protocol')!r}; expected the same. {_RERUN}"
         )
+    genes, table = read_genes(fold_dir / "genes.txt"), _read_table(fold_dir / "per_gene_slide.csv")
+    if differing := sorted(set(genes) ^ set(table["gene"])):
+        raise ValueError(
+            f"{fold_dir}: genes.txt and per_gene_slide.csv do not list the same genes: {some(differing)}. {_RERUN}"
+        )
     return FoldRecord(
         path=fold_dir,
         index=split["fold"],
         name=str(split["name"]),
         protocol=split["protocol"],
         split=split,
-        genes=read_genes(fold_dir / "genes.txt"),
+        genes=genes,
         result=result,
-        per_gene_slide=_read_table(fold_dir / "per_gene_slide.csv"),
+        per_gene_slide=table,
         epochs=_epochs(fold_dir / "metrics.jsonl"),
     )
 
@@ -178,7 +186,7 @@ def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
 def read_genes(path: Path) -> list[str]:
     """Read a list of one gene a line; FileNotFoundError or ValueError names the file."""
     with reading(require_file(path, _RERUN), "a list of genes", remedy=_RERUN):
-        return path.read_text(encoding="utf-8").split("\n")[:-1]
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -194,11 +202,14 @@ def _epochs(path: Path) -> pd.DataFrame:
 
 def _read_table(path: Path) -> pd.DataFrame:
     with reading(require_file(path, _RERUN), "the scores of a fold", remedy=_RERUN):
-        columns = list(pd.read_csv(path, nrows=0).columns)
+        text = text_of(path)
+        columns, *rows = csv.reader(io.StringIO(text, newline=""))
+        if not text.endswith("\n") or any(len(row) != len(columns) for row in rows):
+            raise ValueError(f"{path} ends early, or a line of it has another length than the first. {_RERUN}")
         if missing := [name for name in (*_NAMES, *METRIC_NAMES) if name not in columns]:
             raise ValueError(f"{path} has no column {', '.join(missing)}. {_RERUN}")
         return pd.read_csv(
-            path,
+            io.StringIO(text),
             dtype={name: str if name in _NAMES else np.float64 for name in (*_NAMES, *METRIC_NAMES)},
             keep_default_na=False,
             na_values={name: [""] for name in columns if name not in _NAMES},

@@ -57,6 +57,19 @@ def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> tuple[Path
     return write_text(run_dir / "summary.json", content), write_text(run_dir / "summary.md", _markdown(summary))
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """Read a summary.json. Raises FileNotFoundError or ValueError, which name what is missing in it."""
+    path = require_file(path, "Make it first: python main.py --mode test --model_path RUN writes the summary.")
+    with reading(path, "the summary of a run", remedy="Make the summary again: --mode test --model_path RUN"):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        check_summary(summary, str(path))
+        (
+            _protocol_part(summary),
+            _scores_part(summary),
+        )  # what lies deeper: shown once here, where an error names the file
+        return summary
+
+
 def format_table(summary: Mapping[str, Any]) -> str:
     """Show the folds, their mean and standard deviation on a terminal; the first line names the protocol.
 
@@ -109,12 +122,7 @@ def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int =
     Raises FileNotFoundError or ValueError when the run has no summary or no complete fold.
     """
     run_dir = Path(run_dir)
-    path = require_file(
-        run_dir / "summary.json", "Make it first: python main.py --mode test --model_path RUN writes the summary."
-    )
-    with reading(path, "the summary of a run", remedy="Make the summary again: --mode test --model_path RUN"):
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    check_summary(summary, str(path))
+    summary = read_summary(run_dir / "summary.json")
     records, _ = read_run(run_dir)
     description = str(summary["protocol_description"])
     sections = [

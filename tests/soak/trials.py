@@ -1,0 +1,170 @@
+"""Training, extraction and preparation that are killed, that run out of disk, or that run twice at once."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from preprocess.simulate_demo import simulate
+from tests.modes.conftest import CONFIG
+from tests.soak.jobs import Job, contents, differences, kill_chain, run_job, start_job
+from tests.space_ranger import write_outs
+
+Say = Callable[[str], object]
+WRONG_USE, NAMES = 2, ("preparation", "extraction", "training")
+_GENES = ["TP53", "ERBB2", "CD3E", "KRT5"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is started, what goes on with it, where it writes, and what lies there before it starts."""
+
+    name: str
+    start: Job
+    again: Job
+    folder: Path
+    before: Path | None
+
+    def clean(self) -> None:
+        """Bring the folder back to how it was before the first start."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.before is None:
+            self.folder.mkdir()
+        else:
+            shutil.copytree(self.before, self.folder)
+
+
+def programs(folder: Path) -> list[Program]:
+    """Training, extraction and preparation of a tiny set; the data of the training are made by the extraction."""
+    simulate(folder / "raw", patients="ABC", slides_per_patient=1, grid=(5, 4), num_genes=24, external=False)
+    config, device = folder / "tiny.yaml", ("--device", "cpu", "--num_workers", "1")
+    config.write_text(CONFIG)
+    extraction = Job("preprocess.extract_features_uni", ("--config", str(config), "--extract_mode", "all", *device))
+    extract = extraction.with_flags("--views", "1", "--data_dir", str(folder / "extracted"))
+    shutil.copytree(folder / "raw", folder / "data")
+    _must(extraction.with_flags("--views", "1", "--data_dir", str(folder / "data")), folder)
+    training = Job("main", ("--mode", "train", "--config_name", str(config), "--fold", "0", *device[:2]))
+    paths = ("--data_dir", str(folder / "data"), "--log_path", str(folder / "logs"), "--run_name", "run")
+    train = training.with_flags(*paths, "--checkpoint_seconds", "0", "--no_report")
+    picture = np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8)
+    outs = write_outs(folder / "outs", picture, _GENES)
+    (folder / "panel.txt").write_text("".join(f"{gene}\n" for gene in _GENES))
+    source = ("--source", str(outs.folder), "--image", str(outs.image), "--name", "v")
+    prepare = Job("preprocess.prepare_visium", (*source, "--panel", str(folder / "panel.txt")))
+    prepare = prepare.with_flags("--data_dir", str(folder / "prepared"))
+    for job in (extract, train, prepare):  # now, and not in every process that is forked
+        importlib.import_module(job.program)
+    return [
+        Program("preparation", prepare, prepare, folder / "prepared", None),
+        Program("extraction", extract, extract, folder / "extracted", folder / "raw"),
+        Program("training", train, train.with_flags("--resume"), folder / "logs", None),
+    ]
+
+
+def _must(job: Job, folder: Path) -> None:
+    ended = run_job(job, folder / "none")
+    assert ended.status == 0, ended.output
+
+
+def kills(folder: Path, seed: int, chains: int, say: Say, names: Sequence[str] = NAMES) -> list[str]:
+    """Kill at every file event once, and at random moments in chains of up to four; what is left must be as if undisturbed."""
+    findings = []
+    for program in (program for program in programs(folder) if program.name in names):
+        program.clean()
+        whole = run_job(program.start, program.folder)
+        assert whole.status == 0, whole.output
+        expected = contents(program.folder)
+        plans = [([{"kill_at": event}], f"killed at file event {event}") for event in range(1, whole.events + 1)]
+        draw = random.Random(f"{seed} {program.name}")
+        for chain in range(chains):
+            by = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+            moments = [draw.uniform(0, whole.seconds) for _ in range(draw.randint(1, 4))]
+            words = f"chain {chain}, {by.name} after {', '.join(f'{moment:.2f}' for moment in moments)} s"
+            plans.append(([{"after": moment, "by": by} for moment in moments], words))
+        found = []
+        for plan, words in plans:
+            program.clean()
+            found += kill_chain(
+                program.start, program.again, program.folder, expected, plan, f"{program.name}, {words}"
+            )
+        say(f"{program.name}: {whole.events} file events, {chains} chains, {len(found)} findings")
+        findings += found
+    return findings
+
+
+def disk(folder: Path, say: Say) -> list[str]:
+    """A disk with hardly any room, and a read-only one: status 2 and the reason, nothing left over; then it goes on."""
+    findings = []
+    for program in programs(folder):
+        program.clean()
+        assert run_job(program.start, program.folder).status == 0
+        expected = contents(program.folder)
+        program.clean()
+        used = sum(path.stat().st_size + 4096 for path in program.folder.rglob("*"))
+        for words, option in (("space", f"size={used + (1 << 16)}"), ("read-only", "size=1g")):
+            program.clean()
+            shutil.rmtree(program.folder)
+            program.folder.mkdir()
+            if _mounted(program.folder, option) is False:
+                say("skipped: only root may mount a small file system")
+                return findings
+            if program.before is not None:
+                shutil.copytree(program.before, program.folder, dirs_exist_ok=True)
+            try:
+                findings += _on_a_bad_disk(program, words, expected)
+            finally:
+                subprocess.run(["umount", program.folder], check=True)
+        say(f"{program.name}: a full and a read-only disk, {len(findings)} findings so far")
+    return findings
+
+
+def _mounted(folder: Path, option: str) -> bool:
+    command = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def _on_a_bad_disk(program: Program, words: str, expected: dict[str, str]) -> list[str]:
+    title, before = f"{program.name}, {words}", contents(program.folder)
+    if words == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", program.folder], check=True)
+    ended = run_job(program.start, program.folder)
+    findings = []
+    if ended.status != WRONG_USE or words not in ended.output or "Traceback" in ended.output:
+        findings.append(f"{title}: ended with {ended.status}: {ended.output[-300:]}")
+    hidden = [name for name in contents(program.folder) if Path(name).name.startswith(".") and name not in expected]
+    findings += [f"{title}: {name} is left over" for name in hidden if name not in before]
+    subprocess.run(["mount", "-o", "remount,rw,size=1g", program.folder], check=True)
+    ended = run_job(program.again, program.folder)
+    if ended.status != 0:
+        return [*findings, f"{title}: the repeated command ended with {ended.status}: {ended.output[-300:]}"]
+    return [*findings, *(f"{title}: {line}" for line in differences(expected, contents(program.folder)))]
+
+
+def races(folder: Path, say: Say) -> list[str]:
+    """The same command twice at once: each ends well or is refused, and in the end all is as if there had been one."""
+    findings = []
+    for program in programs(folder):
+        program.clean()
+        assert run_job(program.start, program.folder).status == 0
+        expected = contents(program.folder)
+        for first, second in ((program.start, program.start), (program.again, program.again)):
+            program.clean()
+            both = [start_job(job, program.folder) for job in (first, second)]
+            ends = [job.wait() for job in both]
+            title = f"{program.name} twice at once (ended with {ends})"
+            if min(ends) < 0 or max(ends) > WRONG_USE or 1 in ends or 0 not in ends:
+                findings.append(f"{title}: {' / '.join(job.output()[-300:] for job in both)}")
+            ended = run_job(program.again, program.folder)
+            if ended.status != 0:
+                findings.append(f"{title}: the repeated command ended with {ended.status}: {ended.output[-300:]}")
+            findings += [f"{title}: {line}" for line in differences(expected, contents(program.folder))]
+        say(f"{program.name}: twice at once, {len(findings)} findings so far")
+    return findings

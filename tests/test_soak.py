@@ -1,0 +1,26 @@
+"""The short version of `make soak`: the same code, few files, one seed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.soak import trials
+from tests.soak.fuzz import Report, digest, fuzz
+from tests.soak.readers import READERS
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Report:
+    return fuzz(READERS, tmp_path_factory.mktemp("soak"), seed=0, files_each=8)
+
+
+def test_damaged_files_are_refused_by_name_or_read_as_what_they_are(report):
+    assert report.files == 8 * len(READERS) and report.findings == []
+
+
+def test_a_change_of_one_number_changes_the_digest():
+    assert digest({"a": [1, 2.5]}) == digest({"a": [1.0, 2.5]}) != digest({"a": [1, 2.25]})
+
+
+def test_a_killed_preparation_is_made_whole_by_the_same_command(tmp_path):
+    assert trials.kills(tmp_path, seed=0, chains=1, say=str, names=("preparation",)) == []
