@@ -147,6 +147,7 @@ _OTHER_NAMES = {
 # Keys that earlier versions saved with a run, and the value with which it trained as every run does now.
 _REMOVED = {"TRAINING.compile": False, "LOSS.kmeans_init": "first"}
 _BOUND = 2**63  # of whole numbers
+_MOST_PROBLEMS = 10  # in a message
 _MAY_BE_ZERO = {
     "GENERAL.seed",
     "GENERAL.exp_id",
@@ -275,7 +276,9 @@ def _build(values: Mapping[str, tuple[object, str]], problems: list[str]) -> Con
         except ValueError as error:
             problems.append(f"{source}{error}")
     if problems:
-        raise ValueError("\n  ".join(["the configuration is not valid:", *problems]) if problems[1:] else problems[0])
+        more = [f"... and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+        shown = ["the configuration is not valid:", *problems[:_MOST_PROBLEMS], *more]
+        raise ValueError("\n  ".join(shown) if problems[1:] else problems[0])
     return Config(**{name: section(**sections[name]) for name, section in SECTIONS.items()})
 
 

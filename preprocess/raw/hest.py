@@ -61,6 +61,8 @@ def read_metadata(path: Path) -> pd.DataFrame:
     """Read the metadata table (HEST_v1_1_0.csv or another version), indexed by id. ValueError names what is missing."""
     with reading(path, "a table of metadata"):
         table = cells_of(text_of(path), ",")
+        if not isinstance(table.index, pd.RangeIndex):
+            raise ValueError("its rows have a cell more than its first line names columns")
     missing = [name for name in ("id", "patient", "dataset_title", "species") if name not in table.columns]
     if missing:
         raise ValueError(

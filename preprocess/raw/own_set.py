@@ -193,6 +193,8 @@ def _extended(before: DatasetSpec, own: OwnSet, sections: Sequence[Section]) -> 
 def _place(layout: Layout, section: Section, own: OwnSet, sizes: dict[str, float]) -> Prepared:
     """Read one section and write it; its size of a pixel goes into `sizes`."""
     raw, microns, notes = _read(section, own)
+    if not layout.spec_path.is_file():  # first: counts without a description are taken for a set of another origin
+        write_spec(layout.spec_path, layout.spec)
     options = Options(overwrite=own.overwrite, link=own.link, num_genes=0)
     joined, prepared = place_slide(layout, raw, options)
     assert joined.n_obs == prepared.spots

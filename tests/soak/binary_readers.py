@@ -27,8 +27,8 @@ from modes.import_reference import _state_dict
 from preprocess.raw.files import files_below, write_counts
 from preprocess.raw.hest import HestSample, read_expression
 from preprocess.raw.hest_patches import HestPatches
-from preprocess.raw.matrices import read_matrix
-from preprocess.raw.space_ranger import _scale_factors
+from preprocess.raw.space_ranger.matrices import read_matrix
+from preprocess.raw.space_ranger.output import read_scale_factors
 from tests.caches import as_earlier
 from tests.checkpoints import fabricated_fold
 from tests.soak.fuzz import Reader
@@ -386,7 +386,7 @@ READERS = [
     Reader("Space Ranger .h5, version 3", partial(space_ranger_h5, version=3), matrix_of, (matrix_by_h5py,)),
     *map(_matrix_market, ("matrix.mtx", "matrix.mtx.gz", "features.tsv", "barcodes.tsv.gz")),
     Reader(
-        "scale factors", written("scalefactors_json.json", _FACTORS), _scale_factors, (scale_factors_by_json,), True
+        "scale factors", written("scalefactors_json.json", _FACTORS), read_scale_factors, (scale_factors_by_json,), True
     ),
     Reader("HEST .h5ad", hest_h5ad, hest_of, (hest_by_h5py,)),
     Reader("HEST patches", hest_patches, patches_of, (patches_by_h5py,)),

@@ -223,6 +223,12 @@ def spec_by_yaml(path: Path) -> object:
     spec = DatasetSpec(name="x")
     known = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name not in _NOT_IN_FILE}
     assert set(content) <= set(known)
+    for key in {"patients", "slides"} & set(content):
+        content[key] = [str(name) for name in content[key]]  # a name that looks like a number is a name
+    if "patient_of_slide" in content:
+        content["patient_of_slide"] = {
+            str(slide): str(patient) for slide, patient in content["patient_of_slide"].items()
+        }
     return {**known, **content}
 
 

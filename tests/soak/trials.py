@@ -137,7 +137,8 @@ def _on_a_bad_disk(program: Program, words: str, expected: dict[str, str]) -> li
         subprocess.run(["mount", "-o", "remount,ro", program.folder], check=True)
     ended = run_job(program.start, program.folder)
     findings = []
-    if ended.status != WRONG_USE or words not in ended.output or "Traceback" in ended.output:
+    is_said = words in ended.output or (words == "space" and "free there" in ended.output)
+    if ended.status != WRONG_USE or not is_said or "Traceback" in ended.output:
         findings.append(f"{title}: ended with {ended.status}: {ended.output[-300:]}")
     hidden = [name for name in contents(program.folder) if Path(name).name.startswith(".") and name not in expected]
     findings += [f"{title}: {name} is left over" for name in hidden if name not in before]

@@ -73,4 +73,7 @@ def cells_of(text: str, separator: str | None = None, *, has_header: bool = True
         raise ValueError(f"the column {twice[0]!r} is there twice")
     header_row = 0 if has_header else None
     table = pd.read_csv(io.StringIO(text), sep=separator, header=header_row, dtype=str, keep_default_na=False)
+    has_more_cells = not isinstance(table.index, pd.RangeIndex)  # R leaves out the name of the first column
+    if has_more_cells and (table.index.nlevels > 1 or table.isna().to_numpy().any()):
+        raise ValueError(f"rows of it have other numbers of cells than its first line, {len(header)}")
     return table.fillna("")
