@@ -25,6 +25,7 @@ from preprocess.raw.files import image_size, place_file, write_counts, write_spo
 from preprocess.raw.panels import write_panel
 from utils.cli import progress, say
 from utils.files import load_names
+from utils.locks import sweep
 from utils.text import some
 
 
@@ -229,6 +230,8 @@ def place_image(layout: Layout, raw: RawSlide, image: Path, options: Options) ->
 
 def verify(layout: Layout, prepared: Sequence[Prepared]) -> None:
     """Read every slide back as training will, with the panel on disk, and note spots without any of its counts."""
+    for folder in (layout.root, *(path for path in layout.root.iterdir() if path.is_dir())):
+        sweep(folder)  # what a preparation that was killed has left
     panel = load_names(layout.panel_path) if layout.panel_path.exists() else None
     for slide in progress(prepared, description="verifying", unit="slide"):
         adata = load_slide(layout, slide.name, panel)

@@ -42,15 +42,18 @@ class Program:
             shutil.copytree(self.before, self.folder)
 
 
-def programs(folder: Path) -> list[Program]:
+def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
     """Training, extraction and preparation of a tiny set; the data of the training are made by the extraction."""
-    simulate(folder / "raw", patients="ABC", slides_per_patient=1, grid=(5, 4), num_genes=24, external=False)
+    is_trained = set(names) - {"preparation"}
+    if is_trained:
+        simulate(folder / "raw", patients="ABC", slides_per_patient=1, grid=(5, 4), num_genes=24, external=False)
     config, device = folder / "tiny.yaml", ("--device", "cpu", "--num_workers", "1")
     config.write_text(CONFIG)
     extraction = Job("preprocess.extract_features_uni", ("--config", str(config), "--extract_mode", "all", *device))
     extract = extraction.with_flags("--views", "1", "--data_dir", str(folder / "extracted"))
-    shutil.copytree(folder / "raw", folder / "data")
-    _must(extraction.with_flags("--views", "1", "--data_dir", str(folder / "data")), folder)
+    if is_trained:
+        shutil.copytree(folder / "raw", folder / "data")
+        _must(extraction.with_flags("--views", "1", "--data_dir", str(folder / "data")), folder)
     training = Job("main", ("--mode", "train", "--config_name", str(config), "--fold", "0", *device[:2]))
     paths = ("--data_dir", str(folder / "data"), "--log_path", str(folder / "logs"), "--run_name", "run")
     train = training.with_flags(*paths, "--checkpoint_seconds", "0", "--no_report")
@@ -62,11 +65,12 @@ def programs(folder: Path) -> list[Program]:
     prepare = prepare.with_flags("--data_dir", str(folder / "prepared"))
     for job in (extract, train, prepare):  # now, and not in every process that is forked
         importlib.import_module(job.program)
-    return [
+    found = [
         Program("preparation", prepare, prepare, folder / "prepared", None),
         Program("extraction", extract, extract, folder / "extracted", folder / "raw"),
         Program("training", train, train.with_flags("--resume"), folder / "logs", None),
     ]
+    return [program for program in found if program.name in names]
 
 
 def _must(job: Job, folder: Path) -> None:
@@ -74,15 +78,18 @@ def _must(job: Job, folder: Path) -> None:
     assert ended.status == 0, ended.output
 
 
-def kills(folder: Path, seed: int, chains: int, say: Say, names: Sequence[str] = NAMES) -> list[str]:
-    """Kill at every file event once, and at random moments in chains of up to four; what is left must be as if undisturbed."""
+def kills(folder: Path, seed: int, chains: int, say: Say, *, names: Sequence[str] = NAMES, every: int = 1) -> list[str]:
+    """Kill at every file event once, and at random moments in chains of up to four; what is left must be as if undisturbed.
+
+    every: only each so many of the file events.
+    """
     findings = []
-    for program in (program for program in programs(folder) if program.name in names):
+    for program in programs(folder, names):
         program.clean()
         whole = run_job(program.start, program.folder)
         assert whole.status == 0, whole.output
         expected = contents(program.folder)
-        plans = [([{"kill_at": event}], f"killed at file event {event}") for event in range(1, whole.events + 1)]
+        plans = [([{"kill_at": event}], f"killed at file event {event}") for event in range(1, whole.events + 1, every)]
         draw = random.Random(f"{seed} {program.name}")
         for chain in range(chains):
             by = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
