@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import json
 import pickle
@@ -143,9 +142,15 @@ def cache(folder: Path, *, kind: str, is_earlier: bool = False) -> Path:
     return folder / "A1.h5"
 
 
+_IDENTITY = (
+    *("kind", "encoder", "encoder_sha256", "image_size", "image_fingerprint", "patch_size", "microns_per_pixel"),
+    *("num_neighbors", "views", "dtype", "token_pool", "precision"),
+)
+
+
 def cache_of(path: Path) -> object:
     with opened(path) as found:
-        identity = {**dataclasses.asdict(found.identity)}
+        identity = {name: getattr(found.identity, name) for name in _IDENTITY}
         values = found.read()
         if identity["kind"] == "token":
             with TokenStore([path]) as store:
@@ -157,7 +162,7 @@ def cache_of(path: Path) -> object:
 
 def cache_by_h5py(path: Path) -> object:
     with h5py.File(path) as file:
-        identity = {f.name: file.attrs[f.name] for f in dataclasses.fields(CacheIdentity)}
+        identity = {name: file.attrs[name] for name in _IDENTITY}
         identity["image_size"] = [int(length) for length in identity["image_size"]]
         if np.isnan(identity["microns_per_pixel"]):
             identity["microns_per_pixel"] = None
