@@ -197,3 +197,12 @@ def test_nothing_in_the_program_unpickles():
 
 def test_strings_come_from_the_file_alone():
     assert strings_of_npy(npy(array_pickled(PLAIN, ["A"]))) == ["A"]
+
+
+def test_letters_beyond_unicode_are_refused(tmp_path):
+    np.save(tmp_path / "genes_x.npy", np.array(["TP53", "CD3E"]))
+    content = bytearray((tmp_path / "genes_x.npy").read_bytes())
+    content[-1] = 0xF8
+    (tmp_path / "genes_x.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"genes_x\.npy cannot be read .*numbers where letters were expected"):
+        load_names(tmp_path / "genes_x.npy")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickletools
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,9 @@ def strings_of_npy(content: bytes) -> list[str]:
         raise ValueError(f"expected an array of strings, found one of {dtype}")
     if len(content) - start < count * dtype.itemsize:
         raise ValueError(f"it holds {len(content) - start} bytes for {count} strings of {dtype.itemsize} bytes each")
+    codes = np.frombuffer(content, np.dtype("u4").newbyteorder(dtype.byteorder), count * dtype.itemsize // 4, start)
+    if codes.max(initial=0) > sys.maxunicode:  # NumPy would make strings of it that no Python may hold
+        raise ValueError("it holds numbers where letters were expected")
     return np.frombuffer(content, dtype, count, start).tolist()
 
 
