@@ -15,6 +15,7 @@ from torch import Tensor
 
 from utils.cli import progress
 from utils.devices import Precision
+from utils.parallel.team import ALONE, Team
 
 Batch = TypeVar("Batch", bound=Sized)
 
@@ -25,10 +26,12 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     description: str,
+    team: Team = ALONE,
 ) -> dict[str, float]:
     """Pass once over the batches; returns the average of every term over the spots.
 
     The sums stay on the device until the end of the epoch, so that the loop never waits for it.
+    team: the processes that share the batches; terms and length of a batch are those of all of it.
     Raises ValueError when a term is no longer finite.
     """
     sums: dict[str, Tensor] = {}
@@ -38,6 +41,7 @@ def train_one_epoch(
         with precision.autocast():
             terms = step(batch)
         precision.scaler.scale(terms["total"]).backward()
+        team.sum_gradients(optimizer)
         precision.scaler.step(optimizer)
         precision.scaler.update()
         count += len(batch)

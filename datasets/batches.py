@@ -59,6 +59,16 @@ class SpotBatch:
 
 
 @dataclass(frozen=True)
+class SlidesOfBatch:
+    """The slides that spots lie on: the fields of a `SpotBatch` with the same names."""
+
+    slide_features: Tensor
+    grid_xy: Tensor
+    lengths: Sequence[int]
+    slide_rows: Tensor
+
+
+@dataclass(frozen=True)
 class SlideBatch:
     """One whole slide: all its rows for the global encoder, and its spots in chunks for everything else."""
 
@@ -112,7 +122,7 @@ class BatchMaker:
             neighbor_is_valid=self.neighbor_is_valid[on_device],
             expression=None if expression is None else expression[on_device],
         )
-        return self._with_slides(batch) if with_slides else batch
+        return replace(batch, **vars(self.slides_of(rows))) if with_slides else batch
 
     def _neighbors(self, rows: Tensor, on_device: Tensor) -> Tensor | None:
         if self.neighbor_features is None:
@@ -121,20 +131,17 @@ class BatchMaker:
             return take_rows(self.neighbor_features, on_device).float()
         return to_device(take_rows(self.neighbor_features, rows), self.device).float()
 
-    def _with_slides(self, batch: SpotBatch) -> SpotBatch:
-        """Add all rows of the slides that the batch touches, one slide after the other, and where the batch lies in them."""
-        rows = batch.rows
+    def slides_of(self, rows: Tensor) -> SlidesOfBatch:
+        """Gather all spots of the slides that `rows` touch, one slide after the other, and where the rows lie in them."""
         slides, slide_of_spot = torch.unique(self.store.slide_of_row[rows], return_inverse=True)
         lengths = [self._lengths[i] for i in slides.tolist()]
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)  # of each slide within the R rows
-        slide_rows = starts[slide_of_spot] + rows - self._starts[slides][slide_of_spot]
         all_rows = torch.cat([self.store.slides[i].rows for i in slides.tolist()])
-        return replace(
-            batch,
+        return SlidesOfBatch(
             slide_features=take_rows(self.target_features, to_device(all_rows, self.device)).float(),
             grid_xy=self.store.grid_xy[all_rows],
             lengths=lengths,
-            slide_rows=slide_rows,
+            slide_rows=starts[slide_of_spot] + rows - self._starts[slides][slide_of_spot],
         )
 
     def slide(self, record: SlideRecord) -> SlideBatch:
@@ -236,10 +243,24 @@ def epoch_rows(
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def whole_batch(maker: BatchMaker, rows: Tensor, views: Tensor, expression: Tensor) -> SpotBatch:
+    """Gather all of a batch, with its slides."""
+    return maker.spots(rows, views, expression, with_slides=True)
+
+
 class TrainingBatches:
     """The batches of one epoch, gathered ahead of the step by a thread where that overlaps with it (CUDA)."""
 
-    def __init__(self, maker: BatchMaker, batches: list[Tensor], expression: Tensor, generator: torch.Generator):
+    def __init__(
+        self,
+        maker: BatchMaker,
+        batches: list[Tensor],
+        expression: Tensor,
+        generator: torch.Generator,
+        gather: Callable[[BatchMaker, Tensor, Tensor, Tensor], SpotBatch] = whole_batch,
+    ):
+        """gather: what is made of the rows and views of a batch, (maker, rows, views, expression) -> batch."""
+        self._gather = gather
         num_views = maker.source.num_views if maker.source else 1
         self._views = [torch.randint(num_views, (len(rows),), generator=generator) for rows in batches]
         self._maker, self._batches, self._expression = maker, batches, expression
@@ -249,8 +270,7 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[SpotBatch]:
         made = (
-            self._maker.spots(rows, views, self._expression, with_slides=True)
-            for rows, views in zip(self._batches, self._views)
+            self._gather(self._maker, rows, views, self._expression) for rows, views in zip(self._batches, self._views)
         )
         stream = self._maker.stream
         return made if stream is None else ahead_on_stream(made, self._maker.device, stream)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from datasets.batches import SpotBatch, TrainingBatches, epoch_rows
+from datasets.batches import SpotBatch, TrainingBatches, epoch_rows, whole_batch
+from datasets.shares import share_of
+from datasets.spots import SlideRecord
 from engine import train_one_epoch
 from evaluation.held_out import write_held_out
 from evaluation.protocol import epoch_scores
+from evaluation.slide_result import SlideResult
 from models.contract import ExpressionModel
 from models.table import find_model
+from modes.parallel.data import shared_step
 from modes.prediction.slide import Encode, predict_slide, slide_result
 from modes.prediction.summary import finish_run
 from modes.training.checkpoints import FoldCheckpoints
@@ -40,10 +45,10 @@ from modes.training.run_data import RunData, open_run_data
 from modes.training.score import score_checkpoint
 from modes.training.split import Split, prepare_split
 from utils.checkpoint import is_complete
-from utils.cli import progress as progress_bar
 from utils.cli import say
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory
+from utils.parallel.team import ALONE, Team
 from utils.runs import Board, check_run, generator_for, note_versions, open_run, seed_everything, write_epochs
 from utils.trained_fold import NO_SCORE
 
@@ -61,6 +66,7 @@ class TrainOptions:
     with_report: bool = True  # figures and report.html; the tables are written in any case
     all_patients: bool = False  # one model on every patient in place of the folds
     epochs_from: str | None = None  # the cross-validation whose epochs and scores it takes over
+    team: Team = ALONE  # the processes that share each batch
     config_file: str | None = None  # the configuration as it was given, for the commands in messages; else config_name
 
 
@@ -69,6 +75,7 @@ def train(config: Config, options: TrainOptions) -> Path:
 
     Raises ValueError or FileNotFoundError for whatever the user can mend: before the first fold wherever it can be known.
     """
+    team = options.team
     if options.device.type == "cpu":
         keep_freed_memory()
     config_file = options.config_file or options.config_name
@@ -82,16 +89,16 @@ def train(config: Config, options: TrainOptions) -> Path:
     folds, notices = find_folds(config, layout, patient_of_slide, options.folds, all_patients=options.all_patients)
     check_nobody_works_on(run_dir, folds)
     # Every fold splits all patients on disk into training, validation and test.
-    run_data = open_run_data(config, config_file, layout, list(patient_of_slide), options.device, folds)
+    run_data = open_run_data(config, config_file, layout, list(patient_of_slide), options.device, folds, team)
     check_started_folds(run_dir, run_data)
     if source is not None:
         check_same_data(source, run_data)
-    with working_on(run_dir, folds):
-        is_noted = open_run(run_dir, config, options.resume)
-        if source is not None:
+    with claimed_folds(run_dir, folds, team, one_by_one=options.shares_folds) as own_folds:
+        is_noted = team.by_first(lambda: open_run(run_dir, config, resume))
+        if source is not None and team.is_first:
             write_held_out(run_dir, source.held_out)
         say(f"Run folder: {run_dir}")
-        for record in folds:
+        for record in own_folds:
             folder = run_dir / record.folder
             if is_complete(folder):
                 say(f"{record.title}: complete, nothing to do.")
@@ -99,16 +106,18 @@ def train(config: Config, options: TrainOptions) -> Path:
             split = prepare_split(run_data, record)
             check_continues(folder, split)
             if not is_noted:
-                note_versions(run_dir)
-                is_noted = True
-            start_folder(folder, run_data, split, notices)
+                is_noted = team.by_first(lambda: note_versions(run_dir))
+            team.by_first(partial(start_folder, folder, run_data, split, notices))
             if is_closed_form(config):
-                fit_closed_form(run_data, split, folder)
+                team.by_first(partial(fit_closed_form, run_data, split, folder))
             else:
                 train_fold(run_data, split, folder, options.checkpoint_seconds)
             if not record.is_final:
-                score_checkpoint(run_data, folder / "best.pt", folder, split.targets)
-        say(f"Note: the model was {NO_SCORE}." if options.all_patients else finish_run(run_dir, options.with_report))
+                team.by_first(partial(score_checkpoint, run_data, folder / "best.pt", folder, split.targets))
+        if options.all_patients:
+            say(f"Note: the model was {NO_SCORE}.")
+        else:
+            say(team.by_first(lambda: finish_run(run_dir, options.with_report)))
     return run_dir
 
 
@@ -127,49 +136,57 @@ def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds
 
     Raises ValueError when the loss is no longer finite; the best weights so far are kept then, as on Ctrl-C.
     """
-    config, score_name = run_data.config, split.record.score_name
+    config, score_name, team = run_data.config, split.record.score_name, run_data.team
     model = new_model(run_data, split)
     optimization = Optimization.of(model, config, run_data.precision)
     optimizer, scheduler, precision = optimization.optimizer, optimization.scheduler, optimization.precision
-    step = make_step(model, config, run_data.encode)
+    step = make_step(model, config, run_data.encode, team)
     expression = split.targets.to(run_data.device)
     checkpoints = FoldCheckpoints(folder, untrained_fold(run_data, split), checkpoint_seconds)
     checkpoints.check_room(model)
     progress = checkpoints.restore(model, optimization)
-    board = Board(folder / "tensorboard", progress.epoch + 1)
+    team.same_start(model)
+    board = Board(folder / "tensorboard", progress.epoch + 1) if team.is_first else None
     try:
         while not progress.is_finished(config, score_name):
             epoch = progress.epoch + 1
             batches = epoch_batches(run_data, split, expression, epoch)
             model.train()
-            terms = train_one_epoch(batches, step, optimizer, precision, f"{split.record.title} epoch {epoch}")
+            terms = train_one_epoch(batches, step, optimizer, precision, f"{split.record.title} epoch {epoch}", team)
             record: dict[str, float] = {"epoch": epoch, **{f"train/{term}": value for term, value in terms.items()}}
             record["learning_rate"] = float(scheduler.get_last_lr()[0])
             scheduler.step()
             if model.needs.training_spots:
                 remember_training_spots(model, run_data, split, expression)
-            record |= scores_of_epoch(run_data, split, model)
+            record = team.agreed(record | scores_of_epoch(run_data, split, model))
             is_better = progress.add(record, score_name)
-            board.add(record)
-            write_epochs(folder / "metrics.jsonl", progress.history)
-            checkpoints.save(model, optimization, progress, is_better)
-    except (KeyboardInterrupt, ValueError):
-        checkpoints.keep(progress)
+            if board is not None:
+                board.add(record)
+                write_epochs(folder / "metrics.jsonl", progress.history)
+                checkpoints.save(model, optimization, progress, is_better)
+    except (KeyboardInterrupt, ValueError, ConnectionError):
+        if team.is_first:
+            checkpoints.keep(progress)
         raise
     finally:
-        board.close()
-    if groups_spots(config):
+        if board is not None:
+            board.close()
+    if groups_spots(config) and team.is_first:
         write_clusters(folder / "clusters.csv", run_data, split, model, expression)
     chosen = progress.history[progress.best_epoch - 1]
     score = f"{score_name} {chosen[score_name]:.4f}" if score_name else "the number of epochs was fixed"
     say(f"{split.record.title}: epoch {progress.best_epoch} of {progress.epoch} chosen ({score}).")
 
 
-def make_step(model: ExpressionModel, config: Config, encode: Encode) -> Callable[[SpotBatch], dict[str, Tensor]]:
+def make_step(
+    model: ExpressionModel, config: Config, encode: Encode, team: Team = ALONE
+) -> Callable[[SpotBatch], dict[str, Tensor]]:
     """Make the training step of model and loss: batch -> named loss terms, of which "total" is learned from."""
     make_loss = find_model(config.MODEL.name).loss
     assert make_loss is not None, "a closed form is fitted, not trained"
     loss = make_loss(config.LOSS)
+    if team.size > 1:
+        return shared_step(model, loss, encode, team)
 
     def step(batch: SpotBatch) -> dict[str, Tensor]:
         assert batch.expression is not None, "training needs measured expression"
@@ -186,7 +203,8 @@ def epoch_batches(run_data: RunData, split: Split, expression: Tensor, epoch: in
     """
     config, store = run_data.config, run_data.store
     keys = (config.GENERAL.seed, split.record.fold, epoch)
-    seed_everything(*keys)
+    team = run_data.team
+    seed_everything(*keys, *([f"process {team.rank}"] if team.rank else []))  # each drops out its own
     generator = generator_for(*keys, "batches")
     rows = epoch_rows(
         store.slide_of_row,
@@ -196,25 +214,27 @@ def epoch_batches(run_data: RunData, split: Split, expression: Tensor, epoch: in
         slides_per_batch=config.TRAINING.slides_per_batch,
         generator=generator,
     )
-    return TrainingBatches(run_data.maker, rows, expression, generator)
+    gather = whole_batch if team.size == 1 else partial(share_of, rank=team.rank, size=team.size)
+    return TrainingBatches(run_data.maker, rows, expression, generator, gather)
 
 
 def scores_of_epoch(run_data: RunData, split: Split, model: ExpressionModel) -> dict[str, float]:
     """Score the validation slides and the test slides as they are predicted now: {"validation/pcc_all": ..., ...}."""
     evaluation = run_data.config.EVALUATION
+
+    def result_of(record: SlideRecord) -> SlideResult:
+        (prediction,) = predict_slide(
+            [model],
+            run_data.maker.slide(record),
+            run_data.precision,
+            chunk_size=evaluation.chunk_size,
+            encode=run_data.encode,
+        )
+        return slide_result(record, split.genes, prediction, split.targets[record.start : record.stop].numpy())
+
     found: dict[str, float] = {}
     for part, slides in (("validation", split.record.validation_slides), ("test", split.record.test_slides)):
-        results = []
-        for record in progress_bar(run_data.store.named(slides), description="evaluation", unit="slide", leave=False):
-            (prediction,) = predict_slide(
-                [model],
-                run_data.maker.slide(record),
-                run_data.precision,
-                chunk_size=evaluation.chunk_size,
-                encode=run_data.encode,
-            )
-            measured = split.targets[record.start : record.stop].numpy()
-            results.append(slide_result(record, split.genes, prediction, measured))
+        results = run_data.team.shared(result_of, run_data.store.named(slides), "evaluation", "slide")
         if results:
             scores = epoch_scores(results, evaluation.protocol)
             found |= {f"{part}/{name}": value for name, value in scores.items()}

@@ -35,12 +35,14 @@ OF_THE_SAME_ROOM = {
     "models.layers": set(),
     "models.patch_encoders": set(),
     "modes.checks": {"modes.prediction", "modes.training"},
+    "modes.parallel": {"modes.prediction"},
     "modes.prediction": set(),
     "modes.training": {"modes.prediction"},
     "preprocess.extraction": set(),
     "preprocess.raw": set(),
     "preprocess.raw.space_ranger": {"preprocess.raw"},
     "preprocess.simulation": set(),
+    "utils.parallel": {"utils.cli"},
     "utils.untrusted": {"utils.files"},
 }
 MODES = {"train", "test", "external_test", "predict", "compare", "import_reference", "doctor"}

@@ -19,6 +19,7 @@ from utils.text import shortened
 
 _OF_PYTORCH_WITHOUT_MEMORY = ("can't allocate memory", "CUDA out of memory")
 WRONG_USE = 2
+_is_quiet = False
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # of a cluster whose time is up; SIGINT is Python's own
 _GO_ON = "run the same command again"
 
@@ -111,8 +112,16 @@ def _sentence(error: OSError | MemoryError | RecursionError) -> str:
     return f"{named}{reason}. {advice or ''}".rstrip()
 
 
+def be_quiet() -> None:
+    """Say nothing from now on and show no progress: another process speaks for this one. Errors are still told."""
+    global _is_quiet
+    _is_quiet = True
+
+
 def say(message: str) -> None:
     """Print a line to the user without tearing a progress bar."""
+    if _is_quiet:
+        return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
@@ -127,6 +136,7 @@ def progress(
         desc=description,
         unit=unit,
         leave=leave,
+        disable=_is_quiet,
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         file=sys.stderr,

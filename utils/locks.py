@@ -18,6 +18,7 @@ from pathlib import Path
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system that has none
 _HELD = (errno.EACCES, errno.EAGAIN)
 _LEFT_OVER = re.compile(r"\.(?P<stem>.+?)(?:\.(?P<owner>[0-9a-f]{6}-[0-9a-f]+-[0-9a-f]+))?\.[a-z0-9_]{8}(?:\.\w+)?")
+_POLL_SECONDS = 0.1
 _ABANDONED_SECONDS = 24 * 3600.0  # since the last write of a process of another machine, which cannot be asked for
 
 
@@ -112,15 +113,27 @@ def sweep(folder: str | Path, stem: str | None = None, *, is_locked: bool = Fals
         path.unlink(missing_ok=True)
 
 
+class Held(ValueError):
+    """Another process holds a lock."""
+
+
 @contextmanager
-def lock(path: Path, what: str, advice: str) -> Iterator[None]:
+def lock(path: Path, what: str, advice: str, *, waits: bool = False) -> Iterator[None]:
     """Hold the lock that a file stands for; the file goes at the end. It is taken over from a process that has ended.
 
     what, advice: for "<what> by process 12 on HOST. <advice>"
-    Raises ValueError with that while another process holds it.
+    waits: until it is free, where it is held for moments only.
+    Raises Held, a ValueError, with that message while another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _acquired(path, what, advice)
+    descriptor = None
+    while descriptor is None:
+        try:
+            descriptor = _acquired(path, what, advice)
+        except Held:
+            if not waits:
+                raise
+            time.sleep(_POLL_SECONDS)
     try:
         yield
     finally:
@@ -129,7 +142,7 @@ def lock(path: Path, what: str, advice: str) -> Iterator[None]:
 
 
 def check_free(path: Path, what: str, advice: str) -> None:
-    """Raise ValueError as `lock` would, before any work is done for it."""
+    """Raise Held as `lock` would, before any work is done for it."""
     if path.exists():
         with lock(path, what, advice):
             pass
@@ -171,7 +184,7 @@ def _take(descriptor: int, path: Path, what: str, advice: str) -> None:
         return
     by = "another process" if owner is None else f"process {owner.pid} on {owner.host}"
     remedy = "" if is_held else f" The file system has no locks: if that process has ended, remove {path} and repeat."
-    raise ValueError(f"{what} by {by}. {advice}{remedy}")
+    raise Held(f"{what} by {by}. {advice}{remedy}")
 
 
 def _owner_in(descriptor: int) -> Owner | None:

@@ -26,13 +26,14 @@ from utils.cli import say
 from utils.config import Config
 from utils.devices import Precision
 from utils.files import load_names
+from utils.parallel.team import ALONE, Team
 from utils.runs import generator_for
 from utils.trained_fold import SplitRecord
 
 
 @dataclass
 class RunData:
-    """Data and devices of a run; everything that does not depend on the fold."""
+    """Data and devices of a run; everything that does not depend on the fold. team: the processes that share each batch."""
 
     config: Config
     config_name: str
@@ -42,6 +43,7 @@ class RunData:
     maker: BatchMaker
     encode: Encode
     token_dim: int
+    team: Team = ALONE
 
     @property
     def precision(self) -> Precision:
@@ -84,6 +86,7 @@ def open_run_data(
     slides: Sequence[str],
     device: torch.device,
     folds: Sequence[SplitRecord] = (),
+    team: Team = ALONE,
 ) -> RunData:
     """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens.
 
@@ -119,6 +122,7 @@ def open_run_data(
         maker=BatchMaker(store, source, device, config.DATA.residence, reserve),
         encode=make_encode(encoder),
         token_dim=token_dim,
+        team=team,
     )
 
 

@@ -1,0 +1,1 @@
+"""A training on several processes: each batch shared out, or each fold."""

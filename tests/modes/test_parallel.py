@@ -1,0 +1,172 @@
+"""A training on two processes is that of one: gradients, weights, scores, and after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from datasets.batches import whole_batch
+from datasets.known_sets import get_spec
+from datasets.layout import Layout
+from datasets.shares import share_of
+from modes.parallel.data import shared_step
+from modes.prediction.slide import tokens_of
+from modes.train import make_step, train
+from modes.training.compose import open_layout
+from modes.training.fold import new_model
+from modes.training.plan import find_folds
+from modes.training.run_data import RunData, open_run_data
+from modes.training.split import Split, prepare_split
+from models.table import find_model
+from tests.modes.test_train import TINY, fabricate, options, with_
+from tests.team import run_team
+from utils.config import Config, load_config
+from utils.parallel.team import ALONE, Team, opened_team
+
+CPU = torch.device("cpu")
+NO_DROPOUT = [
+    f"MODEL.{part}_dropout=0" for part in ("neighbor", "global", "fusion", "gene", "gene_mlp", "predictor")
+]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tiny_data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fabricated") / "data"
+    shutil.copytree(tiny_data, folder)
+    layout = Layout(folder, get_spec("demo", folder), patch_size=64, num_neighbors=3)
+    for slide in layout.slides_on_disk():
+        fabricate(layout, slide)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(data_dir, tmp_path_factory) -> Config:
+    folder = tmp_path_factory.mktemp("parallel")
+    (folder / "tiny.yaml").write_text(TINY)
+    return load_config(
+        folder / "tiny.yaml", [f"DATA.data_dir={data_dir}", f"GENERAL.log_path={folder / 'logs'}", *NO_DROPOUT]
+    )
+
+
+def open_fold(config: Config) -> tuple[RunData, Split]:
+    layout = open_layout(config, "tiny")
+    slides = layout.patients_on_disk()
+    folds, _ = find_folds(config, layout, slides, [0], all_patients=False)
+    run_data = open_run_data(config, "tiny", layout, list(slides), CPU, folds)
+    return run_data, prepare_split(run_data, folds[0])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to compare. rows: of its batch, by the rows of the training spots in a random order and in the slides' order."""
+
+    rows: Callable[[Tensor, Tensor], Tensor]
+    model: str = "gene_dml"
+    dtype: torch.dtype = torch.float64
+    loss: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a process has of a step: terms of the whole batch, all gradients; spots of each process, slides it encoded."""
+
+    terms: dict[str, float]
+    gradients: dict[str, Tensor | None]
+    sizes: list[int]
+    encoded: list[int]
+
+
+def uneven(shuffled: Tensor, _by_slide: Tensor) -> Tensor:
+    return shuffled[:31]
+
+
+CASES = {
+    "gene_dml": Case(uneven),
+    "single": Case(uneven, dtype=torch.float32),
+    "spectral": Case(uneven, loss={"use_kmeans": False}),
+    "triplex": Case(uneven, model="triplex"),
+    "bleep": Case(uneven, model="bleep"),
+    "mlp": Case(uneven, model="mlp"),
+    "each its own slides": Case(lambda _, by_slide: torch.cat([by_slide[:13], by_slide[-12:]])),
+    "one slide": Case(lambda _, by_slide: by_slide[:9]),
+    # The second process holds one spot, again and again: all of them fall into one of the four clusters.
+    "an empty cluster": Case(lambda shuffled, _: torch.cat([shuffled[:12], shuffled[20:21].repeat(11)])),
+    "a process without spots": Case(lambda shuffled, _: shuffled[:1], loss={"k": 1}),
+}
+
+
+def one_step(run_data: RunData, split: Split, case: Case, team: Team) -> Step:
+    config = with_(run_data.config, MODEL={"name": case.model}, LOSS=case.loss)
+    run_data = replace(run_data, config=config)
+    model = new_model(run_data, split).to(case.dtype).train()
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    by_slide = run_data.store.rows_of(split.record.train_slides)
+    rows = case.rows(by_slide[torch.randperm(len(by_slide), generator=torch.Generator().manual_seed(3))], by_slide)
+    gather = whole_batch if team.size == 1 else partial(share_of, rank=team.rank, size=team.size)
+    batch = gather(run_data.maker, rows, torch.zeros_like(rows), split.targets.to(case.dtype))
+    assert len(batch) == len(rows)
+    terms = make_step(model, config, tokens_of, team)(batch)
+    terms["total"].backward()
+    team.sum_gradients(torch.optim.SGD(model.parameters(), lr=1.0))
+    return Step(
+        {name: float(term.detach()) for name, term in terms.items()},
+        {name: value.grad for name, value in model.named_parameters()},
+        list(getattr(batch, "sizes", [])),
+        list(batch.lengths),
+    )
+
+
+@pytest.fixture(scope="module")
+def steps(config, tmp_path_factory) -> tuple[dict[str, Step], list[dict[str, Step]]]:
+    """Every case by one process, and by both of a team."""
+    run_data, split = open_fold(config)
+
+    def all_steps(team: Team) -> dict[str, Step]:
+        return {name: one_step(run_data, split, case, team) for name, case in CASES.items()}
+
+    def in_team(_rank: int) -> dict[str, Step]:
+        with opened_team(CPU) as team:
+            return all_steps(team)
+
+    ended = run_team(2, in_team, tmp_path_factory.mktemp("steps"))
+    assert [one.status for one in ended] == [0, 0], "\n".join(one.output for one in ended)
+    return all_steps(ALONE), [one.result for one in ended]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_of_two_processes_is_that_of_one(steps, name):
+    whole, parts = steps[0][name], [part[name] for part in steps[1]]
+    tolerance = 1e-10 if CASES[name].dtype == torch.float64 else 1e-6
+    largest = max(float(value.abs().max()) for value in whole.gradients.values() if value is not None)
+    assert largest > 1e-3
+    for part in parts:
+        assert part.terms == pytest.approx(whole.terms, rel=tolerance)
+        for place, gradient in part.gradients.items():
+            expected = whole.gradients[place]
+            expected = torch.zeros_like(gradient) if expected is None else expected
+            difference = float((gradient - expected).abs().max())
+            assert difference <= tolerance * max(float(expected.abs().max()), 1e-2 * largest), place
+
+
+def test_no_slide_is_encoded_twice_and_no_spot_left_out(steps):
+    whole, parts = steps
+    for name in ("gene_dml", "each its own slides", "one slide"):
+        of_parts = [part[name] for part in parts]
+        assert sorted([*of_parts[0].encoded, *of_parts[1].encoded]) == sorted(whole[name].encoded)
+    assert parts[0]["gene_dml"].sizes == parts[1]["gene_dml"].sizes == [16, 15]
+    assert len(parts[0]["gene_dml"].encoded) == len(parts[1]["gene_dml"].encoded) == 2
+    assert parts[0]["a process without spots"].sizes == [1, 0]
+    assert len(parts[0]["one slide"].encoded) + len(parts[1]["one slide"].encoded) == 1

@@ -1,0 +1,1 @@
+"""Several processes at one piece of work."""
