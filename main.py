@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,8 @@ RUN = (
     Flag("seed", CONFIG, "seed of all random numbers (default: 2021)", "GENERAL.seed", int),
     Flag("seeds", ("train",), "repeat the run with these seeds, e.g. 0,1,2", kind=parse_numbers,
          instead={"doctor": "takes one --seed"}),
+    Flag("parallel", ("train",), "several processes: each takes free folds, or all share each batch (torchrun)",
+         choices=("folds", "data")),
     Flag("gpu", ON_DEVICE, "index of the CUDA device", kind=int),
     Flag("device", ON_DEVICE, "any PyTorch device, e.g. cpu"),
     Flag("num_workers", CONFIG, "threads that read tokens", "DATA.num_workers", int),
@@ -140,6 +143,8 @@ def conflicts(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"--model_path: --mode {arguments.mode} takes one run; test and predict average several."
     if arguments.epochs_from is not None and not arguments.all_patients:
         yield "--epochs_from is for --all_patients, which is not given."
+    if arguments.all_patients and arguments.parallel == "folds":
+        yield "--all_patients trains one model, so there are no folds to share; --parallel data shares its batches."
     if arguments.all_patients and (arguments.fold is not None or arguments.folds is not None):
         yield "--all_patients trains one model in place of the folds; --fold and --folds choose some of them."
 
@@ -163,10 +168,12 @@ def main(words: Sequence[str] | None = None) -> None:
     overrides = COMMAND_LINE.overrides(arguments)
     if arguments.mode == "train":
         from modes.train import train, train_seeds
+        from utils.parallel.team import opened_team
 
         config = config_of(arguments)
         options = train_options(config, arguments)
-        with going_on_by("repeat it with --resume"):
+        with going_on_by("repeat it with --resume"), opened_team(arguments.parallel, options.device) as team:
+            options = replace(options, team=team)
             if arguments.seeds is None:
                 train(config, options)
             else:
@@ -233,6 +240,7 @@ def train_options(config: Config, arguments: argparse.Namespace) -> TrainOptions
         with_report=not arguments.no_report,
         all_patients=arguments.all_patients,
         epochs_from=arguments.epochs_from,
+        shares_folds=arguments.parallel == "folds",
     )
 
 
@@ -282,8 +290,9 @@ def run_name_of(config: Config, arguments: argparse.Namespace) -> str:
 def device_of(arguments: argparse.Namespace) -> torch.device:
     """Return the device that was asked for, or the one there is."""
     from utils.devices import device_from
+    from utils.parallel.team import own_device
 
-    return device_from(arguments.gpu, arguments.device)
+    return own_device(arguments.gpu, arguments.device) or device_from(arguments.gpu, arguments.device)
 
 
 if __name__ == "__main__":

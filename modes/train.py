@@ -20,8 +20,8 @@ from evaluation.slide_result import SlideResult
 from models.contract import ExpressionModel
 from models.table import find_model
 from modes.parallel.data import shared_step
+from modes.parallel.folds import check_nobody_works_on, claimed_folds, finish, in_turn
 from modes.prediction.slide import Encode, predict_slide, slide_result
-from modes.prediction.summary import finish_run
 from modes.training.checkpoints import FoldCheckpoints
 from modes.training.clusters import write_clusters
 from modes.training.compose import Optimization, forward, groups_spots, is_closed_form, open_layout
@@ -31,13 +31,11 @@ from modes.training.final import (
     with_chosen_epochs,
 )
 from modes.training.fold import (
-    check_nobody_works_on,
     fit_closed_form,
     new_model,
     remember_training_spots,
     start_folder,
     untrained_fold,
-    working_on,
 )
 from modes.training.plan import find_folds
 from modes.training.resume import check_continues, check_started_folds
@@ -67,6 +65,7 @@ class TrainOptions:
     all_patients: bool = False  # one model on every patient in place of the folds
     epochs_from: str | None = None  # the cross-validation whose epochs and scores it takes over
     team: Team = ALONE  # the processes that share each batch
+    shares_folds: bool = False  # other processes train folds of the same run
     config_file: str | None = None  # the configuration as it was given, for the commands in messages; else config_name
 
 
@@ -84,17 +83,19 @@ def train(config: Config, options: TrainOptions) -> Path:
         config = with_chosen_epochs(config, source)
     layout = open_layout(config, config_file)
     run_dir = Path(config.GENERAL.log_path) / options.config_name / options.run_name
-    check_run(run_dir, config, options.resume)
+    resume = options.resume or options.shares_folds  # another process may have begun the run
+    check_run(run_dir, config, resume)
     patient_of_slide = layout.patients_on_disk()
     folds, notices = find_folds(config, layout, patient_of_slide, options.folds, all_patients=options.all_patients)
-    check_nobody_works_on(run_dir, folds)
+    if not options.shares_folds:
+        team.by_first(lambda: check_nobody_works_on(run_dir, folds))
     # Every fold splits all patients on disk into training, validation and test.
     run_data = open_run_data(config, config_file, layout, list(patient_of_slide), options.device, folds, team)
     check_started_folds(run_dir, run_data)
     if source is not None:
         check_same_data(source, run_data)
     with claimed_folds(run_dir, folds, team, one_by_one=options.shares_folds) as own_folds:
-        is_noted = team.by_first(lambda: open_run(run_dir, config, resume))
+        is_noted = in_turn(run_dir, team, lambda: open_run(run_dir, config, resume))
         if source is not None and team.is_first:
             write_held_out(run_dir, source.held_out)
         say(f"Run folder: {run_dir}")
@@ -106,7 +107,8 @@ def train(config: Config, options: TrainOptions) -> Path:
             split = prepare_split(run_data, record)
             check_continues(folder, split)
             if not is_noted:
-                is_noted = team.by_first(lambda: note_versions(run_dir))
+                in_turn(run_dir, team, lambda: note_versions(run_dir))
+                is_noted = True
             team.by_first(partial(start_folder, folder, run_data, split, notices))
             if is_closed_form(config):
                 team.by_first(partial(fit_closed_form, run_data, split, folder))
@@ -117,7 +119,7 @@ def train(config: Config, options: TrainOptions) -> Path:
         if options.all_patients:
             say(f"Note: the model was {NO_SCORE}.")
         else:
-            say(team.by_first(lambda: finish_run(run_dir, options.with_report)))
+            say(in_turn(run_dir, team, lambda: finish(run_dir, folds, options.with_report)))
     return run_dir
 
 

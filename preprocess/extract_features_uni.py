@@ -28,12 +28,14 @@ from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
 from models.patch_encoders.build import PatchEncoder, build_patch_encoder
-from preprocess.extraction.extract import ExtractionSettings, choose_slides, extract
+from preprocess.extraction.extract import ExtractionSettings, extract
+from preprocess.extraction.pixels import choose_slides
 from utils.cli import run, say
 from utils.config import LARGE, Config, Data, load_config
 from utils.devices import device_from
 from utils.files import safe_name
 from utils.flags import CommandLine, Flag, parse_names
+from utils.parallel.team import own_device, place_of_this_process
 
 T = TypeVar("T")
 KINDS_OF_MODE = {
@@ -70,6 +72,7 @@ SLIDES = (
     Flag("test_name", ("external",), "external test set, a folder below <data_dir>/test", needed_by=("external",)),
     Flag("slides", BOTH, "only these, comma separated, e.g. A1,B2", kind=parse_names),
     Flag("overwrite", BOTH, "make caches again that are there", kind=bool),
+    Flag("parallel", BOTH, "other processes make caches of the same set; each takes free slides (torchrun: always)", kind=bool),
     Flag("data_dir", BOTH, "folder of the data sets", "DATA.data_dir"),
     Flag("num_n", BOTH, "neighbor tiles a side (default: of the configuration, 5)", "DATA.num_neighbors", int),
     Flag("match_mpp", BOTH, "scale patches this wide in micrometres (as the training of a run needs)", "DATA.patch_um", float,
@@ -104,6 +107,8 @@ def conflicts(arguments: argparse.Namespace) -> Iterator[str]:
     kinds = KINDS_OF_MODE.get(arguments.extract_mode)
     if given and kinds and "token" not in kinds:
         yield f"{', '.join(given)} shape the token cache, but --extract_mode is {arguments.extract_mode}."
+    if arguments.parallel and arguments.overwrite:
+        yield "--overwrite with --parallel: each process would make again what another has made. Give --slides to each instead."
     if arguments.slides == []:
         yield "--slides names no slide."
     if arguments.num_workers is not None and arguments.num_workers < 0:
@@ -126,7 +131,8 @@ def main(words: Sequence[str] | None = None) -> None:
     words: of the command line, without the program's name; those of this process by default.
     Raises ValueError or FileNotFoundError for whatever the user can mend, with what is wrong and what to do.
     """
-    arguments = COMMAND_LINE.parse(sys.argv[1:] if words is None else words)
+    words = [*(sys.argv[1:] if words is None else words)]
+    arguments = COMMAND_LINE.parse([*words, "--parallel"] if place_of_this_process().size > 1 else words)
     kinds = KINDS_OF_MODE[arguments.extract_mode]
     config, spec = resolve(arguments)
     layout = Layout(
@@ -142,7 +148,8 @@ def main(words: Sequence[str] | None = None) -> None:
     patch_encoder = encoder = None
     if kinds != ("patch",):
         patch_encoder = _build_patch_encoder(config, arguments)
-        encoder = _patch_encoder_on(patch_encoder, device_from(arguments.gpu, arguments.device), arguments)
+        device = own_device(arguments.gpu, arguments.device) or device_from(arguments.gpu, arguments.device)
+        encoder = _patch_encoder_on(patch_encoder, device, arguments)
         say(
             f"Encoder {patch_encoder.name} on {encoder.device} ({encoder.precision}), "
             f"weights {patch_encoder.weights_sha256[:12]}"
@@ -155,6 +162,7 @@ def main(words: Sequence[str] | None = None) -> None:
         views=_or_default(arguments.views, ExtractionSettings.views),
         token_pool=_or_default(arguments.token_pool, ExtractionSettings.token_pool),
         token_dtype=_or_default(arguments.dtype, ExtractionSettings.token_dtype),
+        is_shared=arguments.parallel,
     )
     extract(layout, slides, patch_encoder, encoder, settings)
 

@@ -64,7 +64,12 @@ def _start(rank: int, size: int, port: int | None, work: Callable[[int], Any], f
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     if port is not None:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(size),
+        }
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     status = 1
     try:

@@ -42,7 +42,7 @@ OF_THE_SAME_ROOM = {
     "preprocess.raw": set(),
     "preprocess.raw.space_ranger": {"preprocess.raw"},
     "preprocess.simulation": set(),
-    "utils.parallel": {"utils.cli"},
+    "utils.parallel": {"utils.cli", "utils.devices"},
     "utils.untrusted": {"utils.files"},
 }
 MODES = {"train", "test", "external_test", "predict", "compare", "import_reference", "doctor"}

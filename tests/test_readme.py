@@ -66,6 +66,13 @@ class Command:
         words = shlex.split(self.line, comments=True)
         while words and re.fullmatch(r"[A-Z0-9_]+=\S*", words[0]):
             words = words[1:]
+        if words and words[0] == "torchrun":  # its own flags come before our program
+            words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
+        if words and words[0] == "sbatch":
+            script = next(i for i, word in enumerate(words) if word.endswith(".sh"))
+            (line,) = re.findall(r"^srun .*", (ROOT / words[script]).read_text(), flags=re.MULTILINE)
+            ours = shlex.split(line)
+            words = ["python", *ours[2 : ours.index("$@")], *words[script + 1 :]]
         return words
 
     def __str__(self) -> str:

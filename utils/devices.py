@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ def device_from(gpu: int | None = None, device: str | None = None) -> torch.devi
 
     gpu: index of a CUDA device (`--gpu`); one that does not exist is an error, never a silent CPU.
     device: any PyTorch device name (`--device`).
+    PyTorch's threads are no more than the CPUs that this process may use.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), granted_cpus()))
     if gpu is not None and device is not None:
         raise ValueError(f"--gpu {gpu} and --device {device} are both given; give one of them.")
     if device is not None:
@@ -106,6 +109,30 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
+def granted_cpus(root: Path = Path("/")) -> int:
+    """Return the number of CPUs that this process may use: those it is bound to, within the quota of its control groups.
+
+    root: where /proc and /sys are looked for.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([bound, *(math.ceil(share) for share in _cpu_quotas(root))]))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """CPUs that the groups of this process are limited to, of either version, up to the topmost visible one."""
+    for top, folder, is_second in _groups_of(root, "cpu"):
+        for group in (folder, *folder.parents):
+            if is_second:
+                words = (group / "cpu.max").read_text().split() if (group / "cpu.max").exists() else ["max", "1"]
+                quota, period = -1 if words[0] == "max" else int(words[0]), int(words[1])
+            else:
+                quota, period = (_read_int(group / f"cpu.cfs_{name}_us") or -1 for name in ("quota", "period"))
+            if quota > 0 and period > 0:
+                yield quota / period
+            if group == top:
+                break
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Return the bytes that this process may still take: of the machine, and of every control group with a limit.
 
@@ -122,23 +149,29 @@ def available_memory(root: Path = Path("/")) -> int:
 
 def _control_groups(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, bytes in use) of the groups that this process is in, of either version, up to the topmost visible one."""
-    groups = root / "sys/fs/cgroup"
-    membership = root / "proc/self/cgroup"
-    for line in membership.read_text().splitlines() if membership.exists() else []:
-        _, controllers, inside = line.split(":", 2)
-        if controllers == "":
-            top, names = groups, ("memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            top, names = groups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-        else:
-            continue
-        folder = top / inside.lstrip("/")
+    for top, folder, is_second in _groups_of(root, "memory"):
+        names = (
+            ("memory.max", "memory.current", "")
+            if is_second
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        )
         for group in (folder, *folder.parents):
             if (limit := _read_int(group / names[0])) is not None and (used := _read_int(group / names[1])) is not None:
                 counted = _numbers_of(group / "memory.stat")
                 yield limit, used - sum(counted.get(f"{names[2]}{kind}_file", 0) for kind in ("active", "inactive"))
             if group == top:
                 break
+
+
+def _groups_of(root: Path, controller: str) -> Iterator[tuple[Path, Path, bool]]:
+    """(topmost visible folder, folder of this process, whether it is of the second version) of its control groups."""
+    groups, membership = root / "sys/fs/cgroup", root / "proc/self/cgroup"
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, inside = line.split(":", 2)
+        if controllers == "" or controller in controllers.split(","):
+            named = groups / controllers  # "cpu,cpuacct"; most systems have a link "cpu" to it, too
+            top = groups if controllers == "" else named if named.is_dir() else groups / controller
+            yield top, top / inside.lstrip("/"), controllers == ""
 
 
 def _read_int(path: Path) -> int | None:

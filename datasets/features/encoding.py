@@ -6,7 +6,6 @@ Whoever calls brings the frozen encoder as a callable; nothing here knows which 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from datasets.features.patch_encoder import BatchedPatchEncoder, pool_tokens
 from datasets.images.geometry import all_views, neighbor_corners, neighbor_validity, patch_corner
+from utils.devices import granted_cpus
 
 KINDS = ("target", "neighbor", "token", "patch")
 VIEW_COUNTS = (1, 2, 4, 8)  # the identity; with the horizontal flip; with both flips; with the quarter turn
@@ -273,4 +273,4 @@ def _copy_back(
 
 def default_workers() -> int:
     """Threads that crop patches, unless told otherwise."""
-    return min(8, os.cpu_count() or 1)
+    return min(8, granted_cpus())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,39 +19,10 @@ from modes.training.checkpoints import FoldCheckpoints
 from modes.training.compose import is_closed_form
 from modes.training.run_data import RunData
 from modes.training.split import Split
-from utils.checkpoint import is_complete
 from utils.files import write_text
-from utils.locks import check_free, lock, sweep
+from utils.locks import sweep
 from utils.runs import generator_for, seed_everything, write_epochs, write_json
-from utils.trained_fold import PatchEncoderRecord, Progress, SplitRecord, TrainedFold, TrainingSample
-
-
-@contextmanager
-def working_on(run_dir: Path, folds: Sequence[SplitRecord]) -> Iterator[None]:
-    """Keep other processes from these folds of a run as long as the block runs; those that are complete are free.
-
-    Raises ValueError that names the process which is already at one of them.
-    """
-    with ExitStack() as locks:
-        for fold in folds:
-            if not is_complete(run_dir / fold.folder):
-                locks.enter_context(lock(*_lock_of(run_dir, fold)))
-        yield
-
-
-def check_nobody_works_on(run_dir: Path, folds: Sequence[SplitRecord]) -> None:
-    """Raise ValueError as `working_on`, before anything is read for these folds."""
-    for fold in folds:
-        check_free(*_lock_of(run_dir, fold))
-
-
-def _lock_of(run_dir: Path, fold: SplitRecord) -> tuple[Path, str, str]:
-    """Where the lock of a fold lies, what another process does that holds it, and what to do then."""
-    return (
-        run_dir / f".{fold.folder}.lock",
-        f"{fold.title} of {run_dir} is being trained",
-        "Wait until it has ended, then repeat the command with --resume; or train other folds (--folds).",
-    )
+from utils.trained_fold import PatchEncoderRecord, Progress, TrainedFold, TrainingSample
 
 
 def start_folder(folder: Path, run_data: RunData, split: Split, notices: Sequence[str]) -> None:

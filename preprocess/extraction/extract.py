@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,16 +26,18 @@ from datasets.features.verify import verify_cache
 from datasets.field_of_view import covered_px
 from datasets.images.geometry import check_num_neighbors, check_patch_size
 from datasets.images.overlay import compare_with_image
-from datasets.images.slides import Slide, open_slide
+from datasets.images.slides import Slide
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
 from datasets.tables.spot_table import check_inside
 from models.patch_encoders.build import PatchEncoder
 from preprocess.extraction.patch_slide import PatchSlide
+from preprocess.extraction.pixels import has_image, open_pixels
 from preprocess.extraction.prefetch import opened_in_turn
-from preprocess.extraction.writers import CacheWriters, check_nobody_makes
+from preprocess.extraction.writers import CacheWriters, check_nobody_makes, locked, sweep_folders
 from utils.cli import progress, say
 from utils.files import check_writable
+from utils.locks import Held
 from utils.text import some
 
 _CHECKED_FIELDS = (
@@ -56,6 +59,7 @@ class ExtractionSettings:
 
     kinds: of target, neighbor, token, patch.  views, token_pool, token_dtype: the variant of the token cache.
     command: the program with the flags that all slides and kinds share, for messages.
+    is_shared: other processes work at the same slides; each takes those that are free.
     """
 
     kinds: tuple[str, ...]
@@ -65,6 +69,7 @@ class ExtractionSettings:
     views: int = 8
     token_pool: int = 1
     token_dtype: str = "float16"
+    is_shared: bool = False
 
     def repair(self, kind: str, slide: str) -> str:
         """The command that makes one cache of one slide again, as these settings would."""
@@ -105,7 +110,10 @@ def extract(
     if not work:
         say(f"Nothing to do: all caches are there and valid ({', '.join(settings.kinds)}).")
         return
-    check_nobody_makes([find_cache(layout, kind, item.slide) for item in work for kind in item.identities])
+    caches = [find_cache(layout, kind, item.slide) for item in work for kind in item.identities]
+    if not settings.is_shared:
+        check_nobody_makes(caches)
+    sweep_folders(caches)
     _check_disk(layout, work, shapes, settings)
     try:
         extract_slides(layout, work, encoder, settings)
@@ -127,69 +135,6 @@ def cache_shapes(
             num_tokens = prefix + pooled_grid_side(num_tokens, prefix, settings.token_pool) ** 2
         shapes["token"] = (settings.views, num_tokens, patch_encoder.dim)
     return {kind: shapes[kind] for kind in settings.kinds}
-
-
-def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequence[str]) -> list[str]:
-    """The slides asked for, or all with an image; those without are named. Reads no image, so it comes first.
-
-    A patch cache stands for the image where neither neighbors nor the patches themselves are wanted.
-
-    Raises ValueError for slides that are not there, FileNotFoundError if none has counts or an image.
-    """
-    known = layout.slides_with_counts()
-    if not known:
-        raise FileNotFoundError(f"{layout.counts_dir} holds no counts. {_how_to_prepare(layout)}")
-    if requested is not None:
-        unknown = [slide for slide in requested if slide not in known]
-        if unknown:
-            raise ValueError(
-                f"--slides {', '.join(unknown)}: no counts in {layout.counts_dir}. Slides there: {some(known, 40)}."
-            )
-        return list(dict.fromkeys(requested))
-    chosen: list[str] = []
-    without: list[str] = []
-    for slide in known:
-        (chosen if _has_pixels(layout, slide, kinds) else without).append(slide)
-    if without:
-        say(f"{len(without)} of {len(known)} slides have no image and are skipped: {some(without, 40)}.")
-    if not chosen:
-        raise FileNotFoundError(
-            f"None of the {len(known)} slides of {layout.name} has an image in {layout.images_dir}. Expected for "
-            f"{known[0]}: {layout.images_dir / layout.image_pattern(known[0])}.{layout.patches_note(known[0])}"
-        )
-    return chosen
-
-
-def _how_to_prepare(layout: Layout) -> str:
-    if layout.spec.prepared_by is None:
-        return f"docs/{'external' if layout.spec.external else 'your_data'}.md says how to make them."
-    return f"Prepare them: python preprocess/{layout.spec.prepared_by} --data_dir {layout.data_dir}"
-
-
-def _has_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> bool:
-    return _has_image(layout, slide) or _patches_suffice(layout, slide, kinds)
-
-
-def _has_image(layout: Layout, slide: str) -> bool:
-    try:
-        layout.image_path(slide)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _patches_suffice(layout: Layout, slide: str, kinds: Sequence[str]) -> bool:
-    return not {"neighbor", "patch"} & set(kinds) and find_cache(layout, "patch", slide).is_file()
-
-
-def _open_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> Slide | PatchSlide:
-    """The image of a slide; its patch cache where there is no image and patches are enough."""
-    try:
-        return open_slide(layout.image_path(slide))
-    except FileNotFoundError:
-        if not _patches_suffice(layout, slide, kinds):
-            raise
-    return PatchSlide(find_cache(layout, "patch", slide))
 
 
 def plan(
@@ -230,7 +175,7 @@ def _plan_slide(
 ) -> SlideWork:
     table = load_slide(layout, slide)
     spot_ids, centers, totals = list(table.obs_names), table.obsm["center"], np.asarray(table.X.sum(axis=1)).ravel()
-    with _open_pixels(layout, slide, settings.kinds) as image:
+    with open_pixels(layout, slide, settings.kinds) as image:
         check_inside(table, image.size, image.path)
         common = CacheIdentity(
             kind="target",
@@ -314,19 +259,46 @@ def extract_slides(
     files of a slide appear at its end; what was encoded whole is written also when a later slide fails.
     """
     encoder = encoder or BatchedPatchEncoder(_no_encoder, torch.device("cpu"))
+    claimed: deque[tuple[SlideWork, ExitStack | None]] = deque()  # the slide in work and the one opened ahead
+
+    def slides() -> Iterator[str]:
+        for item in work:
+            locks = _claim(layout, item) if settings.is_shared else None
+            if locks is not None or not settings.is_shared:
+                claimed.append((item, locks))
+                yield item.slide
+
     images = opened_in_turn(
-        [item.slide for item in work],
-        lambda slide: _open_pixels(layout, slide, settings.kinds),
-        lambda slide: _has_image(layout, slide),
+        slides(),
+        lambda slide: open_pixels(layout, slide, settings.kinds),
+        lambda slide: has_image(layout, slide),
     )
     unfinished: list[_EncodedSlide] = []  # one at most
     with closing(images), progress(total=len(work), description="slides", unit="slide") as bar:
         try:
-            for image, item in zip(images, work):
-                unfinished.append(_encode_one(layout, item, image, encoder, settings, unfinished))
+            for image in images:
+                item, locks = claimed.popleft()
+                unfinished.append(_encode_one(layout, item, image, encoder, settings, unfinished, locks))
                 bar.update()
         finally:
             _finish(unfinished)
+            for _, locks in claimed:
+                if locks is not None:
+                    locks.close()
+
+
+def _claim(layout: Layout, item: SlideWork) -> ExitStack | None:
+    """Take the locks of what is to be made of a slide; None where another process makes it, or has made it meanwhile."""
+    paths = [find_cache(layout, kind, item.slide) for kind in item.identities]
+    try:
+        locks = locked(paths)
+    except Held:
+        say(f"{item.slide}: another process is at it.")
+        return None
+    if all(path.exists() for path in paths):
+        locks.close()
+        return None
+    return locks
 
 
 @dataclass(frozen=True)
@@ -352,8 +324,12 @@ def _encode_one(
     encoder: BatchedPatchEncoder,
     settings: ExtractionSettings,
     before: list[_EncodedSlide],
+    locks: ExitStack | None,
 ) -> _EncodedSlide:
-    """Hand all spots of one slide to its writers.  before: slides whose files have to be there first."""
+    """Hand all spots of one slide to its writers.
+
+    before: slides whose files have to be there first.  locks: of the caches, where they are held already.
+    """
     if isinstance(image, Slide):
         problem = compare_with_image(image, item.centers, item.totals, layout.overlay_path(item.slide))
         if problem is not None:
@@ -371,7 +347,7 @@ def _encode_one(
     paths = {kind: find_cache(layout, kind, item.slide) for kind in item.identities}
     with (
         progress(total=len(item.spot_ids), description=item.slide, unit="spot", leave=False) as bar,
-        CacheWriters(paths, item.identities, item.spot_ids, item.centers) as writers,
+        CacheWriters(paths, item.identities, item.spot_ids, item.centers, locks) as writers,
     ):
         for spots in encode_slide(image, item.centers, encoder, encoding, num_workers=settings.num_workers):
             writers.put(spots)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from datasets.images.slides import Slide
@@ -14,10 +14,11 @@ Pixels = Slide | PatchSlide
 
 
 def opened_in_turn(
-    slides: Sequence[str], open_pixels: Callable[[str], Pixels], has_image: Callable[[str], bool]
+    slides: Iterable[str], open_pixels: Callable[[str], Pixels], has_image: Callable[[str], bool]
 ) -> Generator[Pixels, None, None]:
     """Yield what `open_pixels` opens, in the order of `slides`, each closed when the next one is asked for.
 
+    slides: of which one is asked for ahead of its turn.
     has_image: whether a slide may be opened ahead of its turn. One is, at most, and decoded if its pixels take no more
     than DECODED_AHEAD_BYTES.
     What opening or decoding raises is raised when the turn of that slide has come. Close the iterator when it is not
@@ -26,7 +27,10 @@ def opened_in_turn(
     ahead: Future[Pixels] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="slide-opener") as pool:
         try:
-            for slide, following in zip(slides, [*slides[1:], None]):
+            waiting = iter(slides)
+            following = next(waiting, None)
+            while following is not None:
+                slide, following = following, next(waiting, None)
                 pixels = open_pixels(slide) if ahead is None else ahead.result()
                 ahead = None
                 with pixels:

@@ -24,6 +24,7 @@ class CacheWriters:
 
     The end of the block does not wait for the disk, so that the next slide can begin meanwhile. Their locks are held until
     then; ValueError where another process makes one of them.
+    locks: of the caches, where they are held already (`locked`).
     paths, identities: per kind.  spot_ids (N,), centers (N, 2): the spots of the slide, in the order of the blocks.
     """
 
@@ -33,10 +34,11 @@ class CacheWriters:
         identities: Mapping[str, CacheIdentity],
         spot_ids: Sequence[str],
         centers: np.ndarray,
+        locks: ExitStack | None = None,
     ):
         self._queues: dict[str, queue.Queue] = {kind: queue.Queue(maxsize=_BLOCKS_AHEAD) for kind in paths}
         self._is_aborted = False
-        self._locks = _locked(paths.values())
+        self._locks = locked(paths.values()) if locks is None else locks
         self._pool = ThreadPoolExecutor(len(paths), thread_name_prefix="cache-writer")
         self._written: dict[str, Future] = {
             kind: self._pool.submit(
@@ -103,15 +105,22 @@ class CacheWriters:
 
 
 def check_nobody_makes(caches: Collection[Path]) -> None:
-    """Raise ValueError if another process makes one of the caches; remove what ended processes left half written there."""
+    """Raise ValueError if another process makes one of the caches."""
     for path in caches:
         check_free(*_lock_of(path))
+
+
+def sweep_folders(caches: Collection[Path]) -> None:
+    """Remove what ended processes left half written in the folders of caches."""
     for folder in sorted({path.parent for path in caches}):
         sweep(folder)
 
 
-def _locked(caches: Iterable[Path]) -> ExitStack:
-    """Take the locks of caches; what was left of them half written, by whatever process, is removed."""
+def locked(caches: Iterable[Path]) -> ExitStack:
+    """Take the locks of caches; what was left of them half written, by whatever process, is removed.
+
+    Raises Held, a ValueError, where another process makes one of them.
+    """
     with ExitStack() as locks:
         for path in caches:
             locks.enter_context(lock(*_lock_of(path)))

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -20,24 +21,20 @@ from datasets.batches import whole_batch
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.shares import share_of
-from modes.parallel.data import shared_step
 from modes.prediction.slide import tokens_of
-from modes.train import make_step, train
+from modes.train import TrainOptions, make_step, train
 from modes.training.compose import open_layout
 from modes.training.fold import new_model
 from modes.training.plan import find_folds
 from modes.training.run_data import RunData, open_run_data
 from modes.training.split import Split, prepare_split
-from models.table import find_model
 from tests.modes.test_train import TINY, fabricate, options, with_
 from tests.team import run_team
 from utils.config import Config, load_config
 from utils.parallel.team import ALONE, Team, opened_team
 
 CPU = torch.device("cpu")
-NO_DROPOUT = [
-    f"MODEL.{part}_dropout=0" for part in ("neighbor", "global", "fusion", "gene", "gene_mlp", "predictor")
-]
+NO_DROPOUT = [f"MODEL.{part}_dropout=0" for part in ("neighbor", "global", "fusion", "gene", "gene_mlp", "predictor")]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +52,8 @@ def config(data_dir, tmp_path_factory) -> Config:
     folder = tmp_path_factory.mktemp("parallel")
     (folder / "tiny.yaml").write_text(TINY)
     return load_config(
-        folder / "tiny.yaml", [f"DATA.data_dir={data_dir}", f"GENERAL.log_path={folder / 'logs'}", *NO_DROPOUT]
+        folder / "tiny.yaml",
+        [f"DATA.data_dir={data_dir}", f"GENERAL.log_path={folder / 'logs'}", *NO_DROPOUT, "TRAINING.epochs=3"],
     )
 
 
@@ -138,7 +136,7 @@ def steps(config, tmp_path_factory) -> tuple[dict[str, Step], list[dict[str, Ste
         return {name: one_step(run_data, split, case, team) for name, case in CASES.items()}
 
     def in_team(_rank: int) -> dict[str, Step]:
-        with opened_team(CPU) as team:
+        with opened_team("data", CPU) as team:
             return all_steps(team)
 
     ended = run_team(2, in_team, tmp_path_factory.mktemp("steps"))
@@ -170,3 +168,75 @@ def test_no_slide_is_encoded_twice_and_no_spot_left_out(steps):
     assert len(parts[0]["gene_dml"].encoded) == len(parts[1]["gene_dml"].encoded) == 2
     assert parts[0]["a process without spots"].sizes == [1, 0]
     assert len(parts[0]["one slide"].encoded) + len(parts[1]["one slide"].encoded) == 1
+
+
+def train_in_team(config: Config, run_options: TrainOptions, kill_at: tuple[int, int] | None = None):
+    """What each process does. kill_at: (rank, steps of the optimiser after which that process kills itself)."""
+
+    def work(rank: int) -> None:
+        steps = count()
+
+        def die(*_) -> None:
+            if kill_at is not None and rank == kill_at[0] and next(steps) == kill_at[1]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        register_optimizer_step_pre_hook(die)
+        with opened_team("folds" if run_options.shares_folds else "data", CPU) as team:
+            train(config, replace(run_options, team=team))
+
+    return work
+
+
+def metrics(run: Path, fold: int) -> str:
+    return (run / f"fold_{fold}" / "metrics.jsonl").read_text()
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text()) | {"run": ""}
+
+
+def weights(run: Path, fold: int) -> dict[str, Tensor]:
+    return torch.load(run / f"fold_{fold}" / "best.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def serial(config) -> Path:
+    return train(config, options(folds=[0, 1], run_name="serial"))
+
+
+def test_processes_that_share_folds_make_the_run_of_one(config, serial, tmp_path):
+    """They know nothing of each other; one is killed, and the rest is made by the same command again."""
+    run_options = options(folds=[0, 1], run_name="shared", shares_folds=True)
+    killed, left = run_team(2, train_in_team(config, run_options, kill_at=(0, 7)), tmp_path, with_torchrun=False)
+    assert (killed.status, left.status) == (-signal.SIGKILL, 0), left.output
+    run = serial.with_name("shared")
+    # Whoever is left has taken the other fold over, too, if that was free before it ended.
+    assert ("Still in work: Fold" in left.output) != (run / "summary.json").exists()
+    first, second = run_team(2, train_in_team(config, run_options), tmp_path, with_torchrun=False)
+    assert (first.status, second.status) == (0, 0), first.output + second.output
+    for fold in (0, 1):
+        assert metrics(run, fold) == metrics(serial, fold)
+        assert all(torch.equal(a, b) for a, b in zip(weights(run, fold).values(), weights(serial, fold).values()))
+    assert summary(run) == summary(serial)
+    assert not list(run.rglob("*.lock")) and len(json.loads((run / "versions.json").read_text())) >= 2
+
+
+def test_processes_that_share_batches_make_the_run_of_one(config, serial, tmp_path):
+    """Weights and scores after three epochs, undisturbed, and when one was killed in the middle and all were started again."""
+    run_options = options(folds=[0], run_name="data")
+    run = serial.with_name("data")
+    ended = run_team(2, train_in_team(config, run_options), tmp_path)
+    assert [one.status for one in ended] == [0, 0], ended[0].output + ended[1].output
+    for name, value in weights(serial, 0).items():
+        torch.testing.assert_close(weights(run, 0)[name], value, rtol=1e-5, atol=1e-5)
+    assert summary(run)["folds"][0]["pcc_all"] == pytest.approx(summary(serial)["folds"][0]["pcc_all"], abs=1e-4)
+
+    killed = replace(run_options, run_name="killed", resume=True)
+    writer, other = run_team(2, train_in_team(config, killed, kill_at=(0, 7)), tmp_path)
+    assert (writer.status, other.status) == (-signal.SIGKILL, 1)
+    assert "another process of this training has ended" in other.output
+    ended = run_team(2, train_in_team(config, killed), tmp_path)
+    assert [one.status for one in ended] == [0, 0], ended[0].output + ended[1].output
+    assert "goes on after epoch 1" in ended[0].output and ended[1].output.count("epoch") == 0
+    assert metrics(run, 0) == metrics(run.with_name("killed"), 0)
+    assert summary(run) == summary(run.with_name("killed"))

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import h5py
@@ -17,6 +19,7 @@ from PIL import Image
 
 from datasets.features.cache import read_features, read_identity
 from datasets.features.patch_encoder import BatchedPatchEncoder
+from datasets.features.places import find_cache
 from datasets.images.geometry import dihedral_view, neighbor_corners, neighbor_validity
 from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec
@@ -24,8 +27,11 @@ from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
 from models.patch_encoders.build import build_patch_encoder
 from preprocess.extract_features_uni import main
-from preprocess.extraction.extract import ExtractionSettings, choose_slides, extract
+from preprocess.extraction.extract import ExtractionSettings, extract
+from preprocess.extraction.pixels import choose_slides
+from preprocess.extraction.writers import locked
 from tests.caches import edited
+from tests.team import run_team
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64
@@ -401,3 +407,46 @@ def test_spots_that_do_not_belong_to_the_image_are_said_with_a_picture(data_dir,
     assert len(read_identity(layout.cache_path("patch", "B1")).image_size) == 2
     with h5py.File(layout.cache_path("patch", "B1")) as file:
         assert len(file["spot_id"]) == len(counted) - 1
+
+
+def test_processes_that_share_slides_make_the_caches_of_one(extracted, tiny_data, tmp_path):
+    """Each slide is made once, by whoever comes first, and what torchrun started needs no flag for it."""
+    folder = _copy(tiny_data, tmp_path, ("A1", "B1", "C1"))
+    ended = run_team(2, lambda _rank: _run(folder, "all", "--views", "2"), tmp_path)
+    assert [one.status for one in ended] == [0, 0], ended[0].output + ended[1].output
+    for slide in ("A1", "B1", "C1"):
+        made = [f"{slide}: target, neighbor, token of" in one.output for one in ended]
+        assert sum(made) == 1, slide
+    assert not [name for name in _caches(folder) if "/." in name]
+    for kind in ("target", "neighbor", "token"):
+        ours, theirs = (_layout(data).cache_path(kind, "A1") for data in (folder, extracted))
+        assert np.array_equal(read_features(ours), read_features(theirs))
+        assert read_identity(ours) == read_identity(theirs)
+
+
+def test_a_slide_that_another_process_makes_is_left_to_it(data_dir, capsys):
+    path = find_cache(_layout(data_dir), "target", "A1")
+
+    def hold(_rank: int) -> None:
+        with locked([path]):
+            (data_dir / "held").touch()
+            while not (data_dir / "done").exists():
+                time.sleep(0.01)
+
+    holder = threading.Thread(target=lambda: ended.extend(run_team(1, hold, data_dir)))
+    ended: list = []
+    holder.start()
+    while not (data_dir / "held").exists():
+        time.sleep(0.01)
+    try:
+        with pytest.raises(ValueError, match=r"A1.* is being made by process"):
+            _run(data_dir, "target")
+        capsys.readouterr()
+        _run(data_dir, "target", "--parallel")
+    finally:
+        (data_dir / "done").touch()
+        holder.join()
+    assert "A1: another process is at it." in capsys.readouterr().out
+    assert not path.exists() and find_cache(_layout(data_dir), "target", "B1").exists()
+    with pytest.raises(ValueError, match="--overwrite with --parallel"):
+        _run(data_dir, "target", "--parallel", "--overwrite")

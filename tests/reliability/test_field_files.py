@@ -19,7 +19,7 @@ from scipy import sparse
 from datasets.known_sets import SPECS, get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
-from preprocess.extraction.extract import choose_slides
+from preprocess.extraction.pixels import choose_slides
 from preprocess.prepare_hest import prepare_hest
 from preprocess.prepare_skinst import prepare_skinst
 from preprocess.prepare_visium import main as prepare_visium

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.devices import Precision, available_memory
+from utils.devices import Precision, available_memory, granted_cpus
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +82,34 @@ def test_available_memory_is_the_least_of_machine_and_control_groups(tmp_path, v
     assert available_memory(tmp_path) == 3_000_000, "the group above has a limit; files in memory are given up"
     _group(tmp_path / top / "job/step", "2500000", 3_000_000, 0, version)
     assert available_memory(tmp_path) == 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_granted_cpus_are_the_least_of_binding_and_control_groups(tmp_path, version):
+    """A job with two CPUs and a quota of one and a half below a node with a quota of 64; then without any quota."""
+    bound = len(os.sched_getaffinity(0))
+    line, top = (
+        ("0::/job/step", "sys/fs/cgroup") if version == 2 else ("4:cpu,cpuacct:/job/step", "sys/fs/cgroup/cpu,cpuacct")
+    )
+
+    def write(group: str, quota: int | None) -> None:
+        folder = tmp_path / top / group
+        folder.mkdir(parents=True, exist_ok=True)
+        if version == 2:
+            (folder / "cpu.max").write_text(f"{'max' if quota is None else quota} 100000\n")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(f"{-1 if quota is None else quota}\n")
+            (folder / "cpu.cfs_period_us").write_text("100000\n")
+
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"1:memory:/\n{line}\n")
+    write("", None)
+    write("job", 6_400_000)
+    write("job/step", 50_000)
+    assert granted_cpus(tmp_path) == 1
+    write("job/step", None)
+    assert granted_cpus(tmp_path) == min(bound, 64)
+    assert granted_cpus(tmp_path / "nothing") == bound
 
 
 def test_precision_of_the_cpu():

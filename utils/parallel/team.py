@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.cli import WRONG_USE, be_quiet, progress
+from utils.devices import device_from
 
 Found = TypeVar("Found")
 Item = TypeVar("Item")
@@ -136,23 +137,46 @@ ALONE = Team()
 
 
 @contextmanager
-def opened_team(device: torch.device) -> Iterator[Team]:
-    """Join the processes that torchrun started (nccl on GPUs, gloo elsewhere); all but the first are quiet.
+def opened_team(parallel: str | None, device: torch.device) -> Iterator[Team]:
+    """Join the processes that torchrun started if they share each batch (nccl on GPUs, gloo elsewhere).
 
-    Raises ValueError where torchrun did not start this process, ConnectionError if the others cannot be reached.
+    parallel: "data" for that; "folds", or None for one process alone.
+    Raises ValueError where torchrun did not start this process, or started several of which each would do the same;
+    ConnectionError if the others cannot be reached.
     """
+    place = place_of_this_process()
+    if parallel is None and place.size > 1:
+        raise ValueError(
+            f"torchrun started {place.size} processes, which would all train the same. Add --parallel folds (each takes "
+            "folds) or --parallel data (all share each batch of a fold)."
+        )
+    if parallel != "data":
+        yield ALONE
+        return
     if "RANK" not in os.environ:
         raise ValueError(
-            "--parallel data shares each batch among processes that torchrun starts: torchrun --nproc_per_node N main.py ... "
-            "Repeat the command so, or leave --parallel data out."
+            "--parallel data shares each batch among processes that torchrun starts. Repeat the command with torchrun "
+            "--nproc_per_node N in place of python, or leave --parallel data out."
         )
-    place = place_of_this_process()
     if place.rank > 0:
         be_quiet()
     with _exchange():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     yield Team(place.rank, place.size)
     dist.destroy_process_group()  # not after an error, when it would wait for whoever has left
+
+
+def own_device(gpu: int | None, device: str | None) -> torch.device | None:
+    """Give each process that torchrun started on a machine a GPU of its own; None where there is nothing to choose.
+
+    gpu, device: what the user asked for. Raises ValueError for a --gpu that all of them would take.
+    """
+    place = place_of_this_process()
+    if place.size == 1 or device not in (None, "cuda") or not torch.cuda.is_available():
+        return None
+    if gpu is not None:
+        raise ValueError(f"--gpu {gpu}: each of the processes that torchrun starts takes its own GPU; leave --gpu out.")
+    return device_from(place.local_rank % torch.cuda.device_count())
 
 
 class _RowsOfAll(torch.autograd.Function):
