@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from utils.cli import going_on_by, run, say
 from utils.config import LARGE, Config, config_label, load_config
+from utils.files import safe_name
 from utils.flags import CommandLine, Flag, parse_names, parse_numbers
 
 if TYPE_CHECKING:  # a mode imports what is heavy when it is asked for
@@ -282,9 +284,16 @@ def question_of(config: Config, arguments: argparse.Namespace) -> Question:
 
 
 def run_name_of(config: Config, arguments: argparse.Namespace) -> str:
-    """Return the name of the run folder."""
+    """Return the name of the run folder: a plain name, or of one of several seeds `NAME/seed_<s>`.
+
+    Raises ValueError for any other, and where there is no folder for it.
+    """
+    if not config.GENERAL.log_path.strip():
+        raise ValueError("GENERAL.log_path is empty: give the folder of the runs, e.g. --log_path logs.")
     default = f"exp_{config.GENERAL.exp_id}{'_all_patients' if arguments.all_patients else ''}"
-    return arguments.run_name or default
+    name = default if arguments.run_name is None else arguments.run_name
+    safe_name(re.sub(r"/seed_\d+\Z", "", name), "--run_name")
+    return name
 
 
 def device_of(arguments: argparse.Namespace) -> torch.device:

@@ -252,8 +252,7 @@ class Layout:
                 f"{f' and {len(strangers) - 5} more' if len(strangers) > 5 else ''}. Move them away, or describe your own "
                 f"data set in {self.spec_path}."
             )
-        for slide in found:
-            self.spec.patient_of(slide)
+        self.spec.check_slides(found, self.spec_path)
         usable = [slide for slide in found if not self.missing(slide)]
         if not usable:
             detail = f" For example {found[0]}: {'; '.join(self.missing(found[0]))}." if found else ""

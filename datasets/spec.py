@@ -8,20 +8,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from datasets.folds import LEAVE_ONE_PATIENT_OUT
-
-pass
-from datasets.folds import SCHEMES
+from datasets.folds import LEAVE_ONE_PATIENT_OUT, SCHEMES
 from utils.files import reading, safe_name, write_text
-from utils.text import brief, parse_yaml
+from utils.text import brief, parse_yaml, some
 
 SPEC_FILE = "dataset.yaml"
+OWN_PATIENT = r"^(.+)$"
 NOT_IN_FILE = ("name", "external", "prepared_by", "pitch_um")
 
 
@@ -31,7 +29,9 @@ class DatasetSpec:
 
     name:             its folder below data_dir and its `type` in the configuration.
     patients:         in the order that defines the folds; empty = those of the slides found, sorted.
-    patient_pattern:  regular expression whose first group, in a slide's name, is the patient.
+    patient_pattern:  regular expression whose first group, in a slide's name, is the patient; None = every slide is a patient
+                      of its own, unless patient_of_slide says whose some are: then it has to name all (but in an
+                      external set, which is not split).
     patient_of_slide: explicit slide -> patient, for names that no pattern explains; goes before the pattern.
     image_pattern:    glob below ST-imgs with {slide} and {patient}; exactly one image may match.
     slides:           those expected; empty = whatever is on disk.
@@ -49,7 +49,7 @@ class DatasetSpec:
 
     name: str
     patients: tuple[str, ...] = ()
-    patient_pattern: str = r"^(.+)$"
+    patient_pattern: str | None = None
     patient_of_slide: Mapping[str, str] = field(default_factory=dict)
     image_pattern: str = "{slide}.*"
     slides: tuple[str, ...] = ()
@@ -69,7 +69,12 @@ class DatasetSpec:
         """Find the patient a slide is of. Raises ValueError naming slide, data set and pattern."""
         if slide in self.patient_of_slide:
             return self.patient_of_slide[slide]
-        match = re.search(self.patient_pattern, slide)
+        if self.patient_pattern is None and self.patient_of_slide and not self.external:
+            raise ValueError(
+                f"Slide {slide!r} of {self.name} has no known patient: it is not in patient_of_slide, "
+                f"and {SPEC_FILE} has no patient_pattern. Write its line, or a pattern."
+            )
+        match = re.search(self.patient_pattern or OWN_PATIENT, slide)
         if match is None or not match.group(1):  # a group may be optional, or empty
             raise ValueError(
                 f"Slide {slide!r} of {self.name} has no known patient: its name does not match {self.patient_pattern!r}"
@@ -88,8 +93,33 @@ class DatasetSpec:
             return self.microns_per_pixel.get(slide, self.microns_per_pixel.get(self.patient_of(slide)))
         return self.microns_per_pixel
 
+    def check_slides(self, slides: Collection[str], source: Path) -> None:
+        """Raise ValueError for names in patient_of_slide that no slide bears: whoever it was written for is not where it says.
+
+        slides: those that there are.  source: the file to correct.
+        """
+        strangers = [name for name in self.patient_of_slide if name not in slides and name not in self.slides]
+        if strangers:
+            named = [f"{name!r}{_nearest(name, slides)}" for name in strangers]
+            raise ValueError(
+                f"{source}: patient_of_slide names what is no slide of {self.name}: {some(named)}. Correct these "
+                "names, or remove their lines."
+            )
+        for slide in sorted(slides):
+            self.patient_of(slide)
+
+    @property
+    def is_patient_of_its_own(self) -> bool:
+        """Whether every slide is taken as a patient, because nothing says whose they are."""
+        return self.patient_pattern is None and not self.patient_of_slide
+
     def _advice(self) -> str:
         return f"Move the slide out of the data folder, or describe your own data set in a {SPEC_FILE} beside ST-cnts."
+
+
+def _nearest(name: str, names: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def read_spec(path: str | Path, *, name: str, external: bool = False) -> DatasetSpec:

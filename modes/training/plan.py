@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from datasets.folds import Fold, available_folds, make_folds, with_validation
 from datasets.layout import Layout
-from datasets.spec import DatasetSpec
+from datasets.spec import SPEC_FILE, DatasetSpec
 from datasets.tables.gene_list import given_genes, note_on_given_genes
 from modes.training.compose import is_closed_form
 from utils.cli import say
@@ -59,6 +59,11 @@ def plan_folds(
     on_disk = sorted(set(patient_of_slide.values()))
     folds = make_folds(list(spec.patients) or on_disk, spec.fold_scheme, spec.num_folds, spec.fold_seed)
     available, notices = available_folds(folds, on_disk)
+    if spec.is_patient_of_its_own:
+        notices.append(
+            f"Nothing says whose slides those of {spec.name} are: each is taken as a patient of its own. Where two are of one "
+            f"patient, write patient_pattern or patient_of_slide into {SPEC_FILE}."
+        )
     return [_plan(config, fold, patient_of_slide) for fold in available], notices
 
 

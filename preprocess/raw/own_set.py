@@ -182,6 +182,8 @@ def _extended(before: DatasetSpec, own: OwnSet, sections: Sequence[Section]) -> 
         if section.patient is not None:
             patients[section.slide] = section.patient
     slides = () if own.is_external else tuple(sorted({*before.slides, *(section.slide for section in sections)}))
+    if patients and before.patient_pattern is None:  # whoever names some has to name all
+        patients = {slide: slide for slide in slides} | patients
     return dataclasses.replace(
         before,
         patient_of_slide=dict(sorted(patients.items())),

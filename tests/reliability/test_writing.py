@@ -125,7 +125,7 @@ def test_no_mode_computes_what_it_cannot_write(tiny_run, tmp_path):
     refused(predict(tiny_run, "/proc/x.h5ad"), "/proc/x.h5ad cannot be written")
     refused(predict(tiny_run, tmp_path / f"{'n' * 250}.h5ad"), "its name is too long")
     refused(train(tiny_run, tmp_path / "blocker"), "config.yaml cannot be written: ", "blocker is a file")
-    refused(train(tiny_run, tmp_path / "logs", "--run_name", "n" * 300), "its name is too long")
+    refused(train(tiny_run, tmp_path / "logs", "--run_name", "n" * 300), "--run_name", "is not a plain name")
     assert not (tmp_path / "logs").exists()
     left = call_main("--mode", "compare", "--runs", tiny_run.path, tiny_run.path, "--out", tmp_path / "blocker")
     refused(left, "comparison.html cannot be written: ", "blocker is a file")
