@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets.known_sets import get_spec
+from datasets.layout import Layout
+
 CONFIG = """
 DATA: {type: demo, patch_size: 64, num_neighbors: 3, num_genes: 24, encoder: efficientnet-lite0}
 MODEL:
@@ -60,3 +63,16 @@ def tiny_run(tiny_data, tmp_path_factory) -> TinyRun:
         with_report=False,
     )
     return TinyRun(train(config, options), data_dir, str(config_file))
+
+
+@pytest.fixture(scope="session")
+def fabricated_data(tiny_data, tmp_path_factory) -> Path:
+    """A copy of `tiny_data` with fabricated features. Read only."""
+    from tests.fabricated_run import fabricate
+
+    folder = tmp_path_factory.mktemp("fabricated") / "data"
+    shutil.copytree(tiny_data, folder)
+    layout = Layout(folder, get_spec("demo", folder), patch_size=64, num_neighbors=3)
+    for slide in layout.slides_on_disk():
+        fabricate(layout, slide)
+    return folder

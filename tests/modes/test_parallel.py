@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from datasets.batches import whole_batch
-from datasets.known_sets import get_spec
-from datasets.layout import Layout
 from datasets.shares import share_of
 from modes.prediction.slide import tokens_of
 from modes.train import TrainOptions, make_step, train
@@ -28,7 +25,7 @@ from modes.training.fold import new_model
 from modes.training.plan import find_folds
 from modes.training.run_data import RunData, open_run_data
 from modes.training.split import Split, prepare_split
-from tests.modes.test_train import TINY, fabricate, options, with_
+from tests.fabricated_run import TINY, options, with_
 from tests.team import run_team
 from utils.config import Config, load_config
 from utils.parallel.team import ALONE, Team, opened_team
@@ -38,22 +35,12 @@ NO_DROPOUT = [f"MODEL.{part}_dropout=0" for part in ("neighbor", "global", "fusi
 
 
 @pytest.fixture(scope="module")
-def data_dir(tiny_data, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fabricated") / "data"
-    shutil.copytree(tiny_data, folder)
-    layout = Layout(folder, get_spec("demo", folder), patch_size=64, num_neighbors=3)
-    for slide in layout.slides_on_disk():
-        fabricate(layout, slide)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def config(data_dir, tmp_path_factory) -> Config:
+def config(fabricated_data, tmp_path_factory) -> Config:
     folder = tmp_path_factory.mktemp("parallel")
     (folder / "tiny.yaml").write_text(TINY)
     return load_config(
         folder / "tiny.yaml",
-        [f"DATA.data_dir={data_dir}", f"GENERAL.log_path={folder / 'logs'}", *NO_DROPOUT, "TRAINING.epochs=3"],
+        [f"DATA.data_dir={fabricated_data}", f"GENERAL.log_path={folder / 'logs'}", *NO_DROPOUT, "TRAINING.epochs=3"],
     )
 
 

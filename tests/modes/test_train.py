@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,85 +19,21 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import main
-from datasets.features.cache import write_cache
-from datasets.features.identity import CacheIdentity
-from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.tables.slide_table import load_slide
-from modes.train import TrainOptions, train
+from modes.train import train
+from tests.fabricated_run import TINY, options, with_
 from utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-DIM, TOKENS, VIEWS = 16, 5, 2
-TINY = """
-DATA: {type: demo, patch_size: 64, num_neighbors: 3, num_genes: 16, encoder: uni}
-MODEL:
-  {projection_dim: 16, neighbor_depth: 1, neighbor_mlp_ratio: 1, global_depth: 2, global_mlp_ratio: 1, fusion_mlp_dim: 16,
-   gene_mlp_dim: 16, predictor_dim: 16}
-LOSS: {k: 4, use_kmeans: true}
-TRAINING: {batch_size: 32, epochs: 4, learning_rate: 1.0e-3}
-"""
-
-
-def fabricate(layout: Layout, slide: str) -> None:
-    """Features that carry some of the expression, so that there is something to learn; fast, no encoder."""
-    table = load_slide(layout, slide)
-    random = np.random.default_rng(sum(map(ord, slide)))
-    signal_ = np.log1p(table.X.toarray()[:, :DIM]).astype(np.float32)
-    target = signal_ + random.normal(0, 0.3, signal_.shape).astype(np.float32)
-    neighbor = target[:, None] + random.normal(0, 0.3, (len(target), 9, DIM)).astype(np.float32)
-    token = target[:, None, None] + random.normal(0, 0.3, (len(target), VIEWS, TOKENS, DIM)).astype(np.float32)
-    with open_slide(layout.image_path(slide)) as image:
-        size, fingerprint = image.size, image.fingerprint()
-    for kind, values in (("target", target), ("neighbor", neighbor), ("token", token)):
-        identity = CacheIdentity(
-            kind=kind,
-            encoder="uni",
-            encoder_sha256="fabricated",
-            image_size=size,
-            image_fingerprint=fingerprint,
-            patch_size=64,
-            microns_per_pixel=None,
-            num_neighbors=3,
-            views=VIEWS if kind == "token" else 1,
-            dtype="float32",
-        )
-        write_cache(layout.cache_path(kind, slide), identity, list(table.obs_names), table.obsm["center"], [values])
-
-
-@pytest.fixture(scope="module")
-def data_dir(tiny_data, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("fabricated") / "data"
-    shutil.copytree(tiny_data, folder)
-    layout = Layout(folder, get_spec("demo", folder), patch_size=64, num_neighbors=3)
-    for slide in layout.slides_on_disk():
-        fabricate(layout, slide)
-    return folder
 
 
 @pytest.fixture
-def config(data_dir, tmp_path):
+def config(fabricated_data, tmp_path):
     (tmp_path / "tiny.yaml").write_text(TINY)
-    return load_config(tmp_path / "tiny.yaml", [f"DATA.data_dir={data_dir}", f"GENERAL.log_path={tmp_path / 'logs'}"])
-
-
-def options(**changes) -> TrainOptions:
-    base = TrainOptions(
-        config_name="tiny",
-        run_name="run",
-        device=torch.device("cpu"),
-        folds=None,
-        resume=False,
-        checkpoint_seconds=0.0,
-        with_report=False,
+    return load_config(
+        tmp_path / "tiny.yaml", [f"DATA.data_dir={fabricated_data}", f"GENERAL.log_path={tmp_path / 'logs'}"]
     )
-    return replace(base, **changes)
-
-
-def with_(config, **sections):
-    """The configuration with changed keys: with_(config, LOSS={"k": 3})."""
-    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
 
 
 def log(run: Path, fold: int) -> str:
@@ -218,10 +153,10 @@ def test_killed_at_any_moment_a_run_ends_like_an_undisturbed_one(config, tmp_pat
     assert not list((log_dir / "killed").rglob(".*.pt")), "a killed save leaves no temporary file behind in the end"
 
 
-def test_in_the_clean_protocol_the_test_patient_changes_nothing(config, data_dir, tmp_path):
+def test_in_the_clean_protocol_the_test_patient_changes_nothing(config, fabricated_data, tmp_path):
     """Other counts for the test patient: same weights, same predictions, same panel and lists; other scores."""
     changed = tmp_path / "changed"
-    shutil.copytree(data_dir, changed)
+    shutil.copytree(fabricated_data, changed)
     layout = Layout(changed, get_spec("demo", changed), patch_size=64, num_neighbors=3)
     for slide in ("B1", "B2"):
         path = layout.counts_path(slide)
@@ -244,10 +179,10 @@ def test_in_the_clean_protocol_the_test_patient_changes_nothing(config, data_dir
         assert not np.array_equal(one.layers["measured"], two.layers["measured"])
 
 
-def test_in_the_clean_protocol_the_genes_of_the_test_patient_change_nothing(config, data_dir, tmp_path):
+def test_in_the_clean_protocol_the_genes_of_the_test_patient_change_nothing(config, fabricated_data, tmp_path):
     """Count tables of ST leave out genes without counts: a gene that only the test patient lacks stays in the panel."""
     changed = tmp_path / "changed"
-    shutil.copytree(data_dir, changed)
+    shutil.copytree(fabricated_data, changed)
     layout = Layout(changed, get_spec("demo", changed), patch_size=64, num_neighbors=3)
     config = with_(config, DATA={"num_genes": 20}, TRAINING={"epochs": 1})
     first = train(config, options(folds=[1]))
@@ -330,10 +265,10 @@ def test_an_existing_run_is_neither_overwritten_nor_mixed(config):
         train(with_(config, LOSS={"k": 3}), options(folds=[0], resume=True))
 
 
-def test_two_patients_train_a_fixed_number_of_epochs_and_say_so(config, data_dir, tmp_path, capsys):
+def test_two_patients_train_a_fixed_number_of_epochs_and_say_so(config, fabricated_data, tmp_path, capsys):
     """As with the real sections at hand: no patient can be held out inside a fold."""
     few = tmp_path / "few"
-    shutil.copytree(data_dir, few)
+    shutil.copytree(fabricated_data, few)
     for path in [*few.glob("demo/ST-cnts/[CD]*"), *few.glob("demo/ST-spotfiles/[CD]*")]:
         path.unlink()
     run = train(with_(config, DATA={"data_dir": str(few)}), options())
