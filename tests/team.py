@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-LONGEST = 120.0  # seconds
+LONGEST = 300.0  # seconds
 
 
 @dataclass(frozen=True)

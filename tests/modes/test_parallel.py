@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,9 +30,11 @@ from modes.training.run_data import RunData, open_run_data
 from modes.training.split import Split, prepare_split
 from tests.fabricated_run import TINY, options, with_
 from tests.team import run_team
+from utils.checkpoint import load_checkpoint
 from utils.config import Config, load_config
 from utils.parallel.team import ALONE, Team, opened_team
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 NO_DROPOUT = [f"MODEL.{part}_dropout=0" for part in ("neighbor", "global", "fusion", "gene", "gene_mlp", "predictor")]
 
@@ -227,3 +232,32 @@ def test_processes_that_share_batches_make_the_run_of_one(config, serial, tmp_pa
     assert "goes on after epoch 1" in ended[0].output and ended[1].output.count("epoch") == 0
     assert metrics(run, 0) == metrics(run.with_name("killed"), 0)
     assert summary(run) == summary(run.with_name("killed"))
+
+
+def test_a_signal_to_torchrun_ends_all_processes_in_order(config, tmp_path):
+    """SIGUSR1 in the middle of an epoch: the epochs before are saved, nothing half written or locked is left, one has spoken."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "--signals-to-handle", "SIGTERM,SIGUSR1", "main.py", "--config_name", str(tmp_path / "tiny.yaml"), "--mode", "train",
+        "--parallel", "data", "--device", "cpu", "--epochs", "5000", "--fixed_epochs", "5000", "--checkpoint_seconds", "0",
+        "--data_dir", config.DATA.data_dir, "--log_path", str(tmp_path), "--run_name", "run", "--fold", "0",
+    ]  # fmt: skip
+    run, log = tmp_path / "tiny" / "run", tmp_path / "log"
+    with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "fold_0" / "last.pt").exists():
+            assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=60) != 0
+    last = load_checkpoint(run / "fold_0" / "last.pt")
+    assert last.epoch >= 1 and len(metrics(run, 0).splitlines()) >= last.epoch
+    said = log.read_text()
+    assert (
+        said.count("Run folder:") == 1
+        and "goes on after epoch" in said
+        and "Traceback (most" not in said.split("Run")[0]
+    )
+    left = [path.name for path in run.rglob(".*") if not path.name.endswith(".lock")]
+    assert left == []
