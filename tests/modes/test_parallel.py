@@ -235,7 +235,7 @@ def test_processes_that_share_batches_make_the_run_of_one(config, serial, tmp_pa
 
 
 def test_a_signal_to_torchrun_ends_all_processes_in_order(config, tmp_path):
-    """SIGUSR1 in the middle of an epoch: the epochs before are saved, nothing half written or locked is left, one has spoken."""
+    """SIGUSR1 in the middle of an epoch: the epochs before are saved, nothing is left half written or locked, one speaks."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -254,10 +254,6 @@ def test_a_signal_to_torchrun_ends_all_processes_in_order(config, tmp_path):
     last = load_checkpoint(run / "fold_0" / "last.pt")
     assert last.epoch >= 1 and len(metrics(run, 0).splitlines()) >= last.epoch
     said = log.read_text()
-    assert (
-        said.count("Run folder:") == 1
-        and "goes on after epoch" in said
-        and "Traceback (most" not in said.split("Run")[0]
-    )
-    left = [path.name for path in run.rglob(".*") if not path.name.endswith(".lock")]
-    assert left == []
+    assert said.count("Run folder:") == 1 and said.count("goes on after epoch") == 1
+    assert "interrupted: finished work is kept; repeat it with --resume." in said
+    assert list(run.rglob(".*")) == []
