@@ -83,7 +83,7 @@ RUN = (
     Flag("device", ON_DEVICE, "any PyTorch device, e.g. cpu"),
     Flag("num_workers", CONFIG, "threads that read tokens", "DATA.num_workers", int),
     Flag("checkpoint_seconds", ("train",), "least time between two checkpoints (default: 60)", kind=float),
-    Flag("no_report", ("train", "test"), "write the tables, not the figures and report.html", kind=bool),
+    Flag("no_report", ("train", "test"), "write the tables, no figures and no pages", kind=bool),
     Flag("model_path", (*OF_TRAINED, "doctor", "import_reference"), "run folder, fold folder or checkpoint",
          nargs="+", metavar="RUN", needed_by=(*OF_TRAINED, "import_reference"),
          instead={"train": "goes on with a run by --resume", "compare": "takes --runs"}),

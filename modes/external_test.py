@@ -26,6 +26,7 @@ from evaluation.external import (
     summary_table,
     write_external,
 )
+from evaluation.report.explorer import write_explorer
 from evaluation.slide_result import MEAN
 from modes.prediction.encode import Chunk, bare_chunks, encoded_chunks, plan_for, whole_slide
 from modes.prediction.ensemble import (
@@ -80,6 +81,8 @@ def external_test(
     peak = peak_memory()
     summary, tables = external_summary(predictors, about(test, [*notes, *list_notes], peak))
     write_external(folder, summary, tables)
+    predictions = [folder / "predictions" / f"{record.name}.h5ad" for record in test.store.slides]
+    write_explorer(folder / "explorer.html", predictions, title=f"Genes of {layout.name}")
     say(summary_table(summary).to_text())
     for note in summary["notes"][len(notes) :]:
         say(f"Note: {note}")

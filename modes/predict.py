@@ -128,12 +128,13 @@ def predict(
             "spots": spots.note,
         },
     )
-    maps = draw_maps(out, options.genes)
+    maps, explorer = draw_maps(out, options.genes), write_explorer_of(out, options.genes)
     if options.geojson is not None:
         say(f"For QuPath: {write_geojson(out, options.geojson, options.genes)}")
     say(
         f"{out}: {len(spots.table)} spots x {len(genes)} genes, {UNIT}; {describe_members(members)}. "
         + (f"Maps: {', '.join(path.name for path in maps)}. " if maps else "")
+        + f"All genes: {explorer.name}. "
         + describe_peak(peak_memory())
     )
     return out
@@ -259,6 +260,13 @@ def draw_maps(out: Path, genes: Sequence[str]) -> list[Path]:
         figure = predicted_map(tissue, gene, predicted=np.asarray(adata[:, gene].X).ravel(), unit=UNIT)
         paths.append(save_figure(figure, out.with_name(f"{out.stem}_{gene.replace('/', '-')}"))[0])
     return paths
+
+
+def write_explorer_of(out: Path, genes: Sequence[str]) -> Path:
+    """Write the page that shows every gene of the file; `genes` are on it however large the slide is."""
+    from evaluation.report.explorer import write_explorer  # what is refused before needs no Bokeh
+
+    return write_explorer(out.with_name(f"{out.stem}_explorer.html"), [out], title=f"Genes of {out.stem}", genes=genes)
 
 
 def write_geojson(out: Path, path: str | Path, genes: Sequence[str]) -> Path:

@@ -36,7 +36,7 @@ def test(
     fold and the summary of the run stay as they are. A fold whose training has not ended is refused.
     Of several runs (or of a run over several seeds) the mean of the predictions is tested, see `test_together`.
     data_type: DATA.type of the configuration given on the command line, if any; must be the checkpoint's.
-    with_report: figures and report.html of the run folder; the tables are written in any case.
+    with_report: figures, report.html and explorer.html of the run folder; the tables are written in any case.
     """
     checkpoints, notes = checkpoints_of_runs(model_path, fold)
     is_official = all(result_folder(checkpoint) == checkpoint.parent for checkpoint in checkpoints)

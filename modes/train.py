@@ -61,7 +61,7 @@ class TrainOptions:
     folds: Sequence[int] | None
     resume: bool
     checkpoint_seconds: float
-    with_report: bool = True  # figures and report.html; the tables are written in any case
+    with_report: bool = True  # figures, report.html, explorer.html; the tables are written in any case
     all_patients: bool = False  # one model on every patient in place of the folds
     epochs_from: str | None = None  # the cross-validation whose epochs and scores it takes over
     team: Team = ALONE  # the processes that share each batch

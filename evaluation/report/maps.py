@@ -95,6 +95,23 @@ def _window(tissue: Tissue) -> tuple[float, float, float, float]:
     return low[0], high[0], low[1], high[1]
 
 
+def visible_part(tissue: Tissue) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
+    """Cut out what is seen of the image, which may be much larger than the part that holds the spots.
+
+    returns: the pixels (H, W, 3), and their left, right, bottom, top in full-resolution pixels; None where there is no image.
+    """
+    if tissue.image is None:
+        return None
+    left, right, top, bottom = _window(tissue)
+    scale, (height, width) = tissue.image_scale, tissue.image.shape[:2]
+    first_x, first_y = max(0, math.floor(left * scale)), max(0, math.floor(top * scale))
+    last_x, last_y = min(width, math.ceil(right * scale)), min(height, math.ceil(bottom * scale))
+    if first_x >= last_x or first_y >= last_y:
+        return None
+    extent = (first_x / scale, last_x / scale, last_y / scale, first_y / scale)
+    return tissue.image[first_y:last_y, first_x:last_x], extent
+
+
 def _panels(tissue: Tissue, count: int) -> tuple[Figure, list[Axes]]:
     if len(tissue.spatial_px) == 0:
         raise ValueError(f"slide {tissue.slide} has no spots: there is nothing to draw")
@@ -107,15 +124,8 @@ def _panels(tissue: Tissue, count: int) -> tuple[Figure, list[Axes]]:
 
 def _draw_tissue(axes: Axes, tissue: Tissue, *, strength: float) -> None:
     left, right, top, bottom = _window(tissue)
-    if tissue.image is not None:
-        # Only what is seen is resampled: the slide may be much larger than the part that holds the spots.
-        scale, (height, width) = tissue.image_scale, tissue.image.shape[:2]
-        first_x, first_y = max(0, math.floor(left * scale)), max(0, math.floor(top * scale))
-        last_x, last_y = min(width, math.ceil(right * scale)), min(height, math.ceil(bottom * scale))
-        if first_x < last_x and first_y < last_y:
-            part = tissue.image[first_y:last_y, first_x:last_x]
-            extent = (first_x / scale, last_x / scale, last_y / scale, first_y / scale)
-            axes.imshow(part, extent=extent, alpha=strength, interpolation="antialiased", zorder=0)
+    if (part := visible_part(tissue)) is not None:
+        axes.imshow(part[0], extent=part[1], alpha=strength, interpolation="antialiased", zorder=0)
     axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
     for spine in axes.spines.values():
         spine.set_visible(False)

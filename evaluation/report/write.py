@@ -136,7 +136,7 @@ def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int =
         title=f"Gene-DML: {summary['run']}",
         lead=f"{description[0].upper()}{description[1:]}.",
         sections=sections,
-        footer="Made from the files of the run folder; the figures are there as PNG and SVG.",
+        footer="Made from the files of the run folder; the figures are there as PNG and SVG, every gene in explorer.html.",
     )
     return write_text(run_dir / "report.html", page)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from evaluation.fold_files import find_folds
 from evaluation.held_out import measure_held_out, write_held_out
+from evaluation.report.explorer import write_explorer
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
 from utils.checkpoint import is_complete
@@ -13,7 +15,7 @@ from utils.files import reading
 
 
 def finish_run(run_dir: Path, with_report: bool = True) -> str:
-    """Write held_out.json, summary.json, summary.md and report.html over the complete folds.
+    """Write held_out.json, summary.json, summary.md, report.html and explorer.html over the complete folds.
 
     Returns the table for the terminal.
     """
@@ -24,6 +26,10 @@ def finish_run(run_dir: Path, with_report: bool = True) -> str:
     write_summary(run_dir, summary)
     if with_report:
         write_report(run_dir)
+        folds, _ = find_folds(run_dir)
+        predictions = sorted((path for fold in folds for path in fold.glob("predictions/*.h5ad")), key=lambda p: p.name)
+        if predictions:
+            write_explorer(run_dir / "explorer.html", predictions, title=f"Genes of {summary['run']}")
     return format_table(summary)
 
 
