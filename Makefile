@@ -1,22 +1,28 @@
 # make demo: from nothing to a cross-validated Gene-DML with its report.   make test: all tests.
 BASE_PYTHON := $(shell command -v python3.11 || command -v python3)
 PYTHON := .venv/bin/python
+PIP := $(PYTHON) -m pip install --disable-pip-version-check --progress-bar off --quiet -c requirements.lock
+# Of a build of PyTorch other than the default, e.g. the one for CPUs: make setup TORCH_INDEX=URL
+TORCH_INDEX :=
+TOO_OLD := Gene-DML needs Python 3.11 or newer, and $(BASE_PYTHON) is %d.%d: name another, as in make setup BASE_PYTHON=python3.11
 DEMO := demo
 SOURCES := main.py engine.py modes models datasets evaluation preprocess utils
 
-.PHONY: setup setup-dev demo test soak lint format bench clean
+.PHONY: setup setup-dev demo test soak lint format docs bench clean
 
 setup: .venv/installed
 
 setup-dev: .venv/installed-dev
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements.lock
+	@$(BASE_PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit("$(TOO_OLD)" % v if v < (3, 11) else 0)'
 	$(BASE_PYTHON) -m venv .venv
-	$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off --quiet -r requirements.txt
+	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) torch torchvision)
+	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
-	$(PYTHON) -m pip install --disable-pip-version-check --progress-bar off --quiet -r requirements-dev.txt
+.venv/installed-dev: .venv/installed requirements-dev.txt requirements.lock
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 demo: setup
@@ -46,9 +52,13 @@ format: setup-dev
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
+# The pages and a reference as a site: site/index.html.
+docs: setup-dev
+	$(PYTHON) -m mkdocs build --strict --quiet
+
 bench: setup
 	for script in benchmarks/bench_*.py; do $(PYTHON) $$script || exit 1; done
 	$(PYTHON) benchmarks/table.py
 
 clean:
-	rm -rf $(DEMO) .pytest_cache .ruff_cache
+	rm -rf $(DEMO) site .pytest_cache .ruff_cache
