@@ -245,12 +245,15 @@ def test_a_signal_to_torchrun_ends_all_processes_in_order(config, tmp_path):
     ]  # fmt: skip
     run, log = tmp_path / "tiny" / "run", tmp_path / "log"
     with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
-        deadline = time.monotonic() + 120
-        while not (run / "fold_0" / "last.pt").exists():
-            assert time.monotonic() < deadline and process.poll() is None, log.read_text()
-            time.sleep(0.02)
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=60) != 0
+        try:
+            deadline = time.monotonic() + 300
+            while not (run / "fold_0" / "last.pt").exists():
+                assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+                time.sleep(0.02)
+            process.send_signal(signal.SIGUSR1)
+            assert process.wait(timeout=180) != 0
+        finally:
+            process.terminate()  # and with it whatever it has started
     last = load_checkpoint(run / "fold_0" / "last.pt")
     assert last.epoch >= 1 and len(metrics(run, 0).splitlines()) >= last.epoch
     said = log.read_text()
