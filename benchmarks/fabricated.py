@@ -87,7 +87,7 @@ def write_features(layout: Layout, slide: str, kinds: Sequence[str], sizes: Size
             encoder=ENCODER if kind != "patch" else "none",
             encoder_sha256="fabricated" if kind != "patch" else "none",
             image_size=image_size,
-            image_fingerprint="fabricated",
+            image_fingerprint=f"fabricated {slide}",
             patch_size=layout.patch_size,
             microns_per_pixel=None,
             num_neighbors=sizes.neighbors,

@@ -10,6 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 from xxhash import xxh3_64
 
+from datasets.features.identity import UNKNOWN
 from datasets.spots import SlideRecord, SpotStore
 
 COUNTS, SPOTS, FEATURES = "counts", "spots", "features"
@@ -40,6 +41,33 @@ def changed_slides(
         if changed := [part for part in known if before[slide][part] != now[slide][part]]:
             sentences.append(f"slide {slide}: other {' and '.join(changed)} than then")
     return sentences
+
+
+def check_told_apart(records: Sequence[SlideRecord], digests: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise ValueError that names slides of different patients with one image or the same counts: a patient on both sides.
+
+    digests: of these slides, as `digests_of`.
+    """
+    first: dict[tuple[str, str], SlideRecord] = {}
+    problems = []
+    for record in records:
+        known = {"image": record.fingerprint}
+        if record.table.X.sum():  # nothing is the same nothing everywhere
+            known["counts"] = digests[record.name][COUNTS]
+        for what, digest in known.items():
+            if not digest or digest == UNKNOWN:
+                continue
+            other = first.setdefault((what, digest), record)
+            if other.patient != record.patient:
+                problems.append(
+                    f"slides {other.name} (patient {other.patient}) and {record.name} (patient {record.patient}) have the same "
+                    f"{what}"
+                )
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}. A split by patient would train on what it tests. Remove the copies, or correct the "
+            "patients in dataset.yaml."
+        )
 
 
 def _counts(table: AnnData) -> str:

@@ -29,6 +29,7 @@ class SlideRecord:
     image_size: tuple[int, int]  # width, height in px at level 0
     image: Path | None = None  # where only features are at hand
     covered_px: int | None = None  # level-0 px that a patch covers; None: the patch size
+    fingerprint: str | None = None  # of the image, as far as it is known
 
     @property
     def name(self) -> str:

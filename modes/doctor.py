@@ -1,4 +1,4 @@
-"""--mode doctor: everything that can be known in seconds about a run that has not been started, with remedies."""
+"""--mode doctor: everything that can be known about a run before its first step, with remedies."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from models.patch_encoders.build import PatchEncoderSpec
 from modes.checks.checkpoint import check_checkpoints, check_fields_of_view, check_shared_tissue
 from modes.checks.data import check_features, check_panel, check_slides, read_tables
 from modes.checks.findings import PROBLEM, WARNING, Findings
+from modes.checks.left_over import check_left_over
 from modes.checks.machine import check_device, check_memory, check_patch_encoder_files, check_token_cache
+from modes.checks.rehearsal import rehearse
 from modes.checks.tissue import check_spots_on_images
+from modes.parallel.folds import check_nobody_works_on
 from modes.prediction.model import needs_of
 from modes.training.compose import open_layout
 from modes.training.memory import demand, tokens_of_spot
@@ -73,10 +76,14 @@ def examine(config: Config, question: Question) -> Findings:
         check_shared_tissue(config, layout, slides, findings)
         check_fields_of_view(layout, slides, findings)
     spec = check_patch_encoder_files(config, layout, slides, have_features, findings)
-    if records and question.test_name is None and question.model_path is None:
-        _check_training(config, question, layout, slides, records, findings)
+    is_training = question.test_name is None and question.model_path is None
+    folds = _check_training(config, question, layout, slides, records, findings) if records and is_training else None
     if records and spec is not None:
         _check_sizes(config, layout, records, spec, device, findings)
+    check_left_over(layout, question.run_dir if is_training else None, findings)
+    if folds and device is not None and not findings.count(PROBLEM):
+        precision = Precision(config.TRAINING.precision, device)
+        rehearse(config, question.config_name, question.run_dir, layout, slides, folds, precision, findings)
     if question.model_path is not None:
         check_checkpoints(question.model_path, question.fold, config, layout, slides, findings)
     return findings
@@ -89,12 +96,15 @@ def _check_training(
     slides: Sequence[str],
     records: Sequence[SlideRecord],
     findings: Findings,
-) -> None:
-    """Genes, folds, and clusters against the batches of each fold; records: of those slides whose tables fit."""
-    check_panel(config, layout, [record.name for record in records], findings)
+) -> list[SplitRecord] | None:
+    """Genes, folds, and clusters against the batches of each; records: of those slides whose tables fit; gives the folds."""
+    check_panel(config, layout, records, findings)
     folds = findings.attempt("folds", lambda: _folds(config, layout, slides, question.fold, findings))
+    if folds:
+        findings.attempt("run", lambda: check_nobody_works_on(question.run_dir, folds))
     if folds and len(records) == len(slides):
         findings.attempt("clusters", lambda: check_clusters(config, records, folds))
+    return folds
 
 
 def _check_sizes(
@@ -126,7 +136,7 @@ def _check_sizes(
 def _folds(
     config: Config, layout: Layout, slides: Sequence[str], wanted: int | None, findings: Findings
 ) -> list[SplitRecord]:
-    """The folds that can be run, said with their patients."""
+    """The folds that can be run, said with their patients; of these the one that is wanted, or all."""
     folds, notices = plan_folds(config, layout.spec, {slide: layout.spec.patient_of(slide) for slide in slides})
     for notice in notices:
         findings.warning("folds", notice)
@@ -141,4 +151,4 @@ def _folds(
             f"{config.TRAINING.epochs} epochs are trained. Choose a number with --fixed_epochs N.",
         )
     findings.ok("folds", f"{len(folds)} can be run: {names}.")
-    return folds
+    return [fold for fold in folds if wanted in (None, fold.fold)]

@@ -37,12 +37,13 @@ class Seen:
     """What the features of a slide were made of.
 
     image: where it is at hand.  image_size: (width, height) px.  covered_px: level-0 px that a patch covers, None for the
-    patch size.
+    patch size.  fingerprint: of the image.
     """
 
     image: Path | None
     image_size: tuple[int, int]
-    covered_px: int | None = None
+    covered_px: int | None
+    fingerprint: str
 
 
 class FeatureReader:
@@ -72,7 +73,7 @@ class FeatureReader:
             except (ValueError, FileNotFoundError) as error:
                 problems.append(str(error))
                 continue
-            records.append(SlideRecord(table, start, start + table.n_obs, seen.image_size, seen.image, seen.covered_px))
+            records.append(SlideRecord(table, start, start + table.n_obs, **vars(seen)))
             start += table.n_obs
         if problems:
             raise ValueError(_joined(problems))
@@ -96,10 +97,10 @@ class FeatureReader:
             else:
                 raise FileNotFoundError(self._missing(kind, slide, path))
         if identity is not None:
-            seen = Seen(image, identity.image_size, identity.covered_px)
+            seen = Seen(image, identity.image_size, identity.covered_px, identity.image_fingerprint)
         else:  # published features do not tell it
             with open_slide(image or self.layout.image_path(slide)) as opened:
-                seen = Seen(image, opened.size)
+                seen = Seen(image, opened.size, None, opened.fingerprint())
         check_inside(table, seen.image_size, image or "its image")
         return seen
 

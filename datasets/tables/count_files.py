@@ -83,13 +83,6 @@ def parquet_genes(path: Path) -> list[str]:
     return [name for name in schema.names if name not in index]
 
 
-def parquet_spots(path: Path) -> list[str]:
-    """Read the column of spot ids alone; none where there is no such column."""
-    file = pa.parquet.ParquetFile(path, page_checksum_verification=True)
-    index = _index_columns(file.schema_arrow)
-    return [str(name) for name in file.read(columns=index[:1]).column(0).to_pylist()] if index else []
-
-
 def _index_columns(schema: pa.Schema) -> list[str]:
     """Columns that hold the spot ids: the index of pandas, or, without one, the first column of text."""
     listed = (schema.pandas_metadata or {}).get("index_columns", [])
@@ -120,13 +113,6 @@ def text_genes(path: Path) -> list[str]:
     """Read the names of the genes from the first line."""
     header, first_row = first_lines(path, 2)
     return _columns(path, header, first_row)[1:]
-
-
-def text_spots(path: Path) -> list[str]:
-    """Read the first column."""
-    separator = _separator(path).encode()
-    lines = text_bytes(path).split(b"\n")[1:]
-    return [line.partition(separator)[0].decode().strip('"') for line in lines if line.strip()]
 
 
 def _separator(path: Path) -> str:

@@ -16,12 +16,10 @@ from scipy import sparse
 from datasets.tables.count_files import (
     is_number,
     parquet_genes,
-    parquet_spots,
     read_parquet,
     read_text,
     sparse_of,
     text_genes,
-    text_spots,
 )
 from datasets.tables.h5ad import read_h5ad, read_names
 from utils.files import reading, require_file
@@ -107,18 +105,6 @@ def gene_names(path: str | Path) -> list[str]:
         else:
             names = parquet_genes(path) if path.name.endswith(".parquet") else text_genes(path)
         return checked_names(names, "genes", str(path))
-
-
-def spot_names(path: str | Path) -> list[str]:
-    """Read the spot ids of a table of counts as they are written, in its order, without taking the counts apart.
-
-    Raises FileNotFoundError, or ValueError naming the file if they cannot be read.
-    """
-    path = _required(path)
-    with reading(path, _WHAT, remedy=_REMEDY):
-        if path.name.endswith(".h5ad"):
-            return read_names(path, "obs")
-        return parquet_spots(path) if path.name.endswith(".parquet") else text_spots(path)
 
 
 def _required(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""The doctor on the data folder: slides, counts against spots against features, the gene panel. Headers only."""
+"""The doctor on the data folder: slides, counts against spots against features, the gene panel."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
-from anndata import AnnData
-
 from datasets.features.cache import read_identity
 from datasets.features.places import find_cache
 from datasets.features.reader import FeatureReader
 from datasets.features.verify import expected_size, verify_cache
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
-from datasets.tables.counts import gene_names, round_ids, spot_names
 from datasets.tables.gene_list import checked_genes
-from datasets.tables.slide_table import join
-from datasets.tables.spot_table import read_spots
+from datasets.tables.slide_table import load_slide
+from datasets.targets import note_on_counts
 from modes.checks.findings import Findings
 from modes.prediction.model import needs_of
 from utils.config import Config
@@ -43,12 +39,12 @@ def check_slides(layout: Layout, findings: Findings) -> list[str]:
 
 
 def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> list[SlideRecord]:
-    """Read ids and centres of every slide whose counts and spot table fit together; the counts themselves are not read."""
+    """Read the tables of every slide whose counts and spots can be used."""
     records, problems, odd, start = [], [], [], 0
     expected = layout.spec.expected_spots
     for slide in slides:
         try:
-            table = _table_without_counts(layout, slide)
+            table = load_slide(layout, slide)
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
             continue
@@ -63,6 +59,8 @@ def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> li
             f"spots outside the known {expected[0]} to {expected[1]}: {some(odd, 12)}. Compare these slides with the "
             "original download.",
         )
+    if note := note_on_counts(records):
+        findings.warning("tables", note.removeprefix("WARNING: "))
     if records:
         without = sum(len(record.table.uns["dropped"]["spots_without_counts"]) for record in records)
         dropped = f"; {without} listed spots have no counts and are left out" if without else ""
@@ -77,31 +75,10 @@ def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> li
     return records
 
 
-def _table_without_counts(layout: Layout, slide: str) -> AnnData:
-    """A slide as `load_slide` gives it, with no genes: its ids, centres and grid, joined, checked and sorted."""
-    counts_path, spots_path = layout.counts_path(slide), layout.spots_path(slide)
-    ids, wrong = round_ids(spot_names(counts_path))
-    if wrong:
-        raise ValueError(
-            f"Slide {slide}: {counts_path}: spot ids should look like '10x13', found {some(wrong)}. Expected raw counts, "
-            "spots x genes; correct or replace the file."
-        )
-    if twice := [spot for spot, count in Counter(ids).items() if count > 1]:
-        raise ValueError(f"Slide {slide}: {counts_path}: duplicated spots: {some(twice)}. Correct or replace the file.")
-    counts = AnnData(np.zeros((len(ids), 0), dtype=np.float32))
-    counts.obs_names = ids
-    table = join(counts, read_spots(spots_path), layout.spec, f"Slide {slide}: {counts_path} and {spots_path}")
-    table.uns["slide"], table.uns["patient"] = slide, layout.spec.patient_of(slide)
-    return table
-
-
-def check_panel(config: Config, layout: Layout, slides: Sequence[str], findings: Findings) -> None:
+def check_panel(config: Config, layout: Layout, records: Sequence[SlideRecord], findings: Findings) -> None:
     """Check the genes measured on every slide, and the panel file, which the paper's protocol cannot do without."""
-    try:
-        measured = [set(gene_names(layout.counts_path(slide))) for slide in slides]
-    except ValueError as error:
-        findings.problem("genes", str(error))
-        return
+    slides = [record.name for record in records]
+    measured = [set(record.table.var_names) for record in records]
     shared, wanted = set.intersection(*measured), config.DATA.num_genes
     if config.DATA.genes is not None:
         given = findings.attempt("genes", lambda: checked_genes(str(config.DATA.genes), dict(zip(slides, measured))))

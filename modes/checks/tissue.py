@@ -13,7 +13,6 @@ from datasets.images.slides import open_slide
 from datasets.images.spots_on_tissue import SpotsOnTissue, TissuePicture, check_spots_on_tissue
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
-from datasets.tables.slide_table import load_slide
 from modes.checks.findings import Findings
 from utils.cli import progress
 
@@ -28,7 +27,7 @@ def check_spots_on_images(layout: Layout, records: Sequence[SlideRecord], findin
     compared: dict[str, SpotsOnTissue] = {}
     doubts: list[str] = []
     for record in progress(records, description="spots on tissue", unit="slide", leave=False):
-        found = findings.attempt("spots", partial(_compare, layout, record.name))
+        found = findings.attempt("spots", partial(_compare, layout, record))
         if found is None:
             continue
         compared[record.name] = found
@@ -42,13 +41,13 @@ def check_spots_on_images(layout: Layout, records: Sequence[SlideRecord], findin
         findings.ok("spots", _summary(layout, compared))
 
 
-def _compare(layout: Layout, slide: str) -> SpotsOnTissue | None:
+def _compare(layout: Layout, record: SlideRecord) -> SpotsOnTissue | None:
     """None for a slide without an image."""
     try:
-        path = layout.image_path(slide)
+        path = layout.image_path(record.name)
     except FileNotFoundError:
         return None
-    table, overlay = load_slide(layout, slide), layout.overlay_path(slide)
+    table, overlay = record.table, layout.overlay_path(record.name)
     with open_slide(path) as image:
         picture = TissuePicture.of(image)
     found = check_spots_on_tissue(picture, table.obsm["center"], np.asarray(table.X.sum(axis=1)).ravel())

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
-from datasets.digests import digests_of
+from datasets.digests import check_told_apart, digests_of
 from datasets.features.places import find_cache
 from datasets.features.reader import FeatureReader
 from datasets.layout import Layout
@@ -59,10 +59,10 @@ class RunData:
     def token_source(self) -> dict[str, object]:
         """Where the target tokens come from and in which variant, for `split.json`: what a run was trained on."""
         source = self.maker.source
-        if source is None:
+        if not needs_of(self.config).tokens:
             return {"source": POOLED if has_pooled_target(self.config) else "none"}
         if not isinstance(source, CachedTokens):
-            return {"source": "encoder", "views": source.num_views, "token_pool": 1}
+            return {"source": "encoder", "views": CutPatches.num_views, "token_pool": 1}
         identity = source.store.identity
         return {
             "source": "cache",
@@ -87,11 +87,14 @@ def open_run_data(
     device: torch.device,
     folds: Sequence[SplitRecord] = (),
     team: Team = ALONE,
+    *,
+    is_rehearsal: bool = False,
 ) -> RunData:
     """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens.
 
     folds: those that will be trained; k and the gene panel are checked against them. The cheap comes first: the encoder
     and its weights, then tables and headers of caches, then k and panel, and only then the features are read.
+    is_rehearsal: no step will be made, so patches for the encoder are not cut; everything is checked all the same.
     Raises ValueError or FileNotFoundError for whatever cannot be used, with the command that repairs it.
     """
     needs = needs_of(config)
@@ -101,19 +104,24 @@ def open_run_data(
     panel = fixed_panel(config, layout) if folds else None
     reader = FeatureReader(layout, config.DATA.encoder, with_neighbors=needs.neighbors)
     records = reader.read_tables(slides)
-    if note := note_on_counts(records):
+    if (note := note_on_counts(records)) and not is_rehearsal:
         say(note)
     check_clusters(config, records, folds)
     check_fixed_panel(config, records, panel or [])
     store = reader.read_features(records)
     _check_width(store, spec, layout)
     reserve = _reserve(config, layout, spec, store, device)
-    source, encoder = _open_source(config, layout, store, device, reserve) if needs.tokens else (None, None)
+    source: CachedTokens | CutPatches | None = None
+    encoder: PatchEncoder | None = None
+    if needs.tokens:
+        encoder = _online_encoder(config, layout, store, device)
+        if encoder is None or not is_rehearsal:
+            source = _open_source(config, layout, store, device, reserve)
     if encoder is not None:
         token_dim = encoder.dim
     else:
         token_dim = source.dim if isinstance(source, CachedTokens) else store.target_features.shape[1]
-    return RunData(
+    run_data = RunData(
         config=config,
         config_name=config_name,
         layout=layout,
@@ -124,6 +132,8 @@ def open_run_data(
         token_dim=token_dim,
         team=team,
     )
+    check_told_apart(records, run_data.digests)
+    return run_data
 
 
 def fixed_panel(config: Config, layout: Layout) -> list[str] | None:
@@ -170,11 +180,25 @@ def _reserve(config: Config, layout: Layout, spec: PatchEncoderSpec, store: Spot
     ).on_device
 
 
+def _online_encoder(config: Config, layout: Layout, store: SpotStore, device: torch.device) -> PatchEncoder | None:
+    """The frozen encoder, where it runs in every step; ValueError if the features are of other weights."""
+    if not runs_encoder(config, layout, [slide.name for slide in store.slides]):
+        return None
+    encoder = make_patch_encoder(config, device)
+    if store.encoder.sha256 not in ("unknown", encoder.weights_sha256):
+        raise ValueError(
+            f"the features in {layout.root} were made with other weights of {encoder.name} (sha256 "
+            f"{store.encoder.sha256[:12]}...) than the ones found now ({encoder.weights_sha256[:12]}...). Give the same file "
+            "with --weights, or extract again with preprocess/extract_features_uni.py --overwrite."
+        )
+    return encoder
+
+
 def _open_source(
     config: Config, layout: Layout, store: SpotStore, device: torch.device, reserve: int
-) -> tuple[CachedTokens | CutPatches, PatchEncoder | None]:
-    """The source of target tokens and, when it gives patches, the frozen encoder that turns them into tokens."""
-    source = open_tokens(
+) -> CachedTokens | CutPatches:
+    """The source of target tokens: their caches, or the patches for the frozen encoder."""
+    return open_tokens(
         layout,
         store,
         device,
@@ -183,16 +207,6 @@ def _open_source(
         num_workers=config.DATA.num_workers,
         reserve=reserve,
     )
-    if isinstance(source, CachedTokens):
-        return source, None
-    encoder = make_patch_encoder(config, device)
-    if store.encoder.sha256 not in ("unknown", encoder.weights_sha256):
-        raise ValueError(
-            f"the features in {layout.root} were made with other weights of {encoder.name} (sha256 "
-            f"{store.encoder.sha256[:12]}...) than the ones found now ({encoder.weights_sha256[:12]}...). Give the same file "
-            "with --weights, or extract again with preprocess/extract_features_uni.py --overwrite."
-        )
-    return source, encoder
 
 
 def runs_encoder(config: Config, layout: Layout, slides: Sequence[str]) -> bool:

@@ -127,11 +127,11 @@ def run_said(said: str, tmp_path: Path) -> list[str]:
 
 def write_sheet(folder: Path, generations: tuple[object, ...], patients: Sequence[str]) -> Path:
     """A sheet of sections of several generations of Space Ranger; "hd" is Visium HD."""
-    picture = np.random.default_rng(5).integers(0, 255, (660, 740, 3), dtype=np.uint8)
     symbols = ["GAPDH", "TP53", "ERBB2", "KRT5"]
     lines = ["sample,patient,outs,image"]
     for number, (generation, patient) in enumerate(zip(generations, patients, strict=True)):
         home = folder / f"s{number}"
+        picture = np.random.default_rng(5 + number).integers(0, 255, (660, 740, 3), dtype=np.uint8)
         if generation == "hd":
             outs, image = write_hd_outs(home / "outs", symbols, sizes=(8,)).folder, home / "image.tif"
             Image.fromarray(picture).save(image)

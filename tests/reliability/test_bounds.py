@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from datasets.tables.counts import gene_names, read_counts, spot_names
+from datasets.tables.counts import gene_names, read_counts
 from datasets.tables.positions import read_positions
 from datasets.tables.spot_table import read_spots
 from utils.untrusted import text
@@ -48,7 +48,7 @@ def test_text_that_unpacks_to_more_than_a_table_may_have(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "MOST_BYTES", 10_000)
     path = tmp_path / "s.tsv.gz"
     path.write_bytes(gzip.compress(b"\tA\n" + b"1x1\t0\n" * 10_000))
-    for read in (read_counts, spot_names, read_spots, read_positions):
+    for read in (read_counts, read_spots, read_positions):
         with pytest.raises(ValueError, match=r"s\.tsv\.gz cannot be read as .*it holds more than 10,000 bytes"):
             read(path)
 
@@ -57,12 +57,12 @@ def test_a_line_without_an_end(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "LONGEST_LINE", 1000)
     path = tmp_path / "s.tsv"
     path.write_bytes(b"A\t" * 2000)
-    for read in (read_counts, gene_names, spot_names, read_spots, read_positions):
+    for read in (read_counts, gene_names, read_spots, read_positions):
         with pytest.raises(ValueError, match=r"s\.tsv cannot be read as .*longer than 1,000 characters"):
             read(path)
 
 
-@pytest.mark.parametrize("read", [read_counts, gene_names, spot_names, read_spots, read_positions])
+@pytest.mark.parametrize("read", [read_counts, gene_names, read_spots, read_positions])
 def test_damage_in_a_compressed_table_is_an_error_with_its_name(tmp_path, read):
     path = tmp_path / "s.tsv.gz"
     content = bytearray(gzip.compress(("\tA\n" + "".join(f"{i}x1\t{i * 7919 % 1000}\n" for i in range(999))).encode()))
@@ -77,6 +77,6 @@ def test_control_characters_are_no_part_of_a_table(tmp_path, character):
     path = tmp_path / "s.tsv"
     path.write_text(f"\tA\n1x1\t1\n2x1\t{character}1\n")
     message = rf"s\.tsv cannot be read as .*line 3 holds the control character {ord(character):#04x}"
-    for read in (read_counts, spot_names, read_spots, read_positions):
+    for read in (read_counts, read_spots, read_positions):
         with pytest.raises(ValueError, match=message):
             read(path)

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from datasets.spec import DatasetSpec, read_spec
-from datasets.tables.counts import gene_names, read_counts, spot_names
+from datasets.tables.counts import gene_names, read_counts
 from datasets.tables.positions import read_positions
 from datasets.tables.spot_table import read_spots
 from preprocess.prepare_stnet import read_pixel_table
@@ -72,9 +72,9 @@ def table_text(separator: str) -> str:
 
 
 def counts_of(path: Path) -> object:
-    data, names = read_counts(path), (gene_names(path), spot_names(path))
-    assert names[0] == data.var_names.tolist() and len(names[1]) == data.n_obs
-    return {"spots": data.obs_names.tolist(), "genes": names[0], "counts": data.X.toarray()}
+    data, names = read_counts(path), gene_names(path)
+    assert names == data.var_names.tolist()
+    return {"spots": data.obs_names.tolist(), "genes": names, "counts": data.X.toarray()}
 
 
 def rounded(spot: str) -> str:

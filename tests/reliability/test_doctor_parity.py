@@ -1,0 +1,298 @@
+"""What training refuses the doctor has found: every bad input goes through both, as a user would give it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from datasets.features.cache import read_features
+from tests.caches import as_earlier, edited
+from tests.command_line import Left, call_main
+from tests.modes.test_bad_input import BAD_TABLES, Place, outside, place
+from tests.reliability.test_locks import HOLD, ROOT
+
+__all__ = ["place"]
+
+Spoil = Callable[[Place], list[object] | None]
+KINDS = ("target", "neighbor", "token")
+
+
+def table(what: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> Spoil:
+    """Change the "counts" or the "spots" of B1."""
+    return lambda place: getattr(place, what)(change)
+
+
+def counts(change: Callable[[pd.DataFrame], pd.DataFrame], slides: str = "A1 B1 C1") -> Spoil:
+    """Change the counts where they lie, with their types."""
+
+    def spoil(place: Place) -> None:
+        for slide in slides.split():
+            path = place.layout.counts_path(slide)
+            change(pd.read_parquet(path)).to_parquet(path)
+
+    return spoil
+
+
+def number(kind: str, value: float, *, is_earlier: bool = False, is_sealed: bool = False) -> Spoil:
+    """Change a number in a cache of C1.
+
+    is_earlier: of an earlier version, without checksums.  is_sealed: as if the program had written it so.
+    """
+
+    def spoil(place: Place) -> None:
+        path = place.layout.cache_path(kind, "C1")
+        if is_earlier:
+            as_earlier(path)
+        with edited(path) if is_sealed else h5py.File(path, "r+") as file:
+            numbers = file["features"]
+            numbers[(5, *(0,) * (numbers.ndim - 1))] = value
+
+    return spoil
+
+
+def attribute(kind: str, name: str, value: object) -> Spoil:
+    def spoil(place: Place) -> None:
+        with edited(place.layout.cache_path(kind, "B1")) as file:
+            file.attrs[name] = value
+
+    return spoil
+
+
+def truncated(kind: str) -> Spoil:
+    def spoil(place: Place) -> None:
+        path = place.layout.cache_path(kind, "C1")
+        path.write_bytes(path.read_bytes()[:3000])
+
+    return spoil
+
+
+def same_everywhere(place: Place) -> None:
+    for slide in ("A1", "B1", "C1"):
+        with edited(place.layout.cache_path("target", slide)) as file:
+            file["features"][...] = 1.0
+
+
+def published(change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
+    """Features as published files hold them, changed, in place of the caches."""
+
+    def spoil(place: Place) -> None:
+        for slide in ("A1", "B1", "C1"):
+            for kind in ("target", "neighbor"):
+                path = place.layout.cache_path(kind, slide)
+                torch.save(change(torch.from_numpy(read_features(path))), path.with_suffix(".pt"))
+                path.unlink()
+
+    return spoil
+
+
+def published_outside(place: Place) -> None:
+    place.spots(outside)
+    published(lambda features: features)(place)
+
+
+def spec(**changes: object) -> Spoil:
+    def spoil(place: Place) -> None:
+        lines = {"patient_pattern": "'^([A-Z])'", "image_pattern": "'{patient}/{slide}/*'"} | changes
+        text = "".join(f"{name}: {value}\n" for name, value in lines.items() if value is not None)
+        place.layout.spec_path.write_text(text)
+
+    return spoil
+
+
+def twice_a_key(place: Place) -> None:
+    place.layout.spec_path.write_text("image_pattern: '{slide}'\nimage_pattern: '{patient}/{slide}/*'\n")
+
+
+def twin(*parts: str) -> Spoil:
+    """B1 becomes A1 in its image, with the features of it, or in its counts."""
+
+    def spoil(place: Place) -> None:
+        layout = place.layout
+        if "image" in parts:
+            image = layout.image_path("B1")
+            image.unlink()
+            shutil.copy(layout.image_path("A1"), image.with_suffix(layout.image_path("A1").suffix))
+        for path_of in (layout.counts_path, layout.spots_path, *(layout_cache(layout, kind) for kind in KINDS)):
+            shutil.copy(path_of("A1"), path_of("B1"))
+        if "counts" not in parts:
+            counts(lambda table: table + 1, "B1")(place)
+        if "image" not in parts:
+            fingerprint = h5py.File(layout.cache_path("target", "A1")).attrs["image_fingerprint"]
+            layout.image_path("B1").unlink()
+            for kind in KINDS:
+                with edited(layout.cache_path(kind, "B1")) as file:
+                    file.attrs["image_fingerprint"] = fingerprint.replace("-", "-9", 1)
+
+    return spoil
+
+
+def layout_cache(layout, kind: str) -> Callable[[str], Path]:
+    return lambda slide: layout.cache_path(kind, slide)
+
+
+def another_image(place: Place) -> None:
+    path = place.layout.image_path("B1")
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def second_image(place: Place) -> None:
+    image = place.layout.image_path("B1")
+    shutil.copy(image, image.with_name("second.png"))
+
+
+def flags(*words: object) -> Spoil:
+    return lambda _: list(words)
+
+
+def without(path_of: Callable[[Place], Path], *words: object) -> Spoil:
+    def spoil(place: Place) -> list[object]:
+        path_of(place).unlink()
+        return list(words)
+
+    return spoil
+
+
+def unmeasured(place: Place) -> list[object]:
+    panel = np.load(place.layout.panel_path)
+    place.counts(lambda table: table.drop(columns=panel[:2]))
+    return ["--protocol", "paper"]
+
+
+def blocker(place: Place) -> None:
+    place.logs.touch()
+
+
+def started(spoil: Spoil | None, *words: object) -> Spoil:
+    """A run of two folds is there; the third is to be added."""
+
+    def begin(place: Place) -> list[object]:
+        shutil.copytree(place.config.parent / "run", place.logs / place.config.stem / "exp_0")
+        return [*words, *((spoil(place) if spoil else None) or [])]
+
+    return begin
+
+
+def of_run(file: str, change: Callable[[Path], object]) -> Spoil:
+    return lambda place: change(place.logs / place.config.stem / "exp_0" / file) and None
+
+
+def shuffled(table: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame(table.to_numpy()[::-1], index=table.index, columns=table.columns)
+
+
+RESUME = "--resume"
+BAD: dict[str, tuple[Spoil, str]] = {
+    **{name: (table(what, change), said) for name, (what, change, _, said) in BAD_TABLES.items()},
+    "log-normalised counts": (counts(np.log1p), "no integers"),
+    "infinite counts": (counts(lambda t: t.astype(float).where(t < 3, np.inf)), "counts above 2147483647"),
+    "a gene with a line break": (counts(lambda t: t.rename(columns={t.columns[0]: "NL\nX"})), "gene"),
+    "no training slide has a count": (counts(lambda t: (t * 0).astype(t.dtypes)), "count"),
+    "genes of no other slide": (counts(lambda t: t.add_prefix("x"), "A1"), "no counts for 24|0 genes"),
+    "a spot outside its image": (published_outside, "lie outside"),
+    "features of other spots": (lambda place: place.spots(lambda t: t.iloc[:-2]), r"holds \d+ spots but the slide has"),
+    "a truncated cache": (truncated("neighbor"), "truncated"),
+    "a truncated token cache": (truncated("token"), "truncated"),
+    "a missing feature": (number("target", np.nan, is_earlier=True), "not finite"),
+    "a missing feature of a neighbor": (number("neighbor", np.nan, is_earlier=True), "not finite"),
+    "a fault of the disk in a cache": (number("target", 0.5), "not what was written"),
+    "features that are all the same": (same_everywhere, "the same for every training spot"),
+    "features of other weights": (attribute("target", "encoder_sha256", "f" * 64), "weights"),
+    "tokens of other weights": (attribute("token", "encoder_sha256", "f" * 64), "weights"),
+    "tokens of another type": (attribute("token", "dtype", "float32"), "float32"),
+    "published features of another width": (published(lambda x: x[..., :64].contiguous()), "width"),
+    "published features that are missing": (published(lambda x: x * torch.nan), "not finite"),
+    "published features of other spots": (published(lambda x: x[:-1]), "spots|rows"),
+    "another image than was encoded": (another_image, "another image file"),
+    "two images of a slide": (second_image, "2 images"),
+    "no token cache where one is asked for": (
+        without(lambda place: place.layout.cache_path("token", "B1"), "--set", "DATA.tokens=cache"), "no token cache"),
+    "no weights for the encoder of every step": (
+        without(lambda place: place.layout.cache_path("token", "B1"), "--weights", "none.bin"), "none.bin"),
+    "weights that are none": (
+        without(lambda place: place.layout.cache_path("token", "B1"), "--weights", __file__), Path(__file__).name),
+    "the counts of two patients are the same": (twin("counts"), "A1 .patient A. and B1 .patient B. have the same counts"),
+    "two patients share an image": (twin("image"), "A1 .patient A. and B1 .patient B. have the same image"),
+    "a slide whose patient is forgotten": (
+        spec(patient_pattern=None, patient_of_slide="{A1: A, B1: B}"), "'C1' of demo has no known patient"),
+    "a slide whose name is misspelt": (spec(patient_of_slide="{Cl: C}"), "'Cl'"),
+    "a key twice": (twice_a_key, "twice|more than once"),
+    "k larger than a batch": (flags("--k", 500), "k = 500"),
+    "more genes than there are": (flags("--set", "DATA.num_genes=9999"), "genes"),
+    "a gene that is not there": (flags("--genes", "NOGENE,NOR"), "NOGENE is on no slide"),
+    "no panel": (without(lambda place: place.layout.panel_path, "--protocol", "paper"), "genes_demo.npy"),
+    "a panel gene that is not measured": (unmeasured, "2 of"),
+    "a fold that is not there": (flags("--fold", 9), "fold 9 cannot be run"),
+    "a device that is not there": (flags("--device", "nonsense"), "nonsense"),
+    "a patch that the encoder does not take": (flags("--set", "DATA.patch_size=7"), "7"),
+    "heads that do not divide": (flags("--set", "MODEL.global_heads=5"), "5"),
+    "a file in place of the runs": (blocker, "blocker|is a file"),
+    "a run that is there": (started(None), "already holds a run"),
+    "a run of another configuration": (started(None, RESUME, "--k", 5), "LOSS.k"),
+    "a run of other counts": (started(counts(shuffled, "B1"), RESUME), "slide B1: other counts"),
+    "a run of other features": (started(number("target", 0.25, is_sealed=True), RESUME), "slide C1: other features"),
+    "a run whose record is damaged": (
+        started(of_run("fold_1/split.json", lambda path: path.write_text("{")), RESUME), "split.json"),
+    "a run whose checkpoint is truncated": (
+        started(of_run("fold_0/best.pt", lambda path: path.write_bytes(path.read_bytes()[:999])), RESUME), "pt"),
+    "a run without its configuration": (
+        started(of_run("config.yaml", lambda path: path.unlink() or 1), RESUME), "holds no config.yaml"),
+}  # fmt: skip
+
+
+def doctor(place: Place, *more: object) -> Left:
+    return call_main(
+        "--mode", "doctor", "--config_name", place.config, "--data_dir", place.layout.data_dir, "--log_path", place.logs,
+        "--device", "cpu", *more,
+    )  # fmt: skip
+
+
+def check_both_refuse(place: Place, words: list[object], said: str) -> None:
+    found, trained = doctor(place, *words), place.train(*words)
+    for name, left in (("training", trained), ("doctor", found)):
+        assert left.status == 2 and "Traceback" not in left.said, f"{name}: {left.status}\n{left.said}"
+        assert re.search(said, left.said), f"{name}: {said!r} is not in:\n{left.said}"
+    if place.logs.is_dir():
+        assert not list(place.logs.rglob("fold_2")), "nothing was begun"
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_training_refuses_the_doctor_has_found(case, place, tiny_run):
+    tiny_run.copy(place.config.parent)
+    spoil, said = BAD[case]
+    check_both_refuse(place, spoil(place) or [], said)
+
+
+def test_a_fold_that_another_process_trains(place):
+    lock = place.logs / place.config.stem / "exp_0" / ".fold_1.lock"
+    lock.parent.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        check_both_refuse(place, [], rf"is being trained by process {process.pid}")
+        process.kill()
+
+
+def test_what_is_good_passes_and_what_a_kill_left_is_named(place, tiny_run):
+    place.layout.cache_path("token", "A1").with_name(".A1.abcdefgh.h5").write_bytes(bytes(1000))
+    tiny_run.copy(place.logs / place.config.stem).rename(place.logs / place.config.stem / "exp_0")
+    left = doctor(place, RESUME)
+    assert left.status == 0 and "Nothing would stop this run" in left.said, left.said
+    assert re.search(r"warning +left over +1 temporary files .*\.A1\.abcdefgh\.h5", left.said)
+
+
+def test_slides_without_a_count_are_said(place):
+    counts(lambda table: (table * 0).astype(table.dtypes), "A1")(place)
+    left = doctor(place, "--fold", 0)
+    assert left.status == 0 and re.search("warning +tables +no spot has a count of any gene on A1", left.said), (
+        left.said
+    )
