@@ -11,6 +11,9 @@ import pandas as pd
 import scipy.stats
 from numpy.typing import ArrayLike
 
+# With fewer patients an interval or a test says nothing that their values do not say better: the bootstrap interval of two
+# numbers is these two numbers.
+LEAST_PATIENTS = 4
 # Up to this many pairs all 2^n sign patterns are enumerated, which stays exact with ties.
 _ENUMERATED_PAIRS = 16
 
@@ -26,14 +29,14 @@ def bootstrap_interval(
     """Give the percentile bootstrap interval (low, high) of a statistic of the patients' values.
 
     values: one number per patient (a mapping patient -> number, or the numbers). statistic: called as
-    statistic(samples, axis=-1) on (resamples, n). With fewer than two patients nothing is known: (NaN, NaN).
+    statistic(samples, axis=-1) on (resamples, n). With fewer than four patients: (NaN, NaN); show their values instead.
     With a handful of patients the interval is known to be too narrow; it is a floor of the uncertainty.
     Raises ValueError for a value that is not finite (leave undefined patients out, and say so).
     """
     numbers = np.asarray(list(values.values()) if isinstance(values, Mapping) else values, dtype=np.float64)
     if not np.isfinite(numbers).all():
         raise ValueError(f"{np.sum(~np.isfinite(numbers))} of {len(numbers)} patients have no finite value.")
-    if len(numbers) < 2:
+    if len(numbers) < LEAST_PATIENTS:
         return math.nan, math.nan
     interval = scipy.stats.bootstrap(
         (numbers,),
@@ -62,7 +65,7 @@ def paired_wilcoxon(first: ArrayLike, second: ArrayLike) -> PairedTest:
     first, second: (n,) one value per patient, in the same order.
     Differences of exactly zero are left out (Wilcoxon's own treatment), ties share the average rank. Up to 16 pairs
     the distribution is enumerated over all signs (exact, also with ties); above, scipy decides. With n pairs p cannot
-    be below 2 / 2^n: 0.125 for n = 4; n = 6 is the least that can go under 0.05.
+    be below 2 / 2^n: 0.125 for n = 4; n = 6 is the least that can go under 0.05. Fewer than four pairs are not tested: NaN.
     Raises ValueError for different lengths; pairs with NaN are left out and counted in the note.
     """
     before, after = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
@@ -75,12 +78,13 @@ def paired_wilcoxon(first: ArrayLike, second: ArrayLike) -> PairedTest:
         notes.append(f"{zeros} pairs without a difference left out")
     differences = differences[differences != 0]
     num_pairs = len(differences)
+    if defined.sum() < LEAST_PATIENTS:
+        notes.append(f"{defined.sum()} pairs are too few for a test")
+        return PairedTest(math.nan, math.nan, num_pairs, "; ".join(notes))
     least = 2.0 ** (1 - num_pairs) if num_pairs else 1.0
     if least >= 0.05:
         notes.append(f"{num_pairs} pairs cannot give p < 0.05 (the least is {least:.4g})")
     note = "; ".join(notes)
-    if not defined.any():
-        return PairedTest(math.nan, math.nan, 0, note)
     if num_pairs == 0:
         return PairedTest(1.0, 0.0, 0, note)
     ranks = scipy.stats.rankdata(np.abs(differences))

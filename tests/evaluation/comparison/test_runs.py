@@ -19,10 +19,10 @@ from evaluation.slide_result import SlideResult
 # --- bootstrap ---
 
 
-def test_bootstrap_of_two_patients_by_hand():
-    """Of two values the resampled mean is low, middle, high with probability 1/4, 1/2, 1/4."""
-    assert bootstrap_interval([0.0, 1.0], confidence=0.95) == (0.0, 1.0)
-    assert bootstrap_interval({"A": 0.0, "B": 1.0}, confidence=0.4) == (0.5, 0.5)
+def test_bootstrap_of_four_patients_by_hand():
+    """Of 0, 0, 0, 1 the resampled mean is 0, 1/4, 1/2, 3/4, 1 with probability .316, .422, .211, .047, .004."""
+    assert bootstrap_interval([0.0, 0.0, 0.0, 1.0], confidence=0.95) == (0.0, 0.75)
+    assert bootstrap_interval({"A": 0.0, "B": 0.0, "C": 0.0, "D": 1.0}, confidence=0.4) == (0.0, 0.25)
 
 
 def test_bootstrap_equals_scipy():
@@ -44,8 +44,8 @@ def test_bootstrap_is_seeded_and_takes_other_statistics():
 
 
 def test_bootstrap_knows_what_it_cannot_know():
-    assert all(math.isnan(value) for value in bootstrap_interval([0.4]))
-    assert all(math.isnan(value) for value in bootstrap_interval([]))
+    for count in range(4):
+        assert all(math.isnan(value) for value in bootstrap_interval(np.arange(count)))
     with pytest.raises(ValueError, match="1 of 3 patients have no finite value"):
         bootstrap_interval([0.4, math.nan, 0.1])
 
@@ -63,11 +63,18 @@ def test_wilcoxon_equals_scipy_without_ties(num_pairs):
 
 
 def test_wilcoxon_by_hand_with_ties():
-    """Differences 1, 1, -2: ranks 1.5, 1.5, 3. Rank sums 3 and 3: no less extreme pattern exists, p = 1.
-    Differences 1, 1, 2: sums 6 and 0; two of eight sign patterns are as extreme."""
-    assert paired_wilcoxon([0, 0, 2], [1, 1, 0]).p == 1.0
-    test = paired_wilcoxon([0, 0, 0], [1, 1, 2])
-    assert (test.p, test.statistic) == (0.25, 0.0)
+    """Differences 1, -1, 2, -2: rank sums 5 and 5, no less extreme pattern exists, p = 1.
+    Differences 1, 1, 2, -4: ranks 1.5, 1.5, 3, 4; four of the sixteen sign patterns have smaller sums of 4.5, p = 3/4.
+    Differences 1, 1, 2, 3: sums 10 and 0; two of the sixteen are as extreme."""
+    assert paired_wilcoxon([0, 0, 0, 0], [1, -1, 2, -2]).p == 1.0
+    assert paired_wilcoxon([0, 0, 0, 4], [1, 1, 2, 0]).p == 0.75
+    test = paired_wilcoxon([0, 0, 0, 0], [1, 1, 2, 3])
+    assert (test.p, test.statistic) == (0.125, 0.0)
+
+
+def test_fewer_than_four_pairs_are_not_tested():
+    test = paired_wilcoxon([0, 0, 0, math.nan], [1, 2, 3, 1])
+    assert math.isnan(test.p) and test.note == "1 undefined pairs left out; 3 pairs are too few for a test"
 
 
 def test_wilcoxon_says_when_there_are_too_few_pairs():
@@ -83,7 +90,7 @@ def test_wilcoxon_leaves_out_zeros_and_undefined_pairs():
     test = paired_wilcoxon([0, 0, 5, math.nan, 1, 1, 1, 1], [1, 2, 5, 3, 4, 5, 6, math.nan])
     assert test.num_pairs == 5
     assert "2 undefined pairs left out" in test.note and "1 pairs without a difference" in test.note
-    same = paired_wilcoxon([0.1, 0.2], [0.1, 0.2])
+    same = paired_wilcoxon([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4])
     assert same.p == 1.0 and same.num_pairs == 0
     assert math.isnan(paired_wilcoxon([math.nan], [1.0]).p)
     with pytest.raises(ValueError, match="as many values on both sides"):
