@@ -36,7 +36,7 @@ import pandas as pd
 
 from benchmarks.common import RESULTS, machine, software
 from evaluation.comparison.runs import compare_methods
-from evaluation.comparison.write import write_comparison
+from evaluation.comparison.write import patients_shown, write_comparison
 from evaluation.report.tables import NOT_DEFINED, Table, label, number
 from modes.train import TrainOptions, train_seeds
 from modes.training.compose import is_closed_form
@@ -75,7 +75,7 @@ class DataSet:
     """A data set that the table can be made of.
 
     config: of training and extraction, with `settings` on top. variable: of the environment, the folder of the raw files.
-    lay_out: (raw folder, data folder) puts the raw files where a data set lies.
+    lay_out: (raw folder, data folder) puts the raw files where a data set lies. views: in the token cache.
     """
 
     name: str
@@ -83,6 +83,7 @@ class DataSet:
     lay_out: Callable[[Path, Path], None]
     settings: tuple[str, ...] = ()
     variable: str | None = None
+    views: int = 8
 
 
 def _simulate(_raw: Path, data_dir: Path) -> None:
@@ -152,7 +153,7 @@ def prepare(data: DataSet, work: Path, raw: Path | None = None, encoder: str | N
         f"DATA.data_dir={work / 'data'}",
     ]
     extract_features(
-        ["--config", data.config, "--mode", "internal", "--extract_mode", "all"]
+        ["--config", data.config, "--mode", "internal", "--extract_mode", "all", "--views", str(data.views)]
         + [part for setting in settings for part in ("--set", setting)]
     )
     return [*settings, "LOSS.use_kmeans=true", f"GENERAL.log_path={work / 'accuracy' / (encoder or 'default')}"]
@@ -184,23 +185,34 @@ def train_method(config: Config, name: str, config_name: str, seeds: Sequence[in
 def accuracy_table(compared: pd.DataFrame) -> Table:
     """One row a method: PCC(A) with interval and paired test against the first method, and the other scores.
 
-    compared: of `evaluation.comparison.runs.compare_methods`.
+    compared: of `evaluation.comparison.runs.compare_methods`. With fewer than four patients their values stand in the place
+    of interval and test.
     """
     by_metric = {metric: rows.set_index("method") for metric, rows in compared.groupby("metric", sort=False)}
     pcc, first = by_metric["pcc_all"], compared["method"].iloc[0]
+    patients = patients_shown(pcc)
     others = [metric for metric in by_metric if metric != "pcc_all"]
-    columns = ("method", "PCC(A)", "95 %", "std (seeds)", f"to {METHODS[first][0]}", "95 %", "p", *map(label, others))
+    judged = ("std (seeds)", f"to {METHODS[first][0]}")
+    columns = (
+        "method",
+        "PCC(A)",
+        *(patients or ["95 %"]),
+        *judged,
+        *([] if patients else ["95 %", "p"]),
+        *map(label, others),
+    )
     rows = []
     for name, row in pcc.iterrows():
+        values = [number(row["by_patient"].get(patient, np.nan), 3) for patient in patients]
+        tested = [_span(row["difference_low"], row["difference_high"], "+.3f"), number(row["wilcoxon_p"], 3)]
         rows.append(
             (
                 METHODS[name][0],
                 number(row["mean"], 3),
-                _span(row["low"], row["high"], ".3f"),
+                *(values or [_span(row["low"], row["high"], ".3f")]),
                 f"{number(row['seed_std'], 3)} ({row['num_seeds']})",
                 _signed(row["difference"]),
-                _span(row["difference_low"], row["difference_high"], "+.3f"),
-                number(row["wilcoxon_p"], 3),
+                *([] if patients else tested),
                 *(number(by_metric[metric].loc[name, "mean"], 4 if metric == "mse" else 3) for metric in others),
             )
         )
@@ -220,10 +232,14 @@ def write_accuracy(out: Path, compared: pd.DataFrame, about: Mapping[str, object
     write_comparison(compared, out)
     write_json(out / "accuracy.json", {**about, "rows": compared.to_dict("records"), "notes": compared.attrs["notes"]})
     patients = int(compared["num_patients"].max())
+    judged = (
+        "values of the patients beside their mean; too few for an interval or a test"
+        if patients_shown(compared)
+        else "bootstrap interval over patients, difference and two-sided Wilcoxon test paired over patients"
+    )
     caption = (
-        f"`{about['command']}`: {about['protocol']} protocol, {about['choice_of_epoch']}; mean over {patients} patients "
-        f"(each the mean of the seeds {about['seeds']}), bootstrap interval over patients, difference and two-sided "
-        "Wilcoxon test paired over patients."
+        f"`{about['command']}`: clean protocol, rates and epochs fixed beforehand; mean over {patients} patients (each the "
+        f"mean of the seeds {about['seeds']}); {judged}."
     )
     return write_text(out / "accuracy.md", f"{accuracy_table(compared).to_markdown()}\n\n{caption}\n")
 

@@ -29,8 +29,8 @@ from utils.devices import device_from
 from utils.runs import write_json
 
 SEARCHED = ("gene_dml", "triplex", "bleep", "mlp", "linear_probe")  # ablations take what Gene-DML takes
-RATES = ("1e-4", "3e-4", "1e-3", "3e-3")
-EPOCHS = 40
+RATES = ("3e-4", "1e-3", "3e-3")
+EPOCHS = 30
 NEIGHBORS = 3  # epochs whose scores are averaged, against the noise of a single one
 
 
@@ -59,7 +59,7 @@ def search_method(name: str, rates: Sequence[str], epochs: int, shared: Sequence
         say(f"{name}, learning rate {rate}: best epoch and score {best_epoch(curves[rate])}")
     chosen = max(rates, key=lambda rate: best_epoch(curves[rate])[1])
     epoch, score = best_epoch(curves[chosen])
-    found = {rate: [round(float(value), 4) for value in curve] for rate, curve in curves.items()}
+    found = {rate: [round(float(value), 6) for value in curve] for rate, curve in curves.items()}
     return {"learning_rate": chosen, "epochs": epoch, "validation_pcc": round(score, 4), "curves": found}
 
 

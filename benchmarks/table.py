@@ -1,9 +1,9 @@
-"""Put measured tables where readers find them: speed into docs/speed.md, accuracy into README.md.
+"""Put measured tables where readers find them: speed into docs/speed.md, accuracy into docs/evaluation.md and README.md.
 
     python benchmarks/table.py
 
-Reads benchmarks/results/*.json (of `make bench`) and accuracy_demo/accuracy.md (of `accuracy_demo.py`) and replaces what
-stands between the two marks of each page.
+Reads benchmarks/results/*.json (of `make bench`) and accuracy/<data>/ (of `accuracy.py`) and replaces what stands between
+the two marks of each page. The README has the real data sets side by side, without ablations.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so tha
 import argparse
 import json
 
+import pandas as pd
+
+from benchmarks.accuracy import METHODS
 from benchmarks.common import RESULTS, described
+from evaluation.report.tables import Table, number
 from utils.cli import run, say
 from utils.files import require_file, write_text
 
+REAL = {"mob": "olfactory bulb", "her2st": "HER2ST"}
+ABLATIONS = [name for name in METHODS if name.startswith("no_")]
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured: python benchmarks/table.py -->", "<!-- end of what was measured -->"
 
@@ -44,19 +50,52 @@ def fill(page: Path, text: str) -> None:
     write_text(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
+def read_accuracy(folder: Path) -> dict[str, pd.DataFrame]:
+    """The compared methods of every data set and patch encoder that was measured, by the name of its folder."""
+    return {
+        path.parent.name: pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        for path in sorted(folder.glob("*/accuracy.json"))
+    }
+
+
+def side_by_side(accuracy: dict[str, pd.DataFrame]) -> str:
+    """PCC(A) and MSE of the methods on the real data sets, best first by the mean of both PCC(A)."""
+    columns = {}
+    for data in REAL:
+        rows = accuracy[data].set_index(["method", "metric"])["mean"].unstack()
+        columns |= {f"{REAL[data]} PCC(A)": rows["pcc_all"], "MSE " + data: rows["mse"]}
+    shown = pd.DataFrame(columns).drop(index=ABLATIONS, errors="ignore")
+    shown = shown.loc[shown.filter(like="PCC").mean(axis=1).sort_values(ascending=False, na_position="last").index]
+    rows = [
+        (METHODS[str(method)][0], *(number(value, 3) for value in values))
+        for method, *values in shown.itertuples(name=None)
+    ]
+    names = ("method", *(name.split(" ")[0] if name.startswith("MSE") else name for name in shown.columns))
+    commands = " and ".join(f"`python benchmarks/accuracy.py --data {data}`" for data in REAL)
+    return f"{Table(names, tuple(rows)).to_markdown()}\n\n{commands}: means over two patients each; no test can be made of two."
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "speed.md", help="where the speed goes")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="where the accuracy goes")
+    parser.add_argument(
+        "--evaluation", type=Path, default=ROOT / "docs" / "evaluation.md", help="where all accuracy goes"
+    )
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="where the summary of accuracy goes")
     arguments = parser.parse_args(argv)
     results = read_results(arguments.results)
     fill(arguments.page, described(results))
     say(f"{arguments.page.name}: {len(results)} benchmarks.")
-    accuracy = arguments.results / "accuracy_demo" / "accuracy.md"
-    if accuracy.is_file():
-        fill(arguments.readme, accuracy.read_text(encoding="utf-8").strip())
-        say(f"{arguments.readme.name}: accuracy.")
+    folder = arguments.results / "accuracy"
+    accuracy = read_accuracy(folder)
+    if set(REAL) <= set(accuracy):
+        parts = [
+            f"### {name}\n\n{(folder / name / 'accuracy.md').read_text(encoding='utf-8').strip()}" for name in accuracy
+        ]
+        fill(arguments.evaluation, "\n\n".join(parts))
+        fill(arguments.readme, side_by_side(accuracy))
+        say(f"{arguments.evaluation.name}, {arguments.readme.name}: accuracy on {', '.join(accuracy)}.")
 
 
 if __name__ == "__main__":

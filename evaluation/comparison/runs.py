@@ -63,6 +63,7 @@ def compare_methods(
     returns: one row per metric and method, and `table.attrs["notes"]`, which a reader must know. Columns:
         metric, method, num_seeds, num_patients
         mean, low, high             over patients, with the bootstrap 95 % interval
+        by_patient                  {patient: value}, seeds averaged
         seed_std                    of the mean; NaN for one seed
         difference, difference_low, difference_high     method - first, paired over patients
         wilcoxon_p, wilcoxon_note   of the same pairs
@@ -153,6 +154,7 @@ def _row(
         "mean": defined.mean(),
         "low": low,
         "high": high,
+        "by_patient": defined.to_dict(),
         "seed_std": by_seed.mean(axis=0).std(ddof=1),
         **dict.fromkeys(("difference", "difference_low", "difference_high", "wilcoxon_p"), np.nan),
         "wilcoxon_note": "",

@@ -9,19 +9,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from evaluation.intervals import LEAST_PATIENTS
 from evaluation.report import html
 from evaluation.report.style import INK, MUTED, PALETTE, new_figure, plain_axes, save_figure, title
 from evaluation.report.tables import NOT_DEFINED, Table, label, number
 from utils.files import write_atomically, write_text
 
 _COLUMNS = (
-    "metric", "method", "num_seeds", "num_patients", "mean", "low", "high", "seed_std", "difference", "difference_low",
-    "difference_high", "wilcoxon_p", "wilcoxon_note", "genes_improved", "gene_difference_median",
+    "metric", "method", "num_seeds", "num_patients", "mean", "low", "high", "by_patient", "seed_std", "difference",
+    "difference_low", "difference_high", "wilcoxon_p", "wilcoxon_note", "genes_improved", "gene_difference_median",
 )  # fmt: skip
 _EXPLANATION = (
-    "Mean over patients with bootstrap 95 % interval; std over seeds; difference from the first method, paired over "
-    "patients, with its interval; two-sided Wilcoxon signed-rank test over patients; share of genes predicted better "
-    "than by the first method, and the median difference of a gene."
+    "Mean over patients with bootstrap 95 % interval (with fewer than four patients their values, no interval and no "
+    "test); std over seeds; difference from the first method, paired over patients, with its interval; two-sided Wilcoxon "
+    "signed-rank test over patients; share of genes predicted better than by the first method, and the median difference "
+    "of a gene."
 )
 
 
@@ -83,8 +85,9 @@ def _heading(metric: str) -> str:
 
 
 def _metric_table(rows: pd.DataFrame) -> Table:
+    patients = patients_shown(rows)
     columns = (
-        "method", "mean", "95 %", "std (seeds)", "patients", "difference", "95 %", "p", "genes better",
+        "method", "mean", *patients, "95 %", "std (seeds)", "patients", "difference", "95 %", "p", "genes better",
         "median of genes",
     )  # fmt: skip
     cells = []
@@ -94,6 +97,7 @@ def _metric_table(rows: pd.DataFrame) -> Table:
             (
                 str(row["method"]),
                 number(row["mean"]),
+                *(number(row["by_patient"].get(patient, np.nan)) for patient in patients),
                 _span(row["low"], row["high"]),
                 f"{number(row['seed_std'])} ({row['num_seeds']})",
                 str(row["num_patients"]),
@@ -105,6 +109,12 @@ def _metric_table(rows: pd.DataFrame) -> Table:
             )
         )
     return Table(columns, tuple(cells))
+
+
+def patients_shown(rows: pd.DataFrame) -> list[str]:
+    """Name the patients whose values stand in a table: all of them where they are too few for an interval."""
+    patients = sorted({patient for values in rows["by_patient"] for patient in values})
+    return patients if len(patients) < LEAST_PATIENTS else []
 
 
 def _span(low: float, high: float) -> str:

@@ -418,7 +418,7 @@ def test_summary_of_the_clean_protocol_by_hand(tmp_path):
     assert summary["protocol_description"].endswith("; epoch chosen on an inner held-out patient")
     interval = summary["intervals"]["pcc_all"]
     assert interval["mean"] == pytest.approx(0.35) and interval["num_patients"] == 3
-    assert 0.199 < interval["low"] < 0.35 < interval["high"] < 0.501
+    assert interval["low"] is interval["high"] is None, "three patients"
     # chosen epoch 1: .42 of .46, .20 of .22
     assert summary["selection_price"]["mean"] == pytest.approx(0.03)
     assert [row["best_epoch"] for row in summary["selection_price"]["folds"]] == [2, 0]

@@ -1,60 +1,115 @@
 """The accuracy table of the README, made of a tiny data set; the same command continues it."""
 
 import json
+import shutil
 
 import pytest
 
-from benchmarks import table
-from benchmarks.accuracy_demo import METHODS, main
+from benchmarks import accuracy_search, table
+from benchmarks.accuracy import DATA_SETS, METHODS, DataSet, main
 from utils.config import load_config
 
 
-def arguments_of(tiny_run, tmp_path, methods: str) -> list[str]:
+@pytest.fixture
+def work(tiny_run, tmp_path, monkeypatch):
+    """A folder with the tiny data set, which is known to the programs as `tiny`, and what the search found for it."""
+    for name in ("tiny", "demo"):
+        monkeypatch.setitem(DATA_SETS, name, DataSet(name, tiny_run.config_name, lambda _raw, _data: None, views=1))
+    shutil.copytree(tiny_run.data_dir, tmp_path / "data")
+    choice = {"learning_rate": "1e-3", "epochs": 1}
+    (tmp_path / "search.json").write_text(json.dumps({"methods": {"gene_dml": choice, "mlp": choice | {"epochs": 2}}}))
+    return tmp_path
+
+
+def arguments_of(work, methods: str) -> list[str]:
     return [
-        *("--config_name", tiny_run.config_name, "--data_dir", str(tiny_run.data_dir), "--device", "cpu"),
-        *("--log_path", str(tmp_path / "logs"), "--out", str(tmp_path / "results" / "accuracy_demo")),
-        *("--methods", methods, "--seeds", "0,1", "--set", "EVALUATION.fixed_epochs=1"),
+        *("--data", "tiny", "--work", str(work), "--search", str(work / "search.json"), "--device", "cpu"),
+        *("--out", str(work / "results" / "accuracy" / "tiny"), "--methods", methods, "--seeds", "0,1"),
     ]
 
 
-def test_methods_are_trained_compared_and_shown(tiny_run, tmp_path, capsys):
-    path = main(arguments_of(tiny_run, tmp_path, "mlp,ridge_neighbor"))
+def test_methods_are_trained_compared_and_shown(work, capsys):
+    path = main(arguments_of(work, "mlp,ridge_neighbor"))
     text = path.read_text()
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert list(rows)[2:] == [METHODS["mlp"][0], METHODS["ridge_neighbor"][0]]
     assert "(2)" in rows[METHODS["mlp"][0]] and "(1)" in rows[METHODS["ridge_neighbor"][0]], "seeds of each"
-    assert "1 epochs fixed beforehand" in text and "the seeds 0, 1" in text and "--methods mlp,ridge_neighbor" in text
+    assert "the seeds 0, 1" in text and "`python benchmarks/accuracy.py --data tiny --device cpu --methods mlp" in text
+    assert "too few for an interval or a test" in text
+    assert {"A", "B", "C"} < {cell.strip() for cell in text.splitlines()[0].split("|")}
     content = json.loads((path.parent / "accuracy.json").read_text())
-    found = {(row["metric"], row["method"]): row["mean"] for row in content["rows"]}
-    assert f"{found['pcc_all', 'ridge_neighbor']:.3f}" in rows[METHODS["ridge_neighbor"][0]]
-    assert f"{found['mse', 'mlp']:.4f}" in rows[METHODS["mlp"][0]]
+    assert content["settings"] == {"mlp": ["TRAINING.learning_rate=1e-3", "EVALUATION.fixed_epochs=2"]}
+    found = {(row["metric"], row["method"]): row for row in content["rows"]}
+    assert f"{found['pcc_all', 'ridge_neighbor']['mean']:.3f}" in rows[METHODS["ridge_neighbor"][0]]
+    assert f"{found['pcc_all', 'mlp']['by_patient']['B']:.3f}" in rows[METHODS["mlp"][0]]
+    assert f"{found['mse', 'mlp']['mean']:.4f}" in rows[METHODS["mlp"][0]]
     assert (path.parent / "comparison.html").is_file()
 
     capsys.readouterr()
-    main(arguments_of(tiny_run, tmp_path, "mlp,ridge_neighbor,mean"))
+    main(arguments_of(work, "mlp,ridge_neighbor,mean"))
     said = capsys.readouterr().out
     assert said.count("complete, nothing to do") == 3 * 3, "two seeds of mlp and one of ridge, three folds each"
     assert METHODS["mean"][0] in path.read_text()
+    pages_are_filled(work, path)
 
-    page, readme = tmp_path / "speed.md", tmp_path / "README.md"
-    for place in (page, readme):
+
+def pages_are_filled(work, path):
+    """All methods go to the page of evaluation, the real data sets side by side into the README, ablations left out."""
+    pages = {name: work / f"{name}.md" for name in ("page", "evaluation", "readme")}
+    for place in pages.values():
         place.write_text(f"Before.\n{table.BEGIN}\nold numbers\n{table.END}\nAfter.\n")
-    results = path.parents[1]
+    content = json.loads((path.parent / "accuracy.json").read_text())
+    for row in [row for row in content["rows"] if row["method"] == "mean"]:
+        content["rows"].append(row | {"method": "no_global"})
+    for name in table.REAL:
+        shutil.copytree(path.parent, path.parents[1] / name)
+        (path.parents[1] / name / "accuracy.json").write_text(json.dumps(content))
+    results = path.parents[2]
     (results / "kmeans.json").write_text((table.RESULTS / "kmeans.json").read_text())
-    table.main(["--results", str(results), "--page", str(page), "--readme", str(readme)])
-    assert METHODS["mean"][0] in readme.read_text() and "old numbers" not in readme.read_text()
-    assert METHODS["mean"][0] not in page.read_text()
+    table.main(
+        ["--results", str(results)] + [part for name, place in pages.items() for part in (f"--{name}", str(place))]
+    )
+    for place in pages.values():
+        text = place.read_text()
+        assert "old numbers" not in text and text.startswith("Before.") and text.endswith("After.\n")
+    readme = pages["readme"].read_text()
+    assert METHODS["ridge_neighbor"][0] in readme and METHODS["no_global"][0] not in readme
+    assert "### her2st" in pages["evaluation"].read_text() and METHODS["mean"][0] not in pages["page"].read_text()
+
+
+def test_the_search_takes_the_best_rate_and_epoch_on_inner_patients(work):
+    out = accuracy_search.main(
+        [
+            "--work",
+            str(work),
+            "--methods",
+            "mlp",
+            "--rates",
+            "1e-3,1e-2",
+            "--epochs",
+            "4",
+            "--out",
+            str(work / "found.json"),
+        ]
+    )
+    found = json.loads(out.read_text())["methods"]["mlp"]
+    assert set(found["curves"]) == {"1e-3", "1e-2"} and all(len(curve) == 4 for curve in found["curves"].values())
+    scores = {rate: accuracy_search.best_epoch(curve) for rate, curve in found["curves"].items()}
+    best = max(scores, key=lambda rate: scores[rate][1])
+    assert (found["learning_rate"], found["epochs"]) == (best, scores[best][0])
+
+
+def test_the_middle_of_the_best_neighboring_epochs_is_taken():
+    assert accuracy_search.best_epoch([0.0, 0.9, 0.0, 0.4, 0.5, 0.45, 0.1]) == (5, pytest.approx(0.45))
 
 
 def test_every_method_is_a_valid_configuration():
     """Settings are checked where they are read, and no two methods are the same."""
     configs = [load_config("demo/dml", list(settings)) for _, settings in METHODS.values()]
-    assert (
-        len({repr(config) for config in configs}) >= len(METHODS) - 1
-    )  # k-means is switched on for all by the program
+    assert len({repr(config) for config in configs}) == len(METHODS)
 
 
 @pytest.mark.parametrize(("methods", "message"), [("mlp", "name two at least"), ("mlp,ridge_", "ridge_ unknown")])
-def test_what_cannot_be_compared_is_refused(tiny_run, tmp_path, methods, message):
+def test_what_cannot_be_compared_is_refused(work, methods, message):
     with pytest.raises(ValueError, match=message):
-        main(arguments_of(tiny_run, tmp_path, methods))
+        main(arguments_of(work, methods))
