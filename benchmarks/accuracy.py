@@ -67,7 +67,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "no_neighbor": ("without the neighbor scale", ("MODEL.use_neighbor=false",)),
     "no_global": ("without the global scale", ("MODEL.use_global=false",)),
 }
-METRICS = ("pcc_all", "pcc_h", "pcc_highly_variable", "mse", "rvd")
+METRICS = ("pcc_all", "pcc_h", "pcc_highly_variable", "mse", "mse_centered", "rvd")
 
 
 @dataclass(frozen=True)
@@ -165,14 +165,21 @@ def searched(name: str, found: Mapping[str, Mapping[str, object]]) -> list[str]:
     return [f"TRAINING.learning_rate={choice['learning_rate']}", f"EVALUATION.fixed_epochs={choice['epochs']}"]
 
 
-def train_method(config: Config, name: str, config_name: str, seeds: Sequence[int], device: str | None) -> list[Path]:
+def train_method(
+    config: Config,
+    name: str,
+    config_name: str,
+    seeds: Sequence[int],
+    device: str | None,
+    folds: Sequence[int] | None = None,
+) -> list[Path]:
     """Train a method once per seed, or go on with it; returns the run folders. A closed form is the same for all seeds."""
     own_seeds = seeds[:1] if is_closed_form(config) else seeds
     options = TrainOptions(
         config_name=config_label(config_name),
         run_name=name,
         device=device_from(None, device),
-        folds=None,
+        folds=folds,
         resume=True,
         checkpoint_seconds=60.0,
         with_report=False,
@@ -213,7 +220,7 @@ def accuracy_table(compared: pd.DataFrame) -> Table:
                 f"{number(row['seed_std'], 3)} ({row['num_seeds']})",
                 _signed(row["difference"]),
                 *([] if patients else tested),
-                *(number(by_metric[metric].loc[name, "mean"], 4 if metric == "mse" else 3) for metric in others),
+                *(number(by_metric[metric].loc[name, "mean"], 4 if "mse" in metric else 3) for metric in others),
             )
         )
     return Table(columns, tuple(rows))

@@ -206,14 +206,17 @@ def _read_table(path: Path) -> pd.DataFrame:
         columns, *rows = csv.reader(io.StringIO(text, newline=""))
         if not text.endswith("\n") or any(len(row) != len(columns) for row in rows):
             raise ValueError(f"{path} ends early, or a line of it has another length than the first. {_RERUN}")
-        if missing := [name for name in (*_NAMES, *METRIC_NAMES) if name not in columns]:
+        if missing := [name for name in (*_NAMES, *METRIC_NAMES) if name not in (*columns, "mse_centered")]:
             raise ValueError(f"{path} has no column {', '.join(missing)}. {_RERUN}")
-        return pd.read_csv(
+        table = pd.read_csv(
             io.StringIO(text),
             dtype={name: str if name in _NAMES else np.float64 for name in (*_NAMES, *METRIC_NAMES)},
             keep_default_na=False,
             na_values={name: [""] for name in columns if name not in _NAMES},
         )
+    if "mse_centered" not in table:  # tables of earlier versions: what it is of the MSE, the two ratios tell
+        table["mse_centered"] = table["mse"] * (1 - table["explained_variance"]) / (1 - table["r2"])
+    return table
 
 
 def _read_json(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:

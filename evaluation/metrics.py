@@ -9,7 +9,7 @@ What is undefined is NaN, and never a silent zero:
 * `pearson`, `spearman`: NaN where either side is constant over the spots (a single spot is constant);
 * `r2`, `explained_variance`, `rvd`, `ccc`, `ssim`: NaN where the *measured* gene is constant, because there is no
   variance to explain. A constant *prediction* of a varying gene is defined: CCC 0, RVD 1, R2 at most 0;
-* `mse`, `mae`: defined for every finite gene, also for a single spot;
+* `mse`, `mae`: defined for every finite gene, also for a single spot, of which `mse_centered` knows nothing;
 * no spots at all, or two shapes that differ, is a ValueError.
 
 "Constant" means: the range is at most four rounding units of the number type times the greatest magnitude, so that a
@@ -45,6 +45,16 @@ def mse(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Compute the mean squared error."""
     measured, predicted, _ = _checked(measured, predicted)
     return np.mean((predicted - measured) ** 2, axis=0)
+
+
+def mse_centered(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Compute the mean squared error that is left when each gene's mean error over the slide is taken away.
+
+    The rest of the MSE is a constant per gene and slide: the level of a gene differs between patients, and so do depth and
+    capture of their measurements, which no image shows. NaN for a single spot.
+    """
+    measured, predicted, _ = _checked(measured, predicted)
+    return (predicted - measured).var(axis=0) if len(measured) > 1 else np.full(measured.shape[1], np.nan)
 
 
 def mae(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -156,6 +166,7 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "pearson": pearson,
     "spearman": spearman,
     "mse": mse,
+    "mse_centered": mse_centered,
     "mae": mae,
     "ccc": ccc,
     "r2": r2,

@@ -55,8 +55,8 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
                         training_mean_mae, undefined_pearson
     patients            rows: patient, fold, num_slides, num_spots and the same scores (PCC per gene within each slide
                         -> mean over the patient's slides -> over genes, whatever the protocol)
-    intervals           {pcc_all, pcc_h, pcc_<list>, mse, mae: {mean, low, high, num_patients}}: bootstrap 95 % interval of
-                        the mean over patients
+    intervals           {pcc_all, pcc_h, pcc_<list>, mse, mse_centered, mae: {mean, low, high, num_patients}}: bootstrap
+                        95 % interval of the mean over patients
     scales              rows: truth, scale, then mean and <name>_std of every score; scale "training_mean" included
     both_protocols      {"paper": .., "clean": ..}: {pcc_all, pcc_h, mse, mae: {mean, std}} of the same predictions, averaged
                         and listed as each protocol does it; epoch and panel are those of the run's own
@@ -75,6 +75,7 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
     per_fold, per_patient = _tables(records, lists, protocol)
     scales = _scale_rows(per_fold, per_fold if protocol == "paper" else per_patient)
     price = selection_price(records)
+    fused = next(row for row in scales if (row["truth"], row["scale"]) == ("smoothed", "fused"))
     summary = {
         "protocol": protocol,
         "protocol_description": f"{DESCRIPTIONS[protocol]}; {choice_of_epoch(records)}",
@@ -93,7 +94,7 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
         "pcc_h": _both_lists(scales, records, lists),
         "gene_list_sizes": _list_sizes(lists),
         "selection_price": price,
-        "notes": _notes(records, protocol, [*notes, *found_notes, *list_notes], price),
+        "notes": _notes(records, protocol, [*notes, *found_notes, *list_notes], price, fused),
     }
     return plain(summary)
 
@@ -228,7 +229,7 @@ def _patient_rows(records: Sequence[FoldRecord], per_patient: pd.DataFrame) -> l
 def _intervals(fused: pd.DataFrame) -> dict[str, dict[str, float]]:
     intervals = {}
     for name in aggregation.value_columns(fused):
-        if not (name.startswith("pcc_") or name in ("mse", "mae")):
+        if not (name.startswith("pcc_") or name in ("mse", "mse_centered", "mae")):
             continue
         values = fused[name].dropna().to_numpy()
         low, high = bootstrap_interval(values)
@@ -258,8 +259,23 @@ def _both_lists(
     return both
 
 
+def _offset_note(fused: dict[str, Any]) -> str | None:
+    """What of the error is a constant per gene and slide."""
+    mse, centered = fused["mse"], fused["mse_centered"]
+    if not np.isfinite([mse, centered]).all() or mse == 0:
+        return None
+    return (
+        f"{1 - centered / mse:.0%} of the MSE is one constant per gene and slide (without it: {centered:.4f}): the levels of "
+        "genes differ between patients. Compare spots of a slide; do not read absolute values."
+    )
+
+
 def _notes(
-    records: Sequence[FoldRecord], protocol: str, found: Sequence[str], price: dict[str, Any] | None
+    records: Sequence[FoldRecord],
+    protocol: str,
+    found: Sequence[str],
+    price: dict[str, Any] | None,
+    fused: dict[str, Any],
 ) -> list[str]:
     on_test = any(record.split.get("selection") == "test" for record in records)
     is_given = all(record.split.get("panel") == "given" for record in records)
@@ -272,6 +288,8 @@ def _notes(
         notes.append(
             f"Choosing the epoch on the test fold instead would have raised PCC(A) by {price['mean']:.4f} on average."
         )
+    if offset := _offset_note(fused):
+        notes.append(offset)
     if len(records) == 1:
         notes.append("One fold only: no standard deviation over folds.")
     notes += found

@@ -81,7 +81,7 @@ def comparison_intervals(table: pd.DataFrame) -> Figure:
 
 
 def _heading(metric: str) -> str:
-    return f"{label(metric)}, lower is better" if metric in ("mse", "mae") else label(metric)
+    return f"{label(metric)}, lower is better" if metric in ("mse", "mse_centered", "mae") else label(metric)
 
 
 def _metric_table(rows: pd.DataFrame) -> Table:

@@ -16,6 +16,7 @@ LABELS = {
     "pcc_all": "PCC(A)",
     "pcc_h": "PCC(H)",
     "mse": "MSE",
+    "mse_centered": "MSE without offset",
     "mae": "MAE",
     "training_mean_mse": "MSE of mean",
     "training_mean_mae": "MAE of mean",
@@ -29,7 +30,7 @@ LABELS = {
     "training_mean": "training mean",
 }
 # The order in which scores and predictions are listed; sorted JSON has lost its own.
-_ORDER = ("pcc_all", "pcc_h", "mse", "mae", "spearman", "ccc", "r2", "explained_variance", "rvd", "ssim",
+_ORDER = ("pcc_all", "pcc_h", "mse", "mse_centered", "mae", "spearman", "ccc", "r2", "explained_variance", "rvd", "ssim",
           "pcc_highly_variable")  # fmt: skip
 _PREDICTIONS = (*SCALES, TRAINING_MEAN)
 _REQUIRED = ("protocol", "protocol_description", "run", "num_folds", "headline", "folds", "notes")

@@ -71,6 +71,7 @@ NAIVE = {
     "pearson": _naive_pearson,
     "spearman": lambda y, p: _naive_pearson(_naive_ranks(y), _naive_ranks(p)),
     "mse": lambda y, p: _mean([(a - b) ** 2 for a, b in zip(y, p)]),
+    "mse_centered": lambda y, p: _variance([a - b for a, b in zip(y, p)]),
     "mae": lambda y, p: _mean([abs(a - b) for a, b in zip(y, p)]),
     "ccc": _naive_ccc,
     "r2": lambda y, p: 1 - _mean([(a - b) ** 2 for a, b in zip(y, p)]) / _variance(y),
@@ -93,6 +94,7 @@ def test_by_hand():
     # ranks 1 2 3 4 and 1.5 1.5 3.5 3.5: the same geometry
     assert metrics.spearman(measured, predicted)[0] == pytest.approx(1 / math.sqrt(1.25))
     assert metrics.mse(measured, predicted)[0] == 0.5
+    assert metrics.mse_centered(measured, predicted)[0] == 0.25  # errors 1, 0, 1, 0
     assert metrics.mae(measured, predicted)[0] == 0.5
     assert metrics.ccc(measured, predicted)[0] == pytest.approx(2 / (1.25 + 1 + 0.25))
     assert metrics.r2(measured, predicted)[0] == pytest.approx(1 - 0.5 / 1.25)
