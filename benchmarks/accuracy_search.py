@@ -28,7 +28,7 @@ from utils.config import load_config
 from utils.devices import device_from
 from utils.runs import write_json
 
-SEARCHED = ("gene_dml", "triplex", "bleep", "mlp", "linear_probe")  # ablations take what Gene-DML takes
+SEARCHED = ("linear_probe", "mlp", "bleep", "gene_dml", "triplex")  # ablations take what Gene-DML takes
 RATES = ("3e-4", "1e-3", "3e-3")
 EPOCHS = 30
 NEIGHBORS = 3  # epochs whose scores are averaged, against the noise of a single one
