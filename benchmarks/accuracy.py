@@ -162,7 +162,11 @@ def prepare(data: DataSet, work: Path, raw: Path | None = None, encoder: str | N
 def searched(name: str, found: Mapping[str, Mapping[str, object]]) -> list[str]:
     """Settings of a trained method as `accuracy_search.py` chose them; an ablation takes those of Gene-DML."""
     choice = found.get(name, found["gene_dml"])
-    return [f"TRAINING.learning_rate={choice['learning_rate']}", f"EVALUATION.fixed_epochs={choice['epochs']}"]
+    return [
+        f"TRAINING.learning_rate={choice['learning_rate']}",
+        f"TRAINING.weight_decay={choice['weight_decay']}",
+        f"EVALUATION.fixed_epochs={choice['epochs']}",
+    ]
 
 
 def train_method(

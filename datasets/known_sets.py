@@ -1,4 +1,4 @@
-"""TODO datasets/known_sets.py"""
+"""The data sets that need no dataset.yaml: of the paper, the demo, external ones; and how a name finds its description."""
 
 from __future__ import annotations
 

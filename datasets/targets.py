@@ -1,4 +1,4 @@
-"""TODO datasets/targets.py"""
+"""Expression targets of the slides of a run for a panel, and what their counts lack for it."""
 
 from __future__ import annotations
 

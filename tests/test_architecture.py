@@ -106,6 +106,14 @@ def test_modes_shows_the_modes_and_none_imports_another():
         assert not others & imported(ROOT / "modes" / f"{name}.py"), f"modes/{name}.py imports another mode"
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_file_says_what_it_is_for(room):
+    """The first line of a file is a sentence about it, and nothing is left to be done there."""
+    for path in sources(room):
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert len(said) > 20 and "TODO" not in said, path
+
+
 def test_no_room_holds_more_than_twelve_files():
     rooms = {path.parent for path in modules().values()} - {ROOT}
     held = {str(room.relative_to(ROOT)): len(list(room.glob("[!_]*.py"))) for room in rooms}

@@ -91,6 +91,7 @@ class Training:
     epochs: int = 200
     patience: int = 20
     learning_rate: float = 1e-4
+    weight_decay: float = 0.0  # decoupled (AdamW); 0: Adam, as in the paper
     lr_step_epochs: int = 20
     lr_decay: float = 0.95
     start_at_mean: bool = False  # output biases start at the training mean instead of near zero (not in the paper)
@@ -149,6 +150,7 @@ _REMOVED = {"TRAINING.compile": False, "LOSS.kmeans_init": "first"}
 _BOUND = 2**63  # of whole numbers
 _MOST_PROBLEMS = 10  # in a message
 _MAY_BE_ZERO = {
+    "TRAINING.weight_decay",
     "GENERAL.seed",
     "GENERAL.exp_id",
     "DATA.num_workers",

@@ -1,4 +1,4 @@
-"""TODO models/layers/attention.py"""
+"""Scaled dot-product attention as the models use it: which kernel, in which chunks, and the index of relative offsets."""
 
 from __future__ import annotations
 

@@ -96,7 +96,12 @@ class Optimization:
         training = config.TRAINING
         # Fused: the same update in one pass over the weights.
         fused = precision.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=fused)
+        adam = (
+            partial(torch.optim.AdamW, weight_decay=training.weight_decay)
+            if training.weight_decay
+            else torch.optim.Adam
+        )
+        optimizer = adam(model.parameters(), lr=training.learning_rate, fused=fused)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, training.lr_step_epochs, gamma=training.lr_decay)
         return cls(optimizer, scheduler, precision)
 

@@ -16,7 +16,7 @@ def work(tiny_run, tmp_path, monkeypatch):
     for name in ("tiny", "demo"):
         monkeypatch.setitem(DATA_SETS, name, DataSet(name, tiny_run.config_name, lambda _raw, _data: None, views=1))
     shutil.copytree(tiny_run.data_dir, tmp_path / "data")
-    choice = {"learning_rate": "1e-3", "epochs": 1}
+    choice = {"learning_rate": "1e-3", "weight_decay": "0", "epochs": 1}
     (tmp_path / "search.json").write_text(json.dumps({"methods": {"gene_dml": choice, "mlp": choice | {"epochs": 2}}}))
     return tmp_path
 
@@ -38,7 +38,9 @@ def test_methods_are_trained_compared_and_shown(work, capsys):
     assert "too few for an interval or a test" in text
     assert {"A", "B", "C"} < {cell.strip() for cell in text.splitlines()[0].split("|")}
     content = json.loads((path.parent / "accuracy.json").read_text())
-    assert content["settings"] == {"mlp": ["TRAINING.learning_rate=1e-3", "EVALUATION.fixed_epochs=2"]}
+    assert content["settings"] == {
+        "mlp": ["TRAINING.learning_rate=1e-3", "TRAINING.weight_decay=0", "EVALUATION.fixed_epochs=2"]
+    }
     found = {(row["metric"], row["method"]): row for row in content["rows"]}
     assert f"{found['pcc_all', 'ridge_neighbor']['mean']:.3f}" in rows[METHODS["ridge_neighbor"][0]]
     assert f"{found['pcc_all', 'mlp']['by_patient']['B']:.3f}" in rows[METHODS["mlp"][0]]
@@ -93,10 +95,12 @@ def test_the_search_takes_the_best_rate_and_epoch_on_inner_patients(work):
         ]
     )
     found = json.loads(out.read_text())["methods"]["mlp"]
-    assert set(found["curves"]) == {"1e-3", "1e-2"} and all(len(curve) == 4 for curve in found["curves"].values())
+    assert set(found["curves"]) == {"1e-3, 0", "1e-3, 10", "1e-2, 0", "1e-2, 10"} and all(
+        len(curve) == 4 for curve in found["curves"].values()
+    )
     scores = {rate: accuracy_search.best_epoch(curve) for rate, curve in found["curves"].items()}
     best = max(scores, key=lambda rate: scores[rate][1])
-    assert (found["learning_rate"], found["epochs"]) == (best, scores[best][0])
+    assert f"{found['learning_rate']}, {found['weight_decay']}" == best and found["epochs"] == scores[best][0]
 
 
 def test_the_middle_of_the_best_neighboring_epochs_is_taken():

@@ -50,6 +50,8 @@ def test_written_again_it_is_the_same_but_for_settings_that_are_no_more(tmp_path
         "first",
     )
     assert after["config"]["DATA"].pop("genes") is None, "came later"
+    assert after["config"]["DATA"].pop("patch_um", None) is None, "came later"
+    assert after["config"]["TRAINING"].pop("weight_decay") == 0, "came later"
     weights = [content.pop("model") for content in (before, after)]
     means = [content.pop("training_mean") for content in (before, after)]
     assert before == after and torch.equal(*means) and list(weights[0]) == list(weights[1])
