@@ -38,6 +38,8 @@ from benchmarks.common import RESULTS, machine, software
 from evaluation.comparison.runs import compare_methods
 from evaluation.comparison.write import patients_shown, write_comparison
 from evaluation.report.tables import NOT_DEFINED, Table, label, number
+from modes.prediction.ensemble import ensemble_folder
+from modes.test import test
 from modes.train import TrainOptions, train_seeds
 from modes.training.compose import is_closed_form
 from preprocess.extract_features_uni import main as extract_features
@@ -61,12 +63,16 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlp": ("perceptron on the patch", ("MODEL.name=mlp",)),
     "bleep": ("BLEEP on the patch", ("MODEL.name=bleep",)),
     "triplex": ("TRIPLEX-style", ("MODEL.name=triplex",)),
+    "pooled": ("pooled features instead of tokens", ("DATA.tokens=pooled",)),
     "no_group_loss": ("without the group loss", ("LOSS.group_weight=0",)),
     "no_instance_loss": ("without the instance loss", ("LOSS.instance_weight=0",)),
     "no_alignment": ("without both", ("LOSS.group_weight=0", "LOSS.instance_weight=0")),
     "no_neighbor": ("without the neighbor scale", ("MODEL.use_neighbor=false",)),
     "no_global": ("without the global scale", ("MODEL.use_global=false",)),
 }
+# name: (what it is, methods whose predictions are averaged, each seed of the first with the same or only one of the others)
+ENSEMBLES = {"gene_dml_and_ridge": ("Gene-DML and ridge on both, averaged", ("gene_dml", "ridge_neighbor"))}
+TITLES = {name: title for table in (METHODS, ENSEMBLES) for name, (title, _) in table.items()}
 METRICS = ("pcc_all", "pcc_h", "pcc_highly_variable", "mse", "mse_centered", "rvd")
 
 
@@ -193,6 +199,16 @@ def train_method(
     return [Path(config.GENERAL.log_path) / options.config_name / name / f"seed_{seed}" for seed in own_seeds]
 
 
+def test_ensemble(members: Sequence[Sequence[Path]], device: str | None) -> list[Path]:
+    """Test the mean of several methods, once for each seed of the first; returns the folders of the results."""
+    found = []
+    for index, first in enumerate(members[0]):
+        runs = [first, *(seeds[min(index, len(seeds) - 1)] for seeds in members[1:])]
+        test(runs, None, [], device_from(None, device), with_report=False)
+        found.append(ensemble_folder(runs))
+    return found
+
+
 def accuracy_table(compared: pd.DataFrame) -> Table:
     """One row a method: PCC(A) with interval and paired test against the first method, and the other scores.
 
@@ -203,7 +219,7 @@ def accuracy_table(compared: pd.DataFrame) -> Table:
     pcc, first = by_metric["pcc_all"], compared["method"].iloc[0]
     patients = patients_shown(pcc)
     others = [metric for metric in by_metric if metric != "pcc_all"]
-    judged = ("std (seeds)", f"to {METHODS[first][0]}")
+    judged = ("std (seeds)", f"to {TITLES[first]}")
     columns = (
         "method",
         "PCC(A)",
@@ -218,7 +234,7 @@ def accuracy_table(compared: pd.DataFrame) -> Table:
         tested = [_span(row["difference_low"], row["difference_high"], "+.3f"), number(row["wilcoxon_p"], 3)]
         rows.append(
             (
-                METHODS[name][0],
+                TITLES[name],
                 number(row["mean"], 3),
                 *(values or [_span(row["low"], row["high"], ".3f")]),
                 f"{number(row['seed_std'], 3)} ({row['num_seeds']})",
@@ -300,6 +316,11 @@ def main(argv: list[str] | None = None) -> Path | None:
         say(f"== {METHODS[name][0]}")
         complete[name] = train_method(configs[name], name, data.config, seeds, arguments.device)
         if len(complete) > 1:  # after every method, so that an interruption leaves a table
+            path = write_accuracy(out, compare_methods(complete, metrics=METRICS), about)
+    for name, (title, parts) in ENSEMBLES.items():
+        if set(parts) <= set(complete):
+            say(f"== {title}")
+            complete[name] = test_ensemble([complete[part] for part in parts], arguments.device)
             path = write_accuracy(out, compare_methods(complete, metrics=METRICS), about)
     say(path.read_text(encoding="utf-8"))
     return path

@@ -47,7 +47,8 @@ def validation_curve(run_dir: Path) -> np.ndarray:
 
 def best_epoch(curve: np.ndarray) -> tuple[int, float]:
     """The epoch (from 1) in the middle of the best neighboring ones, and their mean score."""
-    means = np.convolve(curve, np.full(NEIGHBORS, 1 / NEIGHBORS), mode="valid")
+    defined = np.nan_to_num(np.asarray(curve), nan=-1.0)  # a model that predicts a constant has no PCC
+    means = np.convolve(defined, np.full(NEIGHBORS, 1 / NEIGHBORS), mode="valid")
     return int(np.argmax(means)) + 1 + NEIGHBORS // 2, float(means.max())
 
 
@@ -64,7 +65,10 @@ def search_method(name: str, rates: Sequence[str], epochs: int, shared: Sequence
         say(f"{name}, learning rate {rate}, decay {decay}: best epoch and score {best_epoch(curves[rate, decay])}")
     chosen = max(curves, key=lambda tried: best_epoch(curves[tried])[1])
     epoch, score = best_epoch(curves[chosen])
-    found = {", ".join(tried): [round(float(value), 6) for value in curve] for tried, curve in curves.items()}
+    found = {
+        ", ".join(tried): [round(float(value), 6) for value in np.nan_to_num(curve, nan=-1.0)]
+        for tried, curve in curves.items()
+    }
     rate, decay = chosen
     return {
         "learning_rate": rate,

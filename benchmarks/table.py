@@ -18,7 +18,7 @@ import json
 
 import pandas as pd
 
-from benchmarks.accuracy import METHODS
+from benchmarks.accuracy import METHODS, TITLES
 from benchmarks.common import RESULTS, described
 from evaluation.report.tables import Table, number
 from utils.cli import run, say
@@ -67,7 +67,7 @@ def side_by_side(accuracy: dict[str, pd.DataFrame]) -> str:
     shown = pd.DataFrame(columns).drop(index=ABLATIONS, errors="ignore")
     shown = shown.loc[shown.filter(like="PCC").mean(axis=1).sort_values(ascending=False, na_position="last").index]
     rows = [
-        (METHODS[str(method)][0], *(number(value, 3) for value in values))
+        (TITLES[str(method)], *(number(value, 3) for value in values))
         for method, *values in shown.itertuples(name=None)
     ]
     names = ("method", *(name.split(" ")[0] if name.startswith("MSE") else name for name in shown.columns))

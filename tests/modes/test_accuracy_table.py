@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from benchmarks import accuracy_search, table
-from benchmarks.accuracy import DATA_SETS, METHODS, DataSet, main
+from benchmarks.accuracy import DATA_SETS, ENSEMBLES, METHODS, DataSet, main
 from utils.config import load_config
 
 
@@ -77,6 +77,18 @@ def pages_are_filled(work, path):
     readme = pages["readme"].read_text()
     assert METHODS["ridge_neighbor"][0] in readme and METHODS["no_global"][0] not in readme
     assert "### her2st" in pages["evaluation"].read_text() and METHODS["mean"][0] not in pages["page"].read_text()
+
+
+def test_an_ensemble_is_a_row(work):
+    path = main([*arguments_of(work, "gene_dml,ridge_neighbor")])
+    content = json.loads((path.parent / "accuracy.json").read_text())
+    found = {row["method"]: row for row in content["rows"] if row["metric"] == "pcc_all"}
+    assert ENSEMBLES["gene_dml_and_ridge"][0] in path.read_text()
+    assert found["gene_dml_and_ridge"]["num_seeds"] == 2 and found["gene_dml_and_ridge"]["by_patient"].keys() == {
+        "A",
+        "B",
+        "C",
+    }
 
 
 def test_the_search_takes_the_best_rate_and_epoch_on_inner_patients(work):
