@@ -91,7 +91,7 @@ class Training:
     epochs: int = 200
     patience: int = 20
     learning_rate: float = 1e-4
-    weight_decay: float = 0.0  # decoupled (AdamW); 0: Adam, as in the paper
+    weight_decay: float = 0.0  # decoupled (AdamW), of matrices; 0: Adam, as in the paper
     lr_step_epochs: int = 20
     lr_decay: float = 0.95
     start_at_mean: bool = False  # output biases start at the training mean instead of near zero (not in the paper)

@@ -96,12 +96,15 @@ class Optimization:
         training = config.TRAINING
         # Fused: the same update in one pass over the weights.
         fused = precision.device.type in ("cpu", "cuda")
-        adam = (
-            partial(torch.optim.AdamW, weight_decay=training.weight_decay)
-            if training.weight_decay
-            else torch.optim.Adam
-        )
-        optimizer = adam(model.parameters(), lr=training.learning_rate, fused=fused)
+        optimizer: torch.optim.Optimizer
+        if training.weight_decay:
+            # Matrices alone: a bias that decays would pull the predictions away from the mean of the targets.
+            parameters = list(model.parameters())
+            decays = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.weight_decay}
+            stays = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+            optimizer = torch.optim.AdamW([decays, stays], lr=training.learning_rate, fused=fused)
+        else:
+            optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=fused)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, training.lr_step_epochs, gamma=training.lr_decay)
         return cls(optimizer, scheduler, precision)
 
