@@ -11,17 +11,19 @@ from scipy import sparse
 from xxhash import xxh3_64
 
 from datasets.features.identity import UNKNOWN
+from datasets.features.token_store import TokenStore
 from datasets.spots import SlideRecord, SpotStore
 
-COUNTS, SPOTS, FEATURES = "counts", "spots", "features"
+COUNTS, SPOTS, FEATURES, TOKENS, IMAGE = "counts", "spots", "features", "tokens", "image"
 
 
-def digests_of(store: SpotStore, slides: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Digest counts, spots and features of the named slides; from memory, no file is read.
+def digests_of(store: SpotStore, slides: Sequence[str], tokens: TokenStore | None = None) -> dict[str, dict[str, str]]:
+    """Digest counts, spots, features and cached tokens of the named slides; from memory, no file is read.
 
-    Returns {slide: {"counts": ..., "spots": ..., "features": ...}}.
+    tokens: the token caches of all slides of the store, in its order; None where the tokens are not cached.
+    Returns {slide: {"counts": ..., "spots": ..., "features": ...}}, with "tokens" and "image" where they are known.
     """
-    return {
+    digests = {
         record.name: {
             COUNTS: _counts(record.table),
             SPOTS: _spots(record.table),
@@ -29,6 +31,14 @@ def digests_of(store: SpotStore, slides: Sequence[str]) -> dict[str, dict[str, s
         }
         for record in store.named(slides)
     }
+    for file, record in enumerate(store.slides):
+        if record.name not in digests:
+            continue
+        if record.fingerprint and record.fingerprint != UNKNOWN:
+            digests[record.name][IMAGE] = record.fingerprint
+        if tokens is not None and (digest := tokens.digest(file)) is not None:
+            digests[record.name][TOKENS] = digest
+    return digests
 
 
 def changed_slides(

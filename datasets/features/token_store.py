@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor
+from xxhash import xxh3_64
 
 from datasets.features.cache import opened
 from datasets.features.identity import CacheIdentity
@@ -56,6 +57,11 @@ class TokenStore:
         self._chunk_bytes = self.num_tokens * self.dim * self.dtype.itemsize
         self.nbytes = self.num_rows * self.num_views * self._chunk_bytes
         self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
+
+    def digest(self, file: int) -> str | None:
+        """Digest the checksums of the tokens of one cache, no token is read; None for a cache that bears none."""
+        checksums = self._checksums[file]
+        return None if checksums is None else xxh3_64(np.ascontiguousarray(checksums).view(np.uint8).data).hexdigest()
 
     def read(self, rows: Tensor | np.ndarray, views: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:
         """(B, T, D): for each b the tokens of spot rows[b] in dihedral view views[b], in that order.

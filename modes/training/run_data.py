@@ -53,7 +53,9 @@ class RunData:
     @cached_property
     def digests(self) -> dict[str, dict[str, str]]:
         """Of the data of every slide, as `datasets.digests.digests_of`."""
-        return digests_of(self.store, [slide.name for slide in self.store.slides])
+        source = self.maker.source
+        tokens = source.store if isinstance(source, CachedTokens) else None
+        return digests_of(self.store, [slide.name for slide in self.store.slides], tokens)
 
     @property
     def token_source(self) -> dict[str, object]:

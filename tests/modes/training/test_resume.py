@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+from datasets.features.cache import opened, write_cache
 from modes.train import TrainOptions, train
 from tests.checkpoints import edit
 from utils.checkpoint import load_checkpoint
@@ -154,3 +155,12 @@ def test_another_panel_file_stops_a_run_whose_folds_are_complete(started, tiny_r
     Started(started.path, started.data_dir, str(paper)).refuses(
         r"genes of the panel: no longer \w+ \(fold_0, fold_1\)", folds=(2,)
     )
+
+
+def test_other_tokens_of_a_slide_are_refused_by_its_name(started):
+    (path,) = started.data_dir.glob("demo/token_features*/B1.h5")
+    with opened(path) as cache:
+        identity, ids, centers, tokens = cache.identity, cache.spot_ids, cache.centers, cache.read()
+    tokens[0, 0, 0, 0] += 1
+    write_cache(path, identity, ids, centers, [tokens])
+    started.refuses(r"slide B1: other tokens than then \(fold_0, fold_1\)")

@@ -1,0 +1,42 @@
+"""What a run was made of is known again: other data under the same names are another run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from datasets.features.cache import write_cache
+from datasets.features.identity import CacheIdentity
+from datasets.features.token_store import TokenStore
+
+IDENTITY = CacheIdentity(
+    kind="token",
+    encoder="uni",
+    encoder_sha256="ab12",
+    image_size=(900, 800),
+    image_fingerprint="f",
+    patch_size=224,
+    microns_per_pixel=None,
+    num_neighbors=5,
+    views=8,
+    dtype="float16",
+)
+
+
+def _digest(path, values: np.ndarray, **changed) -> str | None:
+    identity = dataclasses.replace(IDENTITY, **changed)
+    ids = [f"{row}x1" for row in range(len(values))]
+    write_cache(path, identity, ids, np.zeros((len(values), 2), dtype=int), [values])
+    with TokenStore([path]) as store:
+        return store.digest(0)
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (6, 7, 4, 11)])
+def test_one_other_number_of_the_tokens_is_another_digest(tmp_path, place):
+    values = np.random.default_rng(0).normal(size=(7, 8, 5, 12)).astype("float16")
+    before = _digest(tmp_path / "before.h5", values)
+    assert before is not None and before == _digest(tmp_path / "again.h5", values, image_fingerprint="g")
+    values[place] += 1
+    assert _digest(tmp_path / "after.h5", values) != before
