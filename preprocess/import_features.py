@@ -2,8 +2,9 @@
 
 python preprocess/import_features.py --source FEATURES --format trident --config her2st/dml --encoder uni
 
-FEATURES holds one file a slide, SLIDE.h5. Each spot gets the feature of the patch whose centre is nearest, at most half a
-patch away, whatever the order of the file. Train on the caches with --set DATA.tokens=pooled.
+FEATURES holds one file a slide, SLIDE.h5, or what CLAM writes (h5_files, pt_files, patches). Each spot gets the feature of
+the patch of its barcode where both name them, else of the one whose centre is nearest; it is at most half a patch away,
+whatever the order of the file. Train on the caches with --set DATA.tokens=pooled.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import h5py
 import numpy as np
+import pandas as pd
+import torch
 from anndata import AnnData
 from scipy.spatial import KDTree
 
@@ -30,11 +32,13 @@ from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
+from datasets.tables.spot_table import read_spots
 from utils.cli import run, say
 from utils.config import load_config
 from utils.flags import parse_names
 from utils.text import some
 from utils.untrusted.hdf5 import opened_hdf5
+from utils.untrusted.tensors import check_tensors, load_tensors
 
 FORMATS = ("trident", "clam", "hest")
 SMALL_SHARE = 0.02  # of a slide's spots that may take the nearest patch although they lie in none
@@ -43,53 +47,116 @@ FITTING_SHARE = 0.5  # of a slide's spots; with fewer in a patch, the file is of
 
 @dataclass(frozen=True)
 class Patches:
-    """What a file holds of N patches: features (N, D), centers (N, 2) level-0 px, width in level-0 px where it says so."""
+    """What a file holds of N patches: features (N, D), centers (N, 2) level-0 px, width in level-0 px where it says so, and
+    barcodes (N) where it names them."""
 
     features: np.ndarray
     centers: np.ndarray
     covered_px: int | None
+    barcodes: list[str] | None
 
 
-def read_patches(path: Path, kind: str) -> Patches:
-    """Read a file of TRIDENT, CLAM or HEST. Raises ValueError naming the file and what it lacks, FileNotFoundError."""
-    with opened_hdf5(path, f"features of {kind}") as file:
+@dataclass(frozen=True)
+class SlideFiles:
+    """Of one slide: an .h5 with coordinates. Of CLAM also features in the same order (.pt), used where the .h5 has none,
+    and the .h5 of its first step, which knows the width of a patch where that of the features does not."""
+
+    coords: Path
+    features: Path | None = None
+    width: Path | None = None
+
+
+def find_files(source: Path, slide: str, kind: str) -> SlideFiles | None:
+    """Find the files of a slide; None where there is none with coordinates."""
+
+    def first(name: str, *folders: str) -> Path | None:
+        return next((path for folder in folders if (path := source / folder / name).is_file()), None)
+
+    if kind != "clam":
+        coords = first(f"{slide}.h5", "")
+        return None if coords is None else SlideFiles(coords)
+    width = first(f"{slide}.h5", "patches")
+    coords = first(f"{slide}.h5", "", "h5_files") or width
+    return None if coords is None else SlideFiles(coords, first(f"{slide}.pt", "", "pt_files"), width)
+
+
+def read_patches(files: SlideFiles, kind: str) -> Patches:
+    """Read what TRIDENT, CLAM or HEST have written. Raises ValueError naming the file and what it lacks."""
+    path, what = files.coords, f"features of {kind}"
+    with opened_hdf5(path, what) as file:
         name = "embeddings" if "embeddings" in file else "features"
-        if missing := [each for each in (name, "coords") if each not in file]:
+        tensors = None if name in file else files.features
+        needed = ["coords"] if tensors else [name, "coords"]
+        if missing := [each for each in needed if each not in file]:
             raise ValueError(f"it holds {some(sorted(file))}, and no {' and no '.join(missing)}")
-        features, coords = np.asarray(file[name], dtype=np.float32), np.asarray(file["coords"], dtype=np.float64)
-        covered = None if kind == "hest" else _covered_px(file["coords"], kind)
+        features = None if tensors else np.asarray(file[name], dtype=np.float32)
+        coords, attributes = np.asarray(file["coords"], dtype=np.float64), dict(file["coords"].attrs)
+        names = next((file[each][()] for each in ("barcodes", "barcode") if each in file), None)
+    if tensors is not None:
+        path, features = tensors, _read_tensor(tensors, what)
+    assert features is not None
+    if files.width is not None and "patch_size" not in attributes:
+        with opened_hdf5(files.width, "patches of clam") as file:
+            attributes = dict(file["coords"].attrs) if "coords" in file else {}
     features = features[0] if features.ndim == 3 and len(features) == 1 else features
     if features.ndim != 2 or coords.shape != (len(features), 2) or not len(features) or not np.isfinite(coords).all():
         raise ValueError(f"{path} holds features {features.shape} and coords {coords.shape}; expected N x D and N x 2.")
-    return Patches(features, coords if covered is None else coords + covered / 2, covered)
+    covered = None if kind == "hest" else _covered_px(attributes, kind, files.coords)
+    barcodes = None if names is None else [n.decode() if isinstance(n, bytes) else str(n) for n in np.ravel(names)]
+    if barcodes is not None and (len(barcodes) != len(features) or len(set(barcodes)) != len(barcodes)):
+        raise ValueError(f"{path} holds {len(set(barcodes))} different barcodes for {len(features)} patches.")
+    return Patches(features, coords if covered is None else coords + covered / 2, covered, barcodes)
 
 
-def _covered_px(coords: h5py.Dataset, kind: str) -> int:
-    """Level-0 px that a patch covers; `coords` of these tools are its top left corner."""
-    attributes: dict[str, Any] = dict(coords.attrs)
+def _read_tensor(path: Path, what: str) -> np.ndarray:
+    tensor = load_tensors(path, what=what)
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(
+            f"{path} holds {type(tensor).__name__}, expected one tensor of features (N, D), as CLAM writes it."
+        )
+    check_tensors(path, {"features": tensor})
+    return tensor.float().numpy()
+
+
+def _covered_px(attributes: Mapping[str, Any], kind: str, path: Path) -> int:
+    """Level-0 px that a patch covers, from the attributes of `coords`, which of these tools are its top left corner."""
     if "patch_size_level0" in attributes:
         return int(attributes["patch_size_level0"])
     downsample = np.ravel(attributes.get("downsample", attributes.get("downsample_level", 1)))[0]
     if "patch_size" not in attributes or (kind == "trident" and "patch_level" not in attributes):
-        raise ValueError(f"its coords do not say how wide a patch is; their attributes are {some(sorted(attributes))}")
+        remedy = (
+            " Give the folder that holds CLAM's h5_files and patches, too: those know it." if kind == "clam" else ""
+        )
+        raise ValueError(
+            f"{path}: its coords do not say how wide a patch is; their attributes are {some(sorted(attributes)) or 'none'}."
+            f"{remedy}"
+        )
     return round(float(attributes["patch_size"]) * float(downsample))
 
 
-def match(patches: Patches, table: AnnData, width: int, path: Path, max_missing: float) -> np.ndarray:
-    """Find the patch (N,) of each spot. width: of a patch in level-0 px.
+def match(
+    patches: Patches, table: AnnData, barcodes: Sequence[str] | None, width: int, path: Path, max_missing: float
+) -> np.ndarray:
+    """Find the patch (N,) of each spot. barcodes: of the spots, where they are known.  width: of a patch in level-0 px.
 
+    Slides of one kind have the same barcodes, so that a patch must also lie where the spot is.
     Raises ValueError for a file of another slide, and where more than `max_missing` of the spots lie in no patch.
     """
     centers = table.obsm["spatial"]
-    _, rows = KDTree(patches.centers).query(centers, p=np.inf)
+    _, nearest = KDTree(patches.centers).query(centers, p=np.inf)
+    named = np.full(len(centers), -1)
+    if barcodes is not None and patches.barcodes is not None:
+        named = pd.Index(patches.barcodes).get_indexer(list(barcodes))
+    rows = np.where(named >= 0, named, nearest)
     offsets = np.abs(patches.centers[rows] - centers)
     is_inside = offsets.max(axis=1) <= width / 2
     outside, count = np.flatnonzero(~is_inside), table.n_obs
-    found = f"{path}: {is_inside.sum()} of {count} spots lie in a patch (half a patch is {width / 2:g} px)"
+    by_name = f", {(named >= 0).sum()} of the spots are named in it" if (named >= 0).any() else ""
+    found = f"{path}: {is_inside.sum()} of {count} spots lie in a patch (half a patch is {width / 2:g} px){by_name}"
     if is_inside.mean() < FITTING_SHARE:
         typical = tuple(np.median(offsets, axis=0).round(1).tolist())
         raise ValueError(
-            f"{found}; the nearest patch is typically {typical} px away. The file is of another slide, or its coordinates are "
+            f"{found}; their patch is typically {typical} px away. The file is of another slide, or its coordinates are "
             "not those of the full resolution."
         )
     if len(outside) > max_missing * count:
@@ -103,16 +170,18 @@ def match(patches: Patches, table: AnnData, width: int, path: Path, max_missing:
         )
     else:
         say(f"{found}.")
-    return rows
+    return np.where(is_inside, rows, nearest)
 
 
-def import_slide(layout: Layout, slide: str, path: Path, kind: str, max_missing: float, overwrite: bool) -> None:
+def import_slide(layout: Layout, slide: str, files: SlideFiles, kind: str, max_missing: float, overwrite: bool) -> None:
     """Write the target cache of a slide. Raises ValueError as `match`, and for a cache that is there."""
-    target, table, patches = find_cache(layout, "target", slide), load_slide(layout, slide), read_patches(path, kind)
+    target, table, patches = find_cache(layout, "target", slide), load_slide(layout, slide), read_patches(files, kind)
+    spots = read_spots(layout.spots_path(slide))
+    barcodes = spots.loc[table.obs_names, "barcode"].astype(str).tolist() if "barcode" in spots else None
     if target.exists() and not overwrite:
         raise ValueError(f"{target} is there already. Give --overwrite to replace these features.")
     width = patches.covered_px or layout.patch_size
-    rows = match(patches, table, width, path, max_missing)
+    rows = match(patches, table, barcodes, width, files.coords, max_missing)
     with open_slide(layout.image_path(slide)) as image:
         identity = CacheIdentity(
             kind="target",
@@ -165,15 +234,14 @@ def main(words: Sequence[str] | None = None) -> None:
         patch_um=data.patch_um,
     )
     slides = given.slides or layout.slides_with_counts()
-    files = {slide: given.source / f"{slide}.h5" for slide in slides}
-    without = [slide for slide, path in files.items() if not path.is_file()]
+    files = {slide: found for slide in slides if (found := find_files(given.source, slide, given.format)) is not None}
+    without = [slide for slide in slides if slide not in files]
     if without and (given.slides or len(without) == len(slides)):
         raise FileNotFoundError(f"{given.source} has no file SLIDE.h5 for {some(without)}.")
     if without:
         say(f"{len(without)} of {len(slides)} slides have no file in {given.source} and are skipped: {some(without)}.")
-    for slide in slides:
-        if slide not in without:
-            import_slide(layout, slide, files[slide], given.format, given.max_missing, given.overwrite)
+    for slide, found in files.items():
+        import_slide(layout, slide, found, given.format, given.max_missing, given.overwrite)
 
 
 if __name__ == "__main__":

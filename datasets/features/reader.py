@@ -114,6 +114,8 @@ class FeatureReader:
         if widths := other_widths(self.layout, kind, slide):
             asked = f"{self.layout.patch_um:g} um wide" if self.layout.patch_um else "not scaled"
             there += f" There are those of patches that are {', '.join(widths)}, expected {asked} (DATA.patch_um)."
+        if kind == "neighbor":
+            there += " A training without them: --set MODEL.use_neighbor=false."
         return (
             f"{path} does not exist: slide {slide} has no {kind} features.{there} Run: "
             f"{self.layout.repair(kind, slide, self.encoder)}"

@@ -13,6 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from scipy import sparse
 
+from datasets.tables.sparse import stacked
 from utils.untrusted.text import first_lines, text_bytes
 
 _ROWS = 2048
@@ -40,7 +41,7 @@ def read_parquet(path: Path, genes: Sequence[str] | None) -> tuple[pa.Table | sp
             table = file.read_row_group(group, columns=index[:1] + columns)
             spots += table.column(index[0]).to_pylist()
             parts.append(sparse_of(table.select(columns)))
-        return sparse.vstack(parts, format="csr"), spots, columns
+        return stacked(parts), spots, columns
     table = file.read(columns=index[:1] + columns)
     return table.select(columns), table.column(index[0]).to_pylist(), columns
 
@@ -64,7 +65,7 @@ def sparse_of(table: pa.Table) -> sparse.csr_matrix:
             dense[:, position] = column.to_numpy()
         parts.append(sparse.csr_matrix(dense))
     empty = sparse.csr_matrix((0, table.num_columns), dtype=dtype)
-    return sparse.vstack(parts, format="csr") if parts else empty
+    return stacked(parts) if parts else empty
 
 
 def _dtype_of(table: pa.Table) -> type:

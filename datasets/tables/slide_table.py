@@ -81,7 +81,7 @@ def join(counts: AnnData, spots: pd.DataFrame, spec: DatasetSpec, source: str) -
         grid, spatial = grid[:, ::-1], spatial[:, ::-1]
     # In this order already: nothing to copy, of what may be gigabytes.
     is_ordered = counts.obs_names.equals(table.index)
-    matrix = counts.X if is_ordered else counts[table.index].X.copy()
+    matrix = counts.X if is_ordered else counts.X[counts.obs_names.get_indexer(table.index)]
     adata = AnnData(matrix, obs=counts.obs.loc[table.index], var=counts.var)
     adata.obsm["spatial"] = np.ascontiguousarray(spatial)
     adata.obsm["center"] = np.floor(spatial).astype(np.int64)

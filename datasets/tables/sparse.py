@@ -58,6 +58,25 @@ def runs_of_lines(indptr: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
+def stacked(parts: list[sparse.csr_matrix]) -> sparse.csr_matrix:
+    """Put matrices (N_i, columns) csr below each other: (sum of N_i, columns) csr.
+
+    The list is emptied: numbers of a part are let go as soon as they are in the stack, so that both are never held whole.
+    """
+    columns = parts[0].shape[1]
+    assert all(part.shape[1] == columns for part in parts)
+    lengths = np.concatenate([np.diff(part.indptr) for part in parts])
+    data = [part.data[: part.nnz] for part in parts]
+    indices = [part.indices[: part.nnz] for part in parts]
+    parts.clear()
+    all_data = np.concatenate(data)
+    data.clear()
+    all_indices = np.concatenate(indices)
+    indices.clear()
+    indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return sparse.csr_matrix((all_data, all_indices, indptr), shape=(len(lengths), columns))
+
+
 def _problem(stored: Stored) -> str | None:
     """What is wrong with the arrays, before anything is built of them."""
     data, indices, indptr = stored.data, stored.indices, stored.indptr

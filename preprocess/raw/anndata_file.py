@@ -16,7 +16,7 @@ from scipy import sparse
 from datasets.tables.array_grid import grid_of_pixels
 from datasets.tables.counts import wrong_counts
 from datasets.tables.h5ad import frame_of
-from datasets.tables.sparse import Stored, checked_sparse, runs_of_lines
+from datasets.tables.sparse import Stored, checked_sparse, runs_of_lines, stacked
 from datasets.tables.spot_table import check_spots
 from preprocess.raw.hest import array_positions, is_in_tissue
 from preprocess.raw.space_ranger.matrices import GeneCounts
@@ -181,13 +181,15 @@ def _gene_counts(file: h5py.File, source: AnnDataFile, rows: np.ndarray, barcode
         if wrong := wrong_counts(part.data):
             raise ValueError(_no_counts(file, source, float(part.data[wrong[0][1]][0])))
         parts.append(part.astype(np.int32))
-    stack = sparse.vstack if _by_rows(file[source.place]) else sparse.hstack
-    matrix = stack(parts, format="csr")
+        del part  # not held while the next one is read, and the stack is made
+    matrix = stacked(parts)
+    if not _by_rows(file[source.place]):
+        matrix = matrix.T.tocsr()
     return GeneCounts(matrix, barcodes, ids, checked_names(symbols, "genes", source.path), source.path)
 
 
 def _parts(stored: h5py.Group | h5py.Dataset, rows: np.ndarray) -> Iterator[sparse.csr_matrix]:
-    """The rows of a matrix, some at a time; of one that is compressed by columns, some columns of them at a time."""
+    """The rows of a matrix, some at a time; of one that is compressed by columns its columns, as rows."""
     num_rows, num_columns = _shape_of(stored)
     if isinstance(stored, h5py.Dataset):
         step = max(1, _AT_A_TIME // max(1, num_columns))
@@ -210,7 +212,8 @@ def _parts(stored: h5py.Group | h5py.Dataset, rows: np.ndarray) -> Iterator[spar
         shape = (stop - start, num_columns) if by_rows else (num_rows, stop - start)
         data, indices = stored["data"][first:last], stored["indices"][first:last]
         part = checked_sparse(Stored(data, indices, indptr[start : stop + 1] - first, shape, by_rows=by_rows))
-        yield part if len(wanted) == part.shape[0] else part[wanted]
+        part = part if len(wanted) == part.shape[0] else part[wanted]
+        yield part if by_rows else part.T.tocsr()
 
 
 def _shape_of(stored: h5py.Group | h5py.Dataset) -> tuple[int, int]:

@@ -11,12 +11,14 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from datasets.tables.counts import check_counts
+from datasets.tables.counts import GREATEST_COUNT, check_counts
+from datasets.tables.sparse import runs_of_lines
 from utils.files import reading, require_file
 from utils.text import checked_names, some
 from utils.untrusted.text import cells_of, text_of
 
 _ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}(\.\d+)?$")
+_AT_A_TIME = 1 << 24  # counts
 _SYMBOL_COLUMNS = (
     "symbol",
     "gene_symbol",
@@ -90,15 +92,25 @@ def symbols_of(names: Sequence[str], gene_map: Mapping[str, str] | None) -> list
 def with_genes(counts: AnnData, symbols: Sequence[str], genes: Sequence[str], source: str) -> AnnData:
     """Give the same spots other columns: column i goes to `symbols[i]`, those of one symbol are added up.
 
+    counts: X csr; its numbers are overwritten, because two matrices of gigabytes are not held side by side.
     genes: the new columns, in order; a symbol that is none of them is left out, a gene that no column goes to is zero.
     source: for messages.
     returns: checked counts, X (N, len(genes)) csr int32. Errors as in `datasets.tables.counts.check_counts`.
     """
     place = pd.Index(genes).get_indexer(list(symbols))
     found = np.flatnonzero(place >= 0)
-    is_sum = len(np.unique(place[found])) < len(found)
-    ones = np.ones(
-        len(found), dtype=np.int64 if is_sum else np.int32
-    )  # a sum may be beyond 32 bits, and is checked then
+    ones = np.ones(len(found), dtype=np.int64)  # a sum may be beyond 32 bits, and is checked then
     columns = sparse.csr_matrix((ones, (found, place[found])), shape=(counts.n_vars, len(genes)))
-    return check_counts(sparse.csr_matrix(counts.X @ columns), counts.obs_names.tolist(), list(genes), source=source)
+    matrix, spots = sparse.csr_matrix(counts.X).astype(np.int32, copy=False), counts.obs_names.tolist()
+    lengths, filled = [np.zeros(1, dtype=np.int64)], 0
+    for start, stop in runs_of_lines(matrix.indptr, _AT_A_TIME):
+        part = matrix[start:stop] @ columns
+        if part.nnz and part.data.max() > GREATEST_COUNT:
+            check_counts(part, spots[start:stop], list(genes), source=source)
+        end = filled + part.nnz  # a row never has more entries than before
+        matrix.data[filled:end], matrix.indices[filled:end] = part.data, part.indices
+        lengths.append(np.diff(part.indptr))
+        filled = end
+    arrays = (matrix.data[:filled], matrix.indices[:filled], np.cumsum(np.concatenate(lengths)))
+    result = sparse.csr_matrix(arrays, shape=(counts.n_obs, len(genes)))
+    return check_counts(result, spots, list(genes), source=source)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -79,6 +80,66 @@ def test_each_spot_gets_its_own_feature(layout, config, kind):
     assert (identity.encoder, identity.encoder_sha256, identity.patch_size) == (ENCODER, "unknown", SIDE)
     with pytest.raises(ValueError, match=r"A1\.h5 is there already"):
         imported(layout, config, kind)
+
+
+@pytest.mark.parametrize("says_width", [True, False])
+def test_features_of_clam_in_a_file_of_tensors(layout, config, says_width):
+    """h5_files with coordinates, pt_files with the features in the same order; patches may be all that knows the width."""
+    expected = write(layout, "A1", "clam")
+    source = layout.data_dir.parent / "features"
+    for name in ("h5_files", "pt_files", "patches"):
+        (source / name).mkdir()
+    with h5py.File(source / "A1.h5", "r+") as file:
+        torch.save(torch.from_numpy(file["features"][()]), source / "pt_files" / "A1.pt")
+        del file["features"]
+        with h5py.File(source / "patches" / "A1.h5", "w") as patches:
+            patches["coords"] = file["coords"][()][:5]
+            patches["coords"].attrs.update(file["coords"].attrs)
+        if not says_width:
+            for name in list(file["coords"].attrs):
+                del file["coords"].attrs[name]
+    (source / "A1.h5").rename(source / "h5_files" / "A1.h5")
+    imported(layout, config, "clam")
+    assert np.array_equal(read_features(layout.cache_path("target", "A1")), expected)
+    if not says_width:
+        (source / "patches" / "A1.h5").unlink()
+        with pytest.raises(ValueError, match=r"A1\.h5: its coords do not say how wide .* none.*h5_files and patches"):
+            imported(layout, config, "clam", "--overwrite")
+        return
+    torch.save(torch.zeros(3, 112), source / "pt_files" / "A1.pt")
+    with pytest.raises(ValueError, match=r"A1\.pt holds features \(3, 112\) and coords"):
+        imported(layout, config, "clam", "--overwrite")
+    torch.save({"features": torch.zeros(3, 112)}, source / "pt_files" / "A1.pt")
+    with pytest.raises(ValueError, match=r"A1\.pt holds dict, expected one tensor"):
+        imported(layout, config, "clam", "--overwrite")
+
+
+def test_barcodes_go_before_the_nearest_patch_but_not_against_the_coordinates(layout, config, capsys):
+    """Patches lie anywhere within half a patch of their spots, so that many are nearer to another one."""
+    expected = write(layout, "A1", "hest")
+    table = load_slide(layout, "A1")
+    spots = pd.read_csv(layout.spots_path("A1"), sep="\t").assign(barcode=lambda rows: [f"BC{i}-1" for i in rows.index])
+    spots.to_csv(layout.spots_path("A1"), sep="\t", index=False)
+    ids = [f"{round(x)}x{round(y)}" for x, y in zip(spots["x"], spots["y"], strict=True)]
+    names = dict(zip(ids, spots["barcode"], strict=True))
+    order = np.random.default_rng(1).permutation(table.n_obs)
+    path = layout.data_dir.parent / "features" / "A1.h5"
+    with h5py.File(path, "r+") as file:
+        file["barcodes"] = np.array([[names[table.obs_names[row]]] for row in order], dtype="S")
+        file["coords"][...] = file["coords"][()].mean(axis=0)  # all at one place: no coordinate tells them apart
+    with pytest.raises(ValueError, match=r"named in it; their patch is typically .* another slide"):
+        imported(layout, config, "hest")
+    with h5py.File(path, "r+") as file:
+        random = np.random.default_rng(2)
+        centers = table.obsm["center"][order]
+        file["coords"][...] = centers + random.integers(-SIDE // 2, SIDE // 2 + 1, centers.shape)
+    imported(layout, config, "hest")
+    assert np.array_equal(read_features(layout.cache_path("target", "A1")), expected)
+    assert f"{table.n_obs} of the spots are named in it" in capsys.readouterr().out
+    with h5py.File(path, "r+") as file:
+        file["barcodes"][:2] = b"BC0-1"
+    with pytest.raises(ValueError, match=r"A1\.h5 holds \d+ different barcodes for \d+ patches"):
+        imported(layout, config, "hest", "--overwrite")
 
 
 def test_a_file_of_another_slide_is_refused(layout, config):
