@@ -204,7 +204,9 @@ def import_slide(layout: Layout, slide: str, files: SlideFiles, kind: str, max_m
 def arguments_of(words: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder with one file a slide, SLIDE.h5")
+    parser.add_argument(
+        "--source", type=Path, required=True, help="folder with one file a slide, SLIDE.h5, or those of CLAM"
+    )
     parser.add_argument("--format", choices=FORMATS, required=True, help="which tool has made them")
     parser.add_argument("--config", required=True, help="configuration, such as her2st/dml, or a YAML file")
     parser.add_argument("--encoder", help="patch encoder that made the features (default: of the configuration)")

@@ -205,7 +205,8 @@ def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnDat
 
 def compared_with_image(layout: Layout, slide: AnnData) -> list[str]:
     """Write the picture of a slide with its spots; a warning if they do not seem to belong together."""
-    name, totals = slide.uns["slide"], np.asarray(slide.X.sum(axis=1)).ravel()
+    name, step = slide.uns["slide"], 4096  # spots at a time: SciPy widens what it adds up
+    totals = np.concatenate([slide.X[i : i + step].sum(axis=1).A1 for i in range(0, slide.n_obs, step)])
     with open_slide(layout.image_path(name)) as image:
         problem = compare_with_image(image, slide.obsm["center"], totals, layout.overlay_path(name))
     return [f"WARNING: {problem}"] if problem else []
