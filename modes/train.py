@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,8 @@ from models.table import find_model
 from modes.parallel.data import shared_step
 from modes.parallel.folds import check_nobody_works_on, claimed_folds, finish, in_turn
 from modes.prediction.slide import Encode, predict_slide, slide_result
+from modes.telling.board import Board, check_wandb
+from modes.telling.epoch_line import EpochLine
 from modes.training.checkpoints import FoldCheckpoints
 from modes.training.clusters import write_clusters
 from modes.training.compose import Optimization, forward, groups_spots, is_closed_form, open_layout
@@ -47,7 +50,7 @@ from utils.cli import say
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory
 from utils.parallel.team import ALONE, Team
-from utils.runs import Board, check_run, generator_for, note_versions, open_run, seed_everything, write_epochs
+from utils.runs import check_run, generator_for, note_versions, open_run, seed_everything, write_epochs
 from utils.trained_fold import NO_SCORE
 
 
@@ -66,6 +69,7 @@ class TrainOptions:
     epochs_from: str | None = None  # the cross-validation whose epochs and scores it takes over
     team: Team = ALONE  # the processes that share each batch
     shares_folds: bool = False  # other processes train folds of the same run
+    with_wandb: bool = False  # the numbers of TensorBoard also for Weights & Biases, offline unless WANDB_MODE is set
     config_file: str | None = None  # the configuration as it was given, for the commands in messages; else config_name
 
 
@@ -75,6 +79,8 @@ def train(config: Config, options: TrainOptions) -> Path:
     Raises ValueError or FileNotFoundError for whatever the user can mend: before the first fold wherever it can be known.
     """
     team = options.team
+    if options.with_wandb:
+        check_wandb()
     if options.device.type == "cpu":
         keep_freed_memory()
     config_file = options.config_file or options.config_name
@@ -99,6 +105,8 @@ def train(config: Config, options: TrainOptions) -> Path:
         if source is not None and team.is_first:
             write_held_out(run_dir, source.held_out)
         say(f"Run folder: {run_dir}")
+        if not is_closed_form(config):
+            say(f"Curves while it trains: tensorboard --logdir {shlex.quote(str(run_dir))}")
         for record in own_folds:
             folder = run_dir / record.folder
             if is_complete(folder):
@@ -113,7 +121,7 @@ def train(config: Config, options: TrainOptions) -> Path:
             if is_closed_form(config):
                 team.by_first(partial(fit_closed_form, run_data, split, folder))
             else:
-                train_fold(run_data, split, folder, options.checkpoint_seconds)
+                train_fold(run_data, split, folder, options.checkpoint_seconds, options.with_wandb)
             if not record.is_final:
                 team.by_first(partial(score_checkpoint, run_data, folder / "best.pt", folder, split.targets))
         if options.all_patients:
@@ -133,7 +141,9 @@ def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> 
         )
 
 
-def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds: float) -> None:
+def train_fold(
+    run_data: RunData, split: Split, folder: Path, checkpoint_seconds: float, with_wandb: bool = False
+) -> None:
     """Train the model of a fold, or go on with it, until its epoch is chosen; best.pt holds the chosen weights.
 
     Raises ValueError when the loss is no longer finite; the best weights so far are kept then, as on Ctrl-C.
@@ -148,7 +158,8 @@ def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds
     checkpoints.check_room(model)
     progress = checkpoints.restore(model, optimization)
     team.same_start(model)
-    board = Board(folder / "tensorboard", progress.epoch + 1) if team.is_first else None
+    board = Board(folder / "tensorboard", progress.epoch + 1, with_wandb) if team.is_first else None
+    line = EpochLine(config, split.record)
     try:
         while not progress.is_finished(config, score_name):
             epoch = progress.epoch + 1
@@ -166,6 +177,7 @@ def train_fold(run_data: RunData, split: Split, folder: Path, checkpoint_seconds
                 board.add(record)
                 write_epochs(folder / "metrics.jsonl", progress.history)
                 checkpoints.save(model, optimization, progress, is_better)
+            say(line.of(progress))
     except (KeyboardInterrupt, ValueError, ConnectionError):
         if team.is_first:
             checkpoints.keep(progress)

@@ -37,6 +37,7 @@ OF_THE_SAME_ROOM = {
     "modes.checks": {"modes.prediction", "modes.training"},
     "modes.parallel": {"modes.prediction"},
     "modes.prediction": set(),
+    "modes.telling": set(),
     "modes.training": {"modes.prediction"},
     "preprocess.extraction": set(),
     "preprocess.raw": set(),

@@ -129,15 +129,15 @@ def say(message: str) -> None:
 def progress(
     iterable: Iterable | None = None, *, total: int | None = None, description: str = "", unit: str = "it", leave=True
 ):
-    """A progress bar with a rate and an ETA on standard error; silent when that is no terminal and output is piped."""
+    """Show a progress bar with a rate and an ETA on standard error; none where that is no terminal: a log has lines."""
     return tqdm(
         iterable,
         total=total,
         desc=description,
         unit=unit,
         leave=leave,
-        disable=_is_quiet,
+        disable=_is_quiet or not sys.stderr.isatty(),
         dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        mininterval=0.5,
         file=sys.stderr,
     )

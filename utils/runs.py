@@ -1,4 +1,4 @@
-"""The folder of a run: seeds, versions, the epoch log, TensorBoard."""
+"""The folder of a run: seeds, versions, the epoch log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from utils.config import Config, differences, read_config, save_config
-from utils.files import check_writable, reading, write_text, writing
+from utils.files import check_writable, reading, write_text
 from utils.locks import sweep
 from utils.text import brief
 
@@ -195,30 +195,3 @@ def read_epochs(path: Path) -> list[dict[str, float]]:
                 raise ValueError(f"{path}, line {number}: expected an epoch, found {brief(record)}. {_TRAIN_ON}")
             records.append(record)
     return records
-
-
-class Board:
-    """TensorBoard beside `metrics.jsonl`; epochs that are trained again after an interruption replace the old ones.
-
-    Its methods raise OSError if the disk cannot take it.
-    """
-
-    def __init__(self, folder: Path, first_epoch: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._folder = folder
-        with writing(folder):
-            self._writer = SummaryWriter(str(folder), purge_step=first_epoch)
-
-    def add(self, record: Mapping[str, float]) -> None:
-        """Show an epoch at once."""
-        with writing(self._folder):
-            for name, value in record.items():
-                if name != "epoch" and value is not None:
-                    self._writer.add_scalar(name, value, int(record["epoch"]))
-            self._writer.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        with writing(self._folder):
-            self._writer.close()
