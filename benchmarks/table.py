@@ -25,7 +25,7 @@ from utils.cli import run, say
 from utils.files import require_file, write_text
 
 REAL = {"mob": "olfactory bulb", "her2st": "HER2ST"}
-ABLATIONS = [name for name in METHODS if name.startswith("no_")]
+ABLATIONS = [name for name in METHODS if name == "pooled" or name.startswith("no_")]
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured: python benchmarks/table.py -->", "<!-- end of what was measured -->"
 

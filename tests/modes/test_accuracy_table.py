@@ -3,10 +3,14 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 
 from benchmarks import accuracy_search, table
 from benchmarks.accuracy import DATA_SETS, ENSEMBLES, METHODS, DataSet, main
+from benchmarks.learning_curve import TESTED, link_set, scores_of
+from datasets.known_sets import get_spec
+from datasets.layout import Layout
 from utils.config import load_config
 
 
@@ -129,3 +133,36 @@ def test_every_method_is_a_valid_configuration():
 def test_what_cannot_be_compared_is_refused(work, methods, message):
     with pytest.raises(ValueError, match=message):
         main(arguments_of(work, methods))
+
+
+def test_the_learning_curve_tests_the_same_patients_whatever_trains(tiny_data, tmp_path):
+    """Links make a data set of some patients; the test patients are one, so that one fold tests them."""
+    link_set(tiny_data / "demo", tmp_path / "data", train="AB", test="CD")
+    layout = Layout(tmp_path / "data", get_spec("demo", tmp_path / "data"), patch_size=64, num_neighbors=3)
+    assert layout.patients_on_disk() == {
+        **{"A1": "A", "A2": "A", "B1": "B", "B2": "B"},
+        **{slide: TESTED for slide in ("C1", "C2", "D1", "D2")},
+    }
+    assert layout.image_path("C1").is_file()
+
+
+def test_the_learning_curve_means_over_slides_then_seeds(tmp_path):
+    for seed, shift in enumerate((0.0, 0.2)):
+        rows = [
+            {
+                "slide": slide,
+                "patient": TESTED,
+                "scale": scale,
+                "truth": "smoothed",
+                "gene": "g",
+                "pearson": r + shift,
+                "mse": 1,
+            }
+            for slide, r in (("Q1", 0.1), ("Q2", 0.3), ("R1", 0.6))
+            for scale in ("fused", "target")
+        ]
+        folder = tmp_path / f"seed_{seed}" / "fold_2"
+        folder.mkdir(parents=True)
+        pd.DataFrame(rows).to_csv(folder / "per_gene_slide.csv", index=False)
+    found = scores_of([tmp_path / "seed_0", tmp_path / "seed_1"]).set_index("patient")["pcc_all"]
+    assert found.to_dict() == pytest.approx({"Q": 0.3, "R": 0.7})
