@@ -147,18 +147,12 @@ def test_the_learning_curve_tests_the_same_patients_whatever_trains(tiny_data, t
 
 
 def test_the_learning_curve_means_over_slides_then_seeds(tmp_path):
+    keys = {"patient": TESTED, "truth": "smoothed", "gene": "g", "mse": 1}
+    measured = (("Q1", 0.1), ("Q2", 0.3), ("R1", 0.6))
     for seed, shift in enumerate((0.0, 0.2)):
         rows = [
-            {
-                "slide": slide,
-                "patient": TESTED,
-                "scale": scale,
-                "truth": "smoothed",
-                "gene": "g",
-                "pearson": r + shift,
-                "mse": 1,
-            }
-            for slide, r in (("Q1", 0.1), ("Q2", 0.3), ("R1", 0.6))
+            {**keys, "slide": slide, "scale": scale, "pearson": pearson + shift}
+            for slide, pearson in measured
             for scale in ("fused", "target")
         ]
         folder = tmp_path / f"seed_{seed}" / "fold_2"
