@@ -27,4 +27,4 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     """Bring links between README and docs/ to the site; of those to other files of the repository the text is left."""
     markdown = re.sub(r"\]\(docs/", "](", markdown).replace("](../README.md", "](index.md")
     # An image is never outside docs/, so only links are left to look at.
-    return re.sub(r"(?<!!)\[([^\]]*)\]\((?!#|\w+:|[\w.]+\.md\b|images/)[^)]*\)", r"\1", markdown)
+    return re.sub(r"(?<!!)\[([^\]]*)\]\((?!#|\w+:|[a-z_]+\.md\b|images/)[^)]*\)", r"\1", markdown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import anndata
@@ -40,21 +39,25 @@ def slide(seed: int, *, hexagonal: bool = True, with_array: bool = True) -> AnnD
     return adata[random.permutation(30)].copy()
 
 
+def _picture(path: Path, seed: int) -> Path:
+    picture = np.random.default_rng(seed).integers(0, 255, (450, 460, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(path)
+    return path
+
+
 @pytest.fixture
 def image(tmp_path) -> Path:
-    picture = np.random.default_rng(5).integers(0, 255, (450, 460, 3), dtype=np.uint8)
-    Image.fromarray(picture).save(tmp_path / "image.png")
-    return tmp_path / "image.png"
+    return _picture(tmp_path / "image.png", seed=5)
 
 
 @pytest.fixture
-def several(tmp_path, image) -> AnnData:
+def several(tmp_path) -> AnnData:
     """Three slides of three patients, their rows mixed, and a folder of their images."""
     joined = anndata.concat([slide(i) for i in range(3)], label="slide", keys=["S0", "S1", "S2"])
     joined.obs["patient"] = joined.obs["slide"].map({"S0": "P1", "S1": "P2", "S2": "P3"}).astype("category")
     (tmp_path / "images").mkdir()
     for name in ("S0", "S1", "S2"):
-        shutil.copy(image, tmp_path / "images" / f"{name}.png")
+        _picture(tmp_path / "images" / f"{name}.png", seed=int(name[1:]))
     return joined[np.random.default_rng(0).permutation(90)].copy()
 
 
