@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def tiny_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "data"
     simulate(folder, patients=("A", "B", "C", "D"), slides_per_patient=2, grid=(6, 5), patch_size=64, num_genes=24)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts_arrive():
+    """A suite that a script starts in the background inherits that interrupts are ignored; ours are about them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
