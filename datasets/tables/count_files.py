@@ -17,6 +17,7 @@ from datasets.tables.sparse import stacked
 from utils.untrusted.text import first_lines, text_bytes
 
 _ROWS = 2048
+_CELLS = 1 << 25  # of a full table: 128 MB
 _HEXADECIMAL = re.compile(rb"[\t,] *[-+]?0[xX][^\t,\n]*")  # Arrow takes it for a number
 
 
@@ -38,12 +39,22 @@ def read_parquet(path: Path, genes: Sequence[str] | None) -> tuple[pa.Table | sp
     if file.num_row_groups > 1 and columns and all(is_number(kinds[name]) for name in columns):
         spots, parts = [], []
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=index[:1] + columns)
-            spots += table.column(index[0]).to_pylist()
-            parts.append(sparse_of(table.select(columns)))
+            spots += file.read_row_group(group, columns=index[:1]).column(0).to_pylist()
+            parts.append(_sparse_group(file, group, columns))
         return stacked(parts), spots, columns
     table = file.read(columns=index[:1] + columns)
     return table.select(columns), table.column(index[0]).to_pylist(), columns
+
+
+def _sparse_group(file: pa.parquet.ParquetFile, group: int, columns: list[str]) -> sparse.csr_matrix:
+    """One group of rows, some columns at a time, so that little of it is ever full; Arrow gives its reserve back."""
+    step = max(1, _CELLS // max(1, file.metadata.row_group(group).num_rows))
+    parts = [
+        sparse_of(file.read_row_group(group, columns=columns[start : start + step]))
+        for start in range(0, len(columns), step)
+    ]
+    pa.default_memory_pool().release_unused()
+    return sparse.hstack(parts, format="csr")
 
 
 def is_number(kind: pa.DataType) -> bool:

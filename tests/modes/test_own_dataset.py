@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -95,6 +96,24 @@ def test_the_page_step_by_step(folder):
     assert {path.name for path in run.iterdir()} >= {"fold_0", "summary.md", "report.html"}
     assert sorted(path.stem for path in (run / "fold_0" / "predictions").glob("*.h5ad")) == ["P1_s1"]
     assert len(load_names(folder / "data" / "mine" / "genes_mine.npy")) == 20
+    run_external_set_of_page(folder)
+
+
+def run_external_set_of_page(folder: Path) -> None:
+    """The set of docs/external.md that is neither Visium nor published, through to its scores, for the run of `mine`."""
+    shutil.copytree(folder / "data" / "mine", folder / "data" / "test" / "my_set", ignore=features)
+    (description,) = blocks("external.md", "yaml")
+    (folder / "data/test/my_set/dataset.yaml").write_text(description.replace("her2st", "mine"))
+    lines = [line for block in blocks("external.md", "bash") for line in block.splitlines() if "my_set" in line]
+    assert len(lines) == 3
+    for line in lines:
+        left = run_line(line.replace("her2st", "mine"))
+        assert left.status == 0, f"{line}\n{left.said}"
+    summary = json.loads((folder / "logs/mine/dml/exp_0/external/my_set/summary.json").read_text())
+    assert sorted(summary["slides"]) == sorted(SLIDES.values())
+
+
+features = shutil.ignore_patterns("*features*")
 
 
 # -- the other ways of the page, and what is said about data elsewhere --------------------------------------------------

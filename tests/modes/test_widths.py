@@ -163,6 +163,17 @@ class TestPooled:
             np.asarray(tested.X), np.asarray(predicted[tested.obs_names, shared].X), rtol=1e-3, atol=1e-3
         )
 
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_it_is_not_averaged_with_a_run_of_all_tokens(self, pooled, tiny_run, tmp_path, is_first):
+        """The tokens that are read for one would reach the other."""
+        runs = [pooled[0], tiny_run.path] if is_first else [tiny_run.path, pooled[0]]
+        image = next(tiny_run.data_dir.glob("test/demo_external/ST-imgs/*/*/X1.*"))
+        spots = tiny_run.data_dir / "test/demo_external/ST-spotfiles/X1_selection.tsv"
+        with pytest.raises(ValueError, match=r"cannot be averaged: DATA\.tokens=pooled in one of them, all tokens"):
+            predict(runs, PredictOptions(image, tmp_path / "x.h5ad", spots=spots), None, [], CPU)
+        with pytest.raises(ValueError, match=r"cannot be averaged: DATA\.tokens=pooled in one of them, all tokens"):
+            run_test([runs[0], runs[1]], 0, [], CPU, None, False)
+
     def test_missing_tokens_name_the_variant(self, pooled, tiny_run, tmp_path):
         _, data_dir = pooled
         with pytest.raises(FileNotFoundError, match=r"have no token cache.*\n.*--set DATA\.tokens=pooled"):
