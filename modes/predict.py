@@ -1,7 +1,9 @@
 """--mode predict: one H&E slide without counts in, one AnnData file of predicted expression out.
 
-The frozen encoder runs while the slide is read: once over all spots for the pooled features that the global encoder sees,
-once more in chunks for tokens and neighbors. Nothing is cached, and memory does not grow with the tokens.
+The frozen encoder runs while the slide is read, once over every distinct tile; a tile that is the neighbor of one spot and
+the patch of another is one. The global encoder wants the pooled features of all spots first: tokens and neighbor features
+that are too many to be held until then are encoded in a second pass. Nothing is cached, and memory does not grow with the
+tokens.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ EQUALITY = {
     "step": lambda extra: extra["gradient_differences"]["float32"] < 1e-3,
     "epoch": lambda extra: extra["loss_difference"] < 0.02,
     "extraction": lambda extra: extra["same_features"],
+    "predict": lambda extra: extra["difference"] < 1e-5,
     "evaluation": lambda extra: extra["difference"] < 1e-4,
     "kmeans": lambda extra: extra["all_equal"],
     "loading": lambda extra: extra["are_equal"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from datasets.features.patch_encoder import BatchedPatchEncoder, pool_tokens
-from datasets.images.geometry import all_views, neighbor_corners, neighbor_validity, patch_corner
+from datasets.features.tiles import Band, Schedule, Step, index_tiles
+from datasets.images.geometry import dihedral_views
 from utils.devices import granted_cpus
 
 KINDS = ("target", "neighbor", "token", "patch")
 VIEW_COUNTS = (1, 2, 4, 8)  # the identity; with the horizontal flip; with both flips; with the quarter turn
 _STAGING_BUFFERS = 3  # one in use by the device, one ready, one being filled
+_WAITING_PIXELS = 1 << 26  # of patches whose tokens may wait for their spots: 1.1 GB of UNI's in float32
 
 
 class Regions(Protocol):
@@ -67,16 +69,6 @@ class EncodingPlan:
     def covered_size(self) -> int:
         """Level-0 px that a patch covers."""
         return self.source_size or self.patch_size
-
-    @property
-    def views_encoded(self) -> int:
-        """How many views of a patch the encoder sees."""
-        return self.views if "token" in self.kinds else 1
-
-    @property
-    def images_per_spot(self) -> int:
-        """How many images the encoder sees for a spot, at most: the views of the patch, and the other tiles."""
-        return self.views_encoded + (self.num_neighbors**2 - 1 if "neighbor" in self.kinds else 0)
 
     @property
     def needs_encoder(self) -> bool:
@@ -124,29 +116,32 @@ def encode_slide(
 ) -> Iterator[EncodedSpots]:
     """Yield the features of the spots at `centers` (N, 2) level-0 px (x, y), batch by batch, in their order.
 
-    Invalid neighbor tiles are zero and not encoded. The next batch is cropped by `num_workers` threads, and on CUDA
-    encoded, while the caller deals with the one before.
+    A tile that several spots look at is encoded once (`datasets.features.tiles`). Invalid neighbor tiles are zero and not
+    encoded. The next batch is cropped by `num_workers` threads, and on CUDA encoded, while the caller deals with the one
+    before.
     Raises ValueError naming the image if it cannot be decoded, or if a feature is not finite.
     """
     centers = np.asarray(centers, dtype=np.int64)
-    size = plan.covered_size
-    with_neighbors = "neighbor" in plan.kinds
-    tiles_a_side = plan.num_neighbors if with_neighbors else 1
-    corners = neighbor_corners(centers, size, tiles_a_side)[:, 0] if with_neighbors else patch_corner(centers, size)
-    is_valid = neighbor_validity(centers, slide.size, size, plan.num_neighbors) if with_neighbors else None
-    regions = _staged_regions(
+    schedule = Schedule(
+        index_tiles(centers, slide.size, plan.covered_size, plan.num_neighbors if "neighbor" in plan.kinds else 1),
+        views=plan.views if "token" in plan.kinds else 0,
+        with_pixels="patch" in plan.kinds,
+        batch_size=encoder.batch_size,
+        longest_wait=_WAITING_PIXELS // plan.patch_size**2,
+    )
+    encoding = _Encoding(schedule, encoder, plan)
+    tiles = _staged_tiles(
         slide,
-        corners,
-        covered=size * tiles_a_side,
-        side=plan.patch_size * tiles_a_side,
-        spots_at_once=max(1, encoder.batch_size // plan.images_per_spot),
+        schedule,
+        covered=plan.covered_size,
+        side=plan.patch_size,
         pin=encoder.device.type == "cuda",
-        num_workers=num_workers,
+        num_workers=max(1, num_workers),
     )
     before = None
-    with closing(regions):
-        for rows, region in regions:
-            launched = _launch(rows, region, None if is_valid is None else is_valid[rows], encoder, plan)
+    with closing(tiles):
+        for step, pixels in tiles:
+            launched = encoding.launch(step, pixels)
             if before is not None:
                 yield before.wait()
             before = launched
@@ -154,103 +149,107 @@ def encode_slide(
             yield before.wait()
 
 
-def _staged_regions(
-    slide: Regions,
-    corners: np.ndarray,
-    *,
-    covered: int,
-    side: int,
-    spots_at_once: int,
-    pin: bool,
-    num_workers: int,
-) -> Generator[tuple[slice, Tensor], None, None]:
-    """Yield (rows, uint8 (b, side, side, 3)): the squares of `covered` px at `corners`, filled ahead by threads.
+def _staged_tiles(
+    slide: Regions, schedule: Schedule, *, covered: int, side: int, pin: bool, num_workers: int
+) -> Generator[tuple[Step, Tensor], None, None]:
+    """Yield the steps, each with the pixels of its tiles, uint8 (R, side, side, 3), filled ahead by threads.
 
     A buffer is filled again two steps after it was given out; by then `encode_slide` has waited for its results.
+    covered: level-0 px of a tile.
     """
-    starts = range(0, len(corners), spots_at_once)
-    shape = (min(spots_at_once, len(corners)), side, side, 3)
-    buffers = [torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for _ in starts[:_STAGING_BUFFERS]]
+    shape = (schedule.most_read, side, side, 3)
+    buffers = [
+        torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for _ in range(min(_STAGING_BUFFERS, len(schedule)))
+    ]
     size = None if covered == side else (side, side)
 
-    def fill(place: np.ndarray, corner: np.ndarray) -> None:
-        place[:] = slide.read_region(int(corner[0]), int(corner[1]), covered, covered, size=size)
+    def fill(places: np.ndarray, corners: np.ndarray) -> None:
+        for place, (x, y) in zip(places, corners.tolist()):
+            place[:] = slide.read_region(x, y, covered, covered, size=size)
 
-    with ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="cropper") as pool:
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="cropper") as pool:
 
-        def begin(start: int) -> tuple[slice, Tensor, list]:
-            rows = slice(start, min(start + spots_at_once, len(corners)))
-            buffer = buffers[start // spots_at_once % _STAGING_BUFFERS][: rows.stop - start]
-            return rows, buffer, [pool.submit(fill, *pair) for pair in zip(buffer.numpy(), corners[rows])]
+        def begin(number: int) -> tuple[Step, Tensor, list[Future]]:
+            step = schedule.step(number)
+            buffer, corners = buffers[number % _STAGING_BUFFERS][: len(step.read)], schedule.tiles.corners(step.read)
+            a_task = -(-len(corners) // num_workers) or 1
+            parts = [slice(start, start + a_task) for start in range(0, len(corners), a_task)]
+            return step, buffer, [pool.submit(fill, buffer.numpy()[part], corners[part]) for part in parts]
 
-        to_begin = iter(starts)
-        waiting = deque(begin(start) for start in islice(to_begin, _STAGING_BUFFERS - 1))
+        to_begin = iter(range(len(schedule)))
+        waiting = deque(begin(number) for number in islice(to_begin, _STAGING_BUFFERS - 1))
         try:
             while waiting:
-                rows, buffer, crops = waiting.popleft()
+                step, buffer, crops = waiting.popleft()
                 for crop in crops:
                     crop.result()
-                yield rows, buffer
-                waiting.extend(begin(start) for start in islice(to_begin, 1))
+                yield step, buffer
+                waiting.extend(begin(number) for number in islice(to_begin, 1))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-@torch.inference_mode()
-def _launch(
-    rows: slice, region: Tensor, is_valid: np.ndarray | None, encoder: BatchedPatchEncoder, plan: EncodingPlan
-) -> _Launched:
-    """Start everything for the spots `rows`: copy, encode, copy back. Nothing here waits for a CUDA device."""
-    middle = slice(plan.num_neighbors // 2 * plan.patch_size, (plan.num_neighbors // 2 + 1) * plan.patch_size)
-    patches = region[:, middle, middle] if is_valid is not None else region
-    results = {"patch": patches.clone()} if "patch" in plan.kinds else {}
-    if not plan.needs_encoder:
-        return _Launched(rows, results, None)
-    on_device = region.to(encoder.device, non_blocking=True)
-    patches = on_device[:, middle, middle] if is_valid is not None else on_device
-    images = _views_of(patches, plan.views_encoded)
-    tiles_encoded = None
-    if is_valid is not None:
-        tiles, tiles_encoded = _other_tiles(on_device, is_valid, plan)
-        images = torch.cat([images, tiles])
-    num_views = len(patches) * plan.views_encoded
-    pooled, tokens = encoder.encode(images, num_views if "token" in plan.kinds else 0)
-    target = pooled[: num_views : plan.views_encoded]  # view 0 of each patch
-    computed = {}
-    if "target" in plan.kinds:
-        computed["target"] = target
-    if tiles_encoded is not None:
-        computed["neighbor"] = _neighbor_features(target, pooled[num_views:], tiles_encoded, plan)
-    if tokens is not None:
-        tokens = pool_tokens(tokens, encoder.prefix_tokens, plan.token_pool).to(plan.token_dtype)
-        computed["token"] = tokens.reshape(len(patches), plan.views, *tokens.shape[1:])
-    return _copy_back(rows, results, computed, encoder)
+class _Encoding:
+    """What one pass over a slide holds on the device: pooled features of tiles, and tokens that wait for their spots."""
+
+    def __init__(self, schedule: Schedule, encoder: BatchedPatchEncoder, plan: EncodingPlan):
+        self._schedule, self._encoder, self._plan = schedule, encoder, plan
+        self._band = Band()
+        self._waiting: dict[int, Tensor] = {}  # tokens (T, D) of a tile in view 0
+
+    @torch.inference_mode()
+    def launch(self, step: Step, pixels: Tensor) -> _Launched:
+        """Start everything for the spots of a step: copy, encode, copy back. Nothing here waits for a CUDA device."""
+        rows, plan, tiles = step.rows, self._plan, self._schedule.tiles
+        results = {"patch": pixels[torch.from_numpy(step.own)]} if "patch" in plan.kinds else {}
+        if not plan.needs_encoder:
+            return _Launched(rows, results, None)
+        tokens = self._encode(step, pixels.to(self._encoder.device, non_blocking=True)) if len(step.source) else None
+        computed = {}
+        if "target" in plan.kinds:
+            computed["target"] = self._band.take(tiles.own[rows])
+        if "neighbor" in plan.kinds:
+            computed["neighbor"] = self._band.take(tiles.of_spot[rows])
+        if "token" in plan.kinds:
+            computed["token"] = self._tokens_of_spots(step, tokens)
+        self._band.drop(int(tiles.oldest[rows.stop]) if rows.stop < len(tiles.oldest) else len(tiles.keys))
+        return _copy_back(rows, results, computed, self._encoder)
+
+    def _encode(self, step: Step, pixels: Tensor) -> Tensor | None:
+        """Encode the images of a step; returns the tokens of those that are further views, None where no tokens are wanted."""
+        images = pixels[_on(step.source, pixels.device)]
+        if step.view.any():
+            turned = dihedral_views(images.permute(0, 3, 1, 2), _on(step.view, pixels.device))
+            images = turned.permute(0, 2, 3, 1)
+        pooled, tokens = self._encoder.encode(images, step.num_with_tokens)
+        self._band.add(pooled[_on(step.pooled_of_new, pooled.device)])
+        if tokens is None:
+            return None
+        tokens = pool_tokens(tokens, self._encoder.prefix_tokens, self._plan.token_pool).to(self._plan.token_dtype)
+        held, turned = tokens.split([len(step.held), len(step.turned[0])])
+        # Cloned, or else they would keep the further views in memory while they wait.
+        self._waiting |= zip(step.held.tolist(), held.clone() if len(turned) else held)
+        return turned
+
+    def _tokens_of_spots(self, step: Step, turned: Tensor | None) -> Tensor:
+        """(b, views, T, D): what waited for the spots of a step and the further views; what no spot needs later goes."""
+        spots = np.arange(step.rows.start, step.rows.stop)
+        waited = ~self._schedule.is_again[step.rows]
+        own = self._schedule.tiles.own[step.rows]
+        unturned = [self._waiting[tile] for tile in own[waited].tolist()]
+        like = unturned[0] if turned is None or not len(turned) else turned[0]
+        tokens = like.new_empty((len(spots), self._plan.views, *like.shape))
+        if unturned:
+            tokens[_on(np.flatnonzero(waited), like.device), 0] = torch.stack(unturned)
+        if turned is not None and len(turned):
+            tokens[_on(step.turned[0], like.device), _on(step.turned[1], like.device)] = turned
+        for tile in own[waited & (self._schedule.last[own] == spots)].tolist():
+            del self._waiting[tile]
+        return tokens
 
 
-def _views_of(patches: Tensor, views: int) -> Tensor:
-    """(b, P, P, 3) -> (b * views, P, P, 3), the views of a patch one after the other."""
-    turned = all_views(patches.permute(0, 3, 1, 2), views)
-    return turned.permute(0, 1, 3, 4, 2).flatten(0, 1)
-
-
-def _other_tiles(region: Tensor, is_valid: np.ndarray, plan: EncodingPlan) -> tuple[Tensor, Tensor]:
-    """The valid tiles without the middle one (m, P, P, 3), and their places in the (b * n*n) tiles of the regions."""
-    n, size = plan.num_neighbors, plan.patch_size
-    tiles = region.reshape(len(region), n, size, n, size, 3).permute(0, 1, 3, 2, 4, 5).reshape(-1, size, size, 3)
-    is_wanted = is_valid.copy()
-    is_wanted[:, n * n // 2] = False
-    places = torch.from_numpy(np.flatnonzero(is_wanted)).to(region.device, non_blocking=True)
-    return tiles[places], places
-
-
-def _neighbor_features(target: Tensor, others: Tensor, places: Tensor, plan: EncodingPlan) -> Tensor:
-    """(b, n*n, D): the patch's own feature in the middle, zero where a tile is not valid."""
-    num_tiles = plan.num_neighbors**2
-    features = target.new_zeros((len(target) * num_tiles, target.shape[1]))
-    features[places] = others
-    features = features.reshape(len(target), num_tiles, -1)
-    features[:, num_tiles // 2] = target
-    return features
+def _on(indices: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(indices).to(device, non_blocking=True)
 
 
 def _copy_back(

@@ -99,8 +99,3 @@ def dihedral_views(images: Tensor, views: Tensor) -> Tensor:
     images = torch.where((views & _HORIZONTAL) > 0, images.flip(-1), images)
     images = torch.where((views & _VERTICAL) > 0, images.flip(-2), images)
     return torch.where((views & _QUARTER_TURN) > 0, torch.rot90(images, 1, (-2, -1)), images)
-
-
-def all_views(images: Tensor, views: int) -> Tensor:
-    """The first `views` views of each image, side by side: (B, ..., S, S) -> (B, views, ..., S, S)."""
-    return torch.stack([dihedral_view(images, view) for view in range(views)], dim=1)

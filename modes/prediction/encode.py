@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from models.patch_encoders.build import build_patch_encoder
 from modes.prediction.ensemble import Member
 from utils.cli import progress, say
 from utils.devices import to_device
+
+_HELD_BYTES = 500_000_000  # of tokens and neighbor features that one pass over a slide may keep
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,58 @@ def plan_for(member: Member, kinds: tuple[str, ...], source_size: int | None = N
     )
 
 
-def pooled_features(
+@dataclass(frozen=True)
+class EncodedSlide:
+    """The N spots of a slide as one pass of the encoder gives them. features (N, D) float32: pooled, of every spot.
+
+    held: tokens and neighbor features of the first spots, as far as there is room; `rest` encodes those of the others.
+    """
+
+    features: Tensor
+    held: list[EncodedSpots]
+    rest: Callable[[], Iterator[EncodedSpots]]
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """Give tokens and neighbor features of about `size` spots at a time, encoded as they are asked for."""
+        return joined_chunks(chain(self.held, self.rest()), size)
+
+
+def encode_whole(
     slide: Slide, centers: np.ndarray, encoder: BatchedPatchEncoder, plan: EncodingPlan, num_workers: int
-) -> Tensor:
-    """Encode the target features (N, D) float32 of all spots: what the global encoder sees of a slide."""
-    parts = list(_encoded(slide, centers, encoder, plan, num_workers, "target features"))
-    return torch.from_numpy(np.concatenate([part.target for part in parts if part.target is not None]))
+) -> EncodedSlide:
+    """Encode what the global encoder sees of a slide: the pooled features of all spots at `centers` (N, 2) level-0 px.
+
+    plan: of the pooled features ("target") and of what else the models read. That can be gigabytes, and is needed only when
+    the pooled features of the whole slide are there: what comes first is held, the rest encoded when it is asked for.
+    """
+    held: list[EncodedSpots] = []
+    others = tuple(kind for kind in plan.kinds if kind != "target")
+    room = _HELD_BYTES
+    with closing(_encoded(slide, centers, encoder, plan, num_workers, "encoding")) as parts:
+        for part in parts:
+            held.append(part)
+            room -= sum(getattr(part, kind).nbytes for kind in others)
+            if room < 0:
+                break
+    known = held[-1].rows.stop
+    features = [part.target for part in held]
+    if known < len(centers):
+        only_target = replace(plan, kinds=("target",))
+        encoded = _encoded(slide, centers[known:], encoder, only_target, num_workers, "target features")
+        features += [part.target for part in encoded]
+
+    def rest() -> Iterator[EncodedSpots]:
+        if others and known < len(centers):
+            for part in _encoded(
+                slide, centers[known:], encoder, replace(plan, kinds=others), num_workers, "prediction"
+            ):
+                yield replace(part, rows=slice(part.rows.start + known, part.rows.stop + known))
+
+    return EncodedSlide(
+        torch.from_numpy(np.concatenate([part for part in features if part is not None])),
+        [replace(part, target=None) for part in held],
+        rest,
+    )
 
 
 def encoded_chunks(
@@ -84,14 +134,17 @@ def encoded_chunks(
     chunk_size: int,
 ) -> Iterator[Chunk]:
     """Encode tokens and neighbor features of about `chunk_size` spots at a time, as they are asked for."""
+    return joined_chunks(_encoded(slide, centers, encoder, plan, num_workers, "prediction"), chunk_size)
+
+
+def joined_chunks(parts: Iterable[EncodedSpots], chunk_size: int) -> Iterator[Chunk]:
+    """Join parts of a slide to chunks of about `chunk_size` spots."""
     held: list[EncodedSpots] = []
-    count = 0
-    for part in _encoded(slide, centers, encoder, plan, num_workers, "prediction"):
+    for part in parts:
         held.append(part)
-        count += part.rows.stop - part.rows.start
-        if count >= chunk_size:
+        if part.rows.stop - held[0].rows.start >= chunk_size:
             yield _joined(held)
-            held, count = [], 0
+            held = []
     if held:
         yield _joined(held)
 
@@ -109,7 +162,7 @@ def _encoded(
     plan: EncodingPlan,
     num_workers: int,
     description: str,
-) -> Iterator[EncodedSpots]:
+) -> Generator[EncodedSpots, None, None]:
     with progress(total=len(centers), description=description, unit="spot", leave=False) as bar:
         for part in encode_slide(slide, centers, encoder, plan, num_workers=num_workers):
             yield part

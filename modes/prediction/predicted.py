@@ -5,7 +5,7 @@ Nothing is cached, and memory does not grow with the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from datasets.features.patch_encoder import BatchedPatchEncoder
 from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import Slide
 from evaluation.predictions import HeldOut, Trust, read_held_out
-from modes.prediction.encode import Chunk, bare_chunks, encoded_chunks, plan_for, pooled_features, whole_slide
+from modes.prediction.encode import encode_whole, plan_for, whole_slide
 from modes.prediction.ensemble import (
     CHUNK_SIZE,
     Member,
@@ -64,18 +64,12 @@ def predict_spots(
     member, num_workers, needs = members[0], default_workers(), needs_of_all(members)
     patch_size, num_neighbors = member.config.DATA.patch_size, member.config.DATA.num_neighbors
     source_size = None if covered_px == patch_size else covered_px
-    kinds = tuple(k for k, is_read in (("token", needs.tokens), ("neighbor", needs.neighbors)) if is_read)
-    target_plan = plan_for(member, ("target",), source_size)
-    features = pooled_features(slide, centers, encoder, target_plan, num_workers)
-
-    def chunks(size: int) -> Iterator[Chunk]:
-        if not kinds:
-            return bare_chunks(len(centers), size)
-        return encoded_chunks(slide, centers, encoder, plan_for(member, kinds, source_size), num_workers, size)
-
+    kinds = ("target", *(k for k, is_read in (("token", needs.tokens), ("neighbor", needs.neighbors)) if is_read))
+    encoded = encode_whole(slide, centers, encoder, plan_for(member, kinds, source_size), num_workers)
     is_valid = neighbor_validity(centers, slide.size, covered_px, num_neighbors)
-    scales = predict_mean(members, genes, whole_slide(features, grid_xy, is_valid, chunks, encoder.device))
-    return Predicted(scales, scales.pop(STD, None), unusual_spots(members, features))
+    whole = whole_slide(encoded.features, grid_xy, is_valid, encoded.chunks, encoder.device)
+    scales = predict_mean(members, genes, whole)
+    return Predicted(scales, scales.pop(STD, None), unusual_spots(members, encoded.features))
 
 
 def predict_mean(members: Sequence[Member], genes: Sequence[str], slide: SlideBatch) -> Scales:

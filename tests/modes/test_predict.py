@@ -17,12 +17,15 @@ from PIL import Image, ImageDraw
 
 import main
 from datasets.batches import SlideBatch, SpotBatch
+from datasets.features.encoding import encode_slide
+from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import open_slide
 from modes.external_test import external_test
 from modes.predict import PredictOptions, predict
+from modes.prediction.encode import Chunk, open_patch_encoder, plan_for, whole_slide
 from modes.prediction.ensemble import load_members, shared_genes
 from modes.prediction.place_spots import spots_on_tissue
-from modes.prediction.predicted import predict_mean
+from modes.prediction.predicted import predict_mean, predict_spots
 from preprocess.extract_features_uni import main as extract
 from tests.checkpoints import edit
 from tests.space_ranger import write_outs
@@ -99,6 +102,31 @@ def test_spots_of_a_table_get_what_the_external_test_gives_them(tiny_run, extern
         np.testing.assert_allclose(here.layers[scale], tested.layers[scale], atol=2e-3)
     apart = np.abs(tested.X[:, None] - tested.X[None]).max(axis=2) + np.eye(len(tested))
     assert apart.min() > 2e-3, "spots could be mistaken for each other"
+
+
+@pytest.mark.parametrize("held_bytes", [0, 60_000, 10**9])
+def test_a_grid_of_patches_gets_what_every_spot_encoded_alone_gets(tiny_run, tmp_path, monkeypatch, held_bytes):
+    """Shared tiles, one pass or two: the slow way encodes the patch and the tiles of each spot anew."""
+    monkeypatch.setattr("modes.prediction.encode._HELD_BYTES", held_bytes)
+    _tissue_slide(tmp_path / "disc.tif")
+    members = load_members(chosen_checkpoints(tiny_run.path, 0)[0], [], CPU)
+    encoder, plan = open_patch_encoder(members[0], CPU), plan_for(members[0], ("target", "token", "neighbor"))
+    with open_slide(tmp_path / "disc.tif") as slide:
+        spots = spots_on_tissue(slide, pitch_px=None, pitch_um=None, mpp=None, covered_px=64, min_tissue=None)
+        centers, grid = spots.centers, spots.table.obsm["grid"]
+        assert len(centers) > 20 and set(np.diff(centers[:, 0])) >= {64}
+        found = predict_spots(members, members[0].genes, slide, centers, grid, encoder, 64)
+        alone = [next(encode_slide(slide, center[None], encoder, plan)) for center in centers]
+        is_valid = neighbor_validity(centers, slide.size, 64, plan.num_neighbors)
+    target, token, neighbor = (
+        torch.from_numpy(np.concatenate([getattr(one, kind) for one in alone]))
+        for kind in ("target", "token", "neighbor")
+    )
+    chunk = Chunk(slice(0, len(centers)), token[:, 0], neighbor)
+    slow = predict_mean(members, members[0].genes, whole_slide(target, grid, is_valid, lambda _: [chunk], CPU))
+    for scale, values in slow.items():
+        np.testing.assert_allclose(found.scales[scale], values, atol=1e-5, err_msg=scale)
+    assert np.ptp(slow["fused"], axis=0).max() > 1e-3, "spots could be mistaken for each other"
 
 
 def test_the_file_holds_what_the_pages_say(predicted, external):

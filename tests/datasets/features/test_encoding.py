@@ -13,7 +13,8 @@ from torch import Tensor
 
 from datasets.features.encoding import EncodingPlan, encode_slide
 from datasets.features.patch_encoder import BatchedPatchEncoder, pool_tokens
-from datasets.images.geometry import dihedral_view, neighbor_validity
+from datasets.features.tiles import Band
+from datasets.images.geometry import dihedral_view, neighbor_corners, neighbor_validity
 from datasets.images.slides import open_slide
 
 CPU = torch.device("cpu")
@@ -89,6 +90,17 @@ def _slow(picture: np.ndarray, centers: np.ndarray, views: int) -> dict[str, np.
     return {kind: np.stack(values) for kind, values in result.items()}
 
 
+def _distinct_tiles(centers: np.ndarray) -> int:
+    is_valid = neighbor_validity(centers, (WIDTH, HEIGHT), SIZE)
+    return len({tuple(corner) for corner in neighbor_corners(centers, SIZE)[is_valid].tolist()})
+
+
+def _grid(pitch: float) -> np.ndarray:
+    """Spots over the whole picture, row by row; those at the edges have patches that leave it."""
+    y, x = np.meshgrid(np.arange(0, HEIGHT, pitch), np.arange(3, WIDTH, pitch), indexing="ij")
+    return np.stack([x.ravel(), y.ravel()], axis=1).astype(np.int64)
+
+
 def _encode(
     slide, centers, plan: EncodingPlan, batch_size: int, patch_encoder=None, **options
 ) -> dict[str, np.ndarray]:
@@ -129,10 +141,72 @@ def test_the_patch_is_the_middle_tile_and_is_encoded_once(slide, centers):
     alone = _encode(slide, centers, EncodingPlan(("target",), patch_size=SIZE), 64)
     np.testing.assert_allclose(alone["target"], got["target"], rtol=1e-6)
     is_valid = neighbor_validity(centers, slide.size, SIZE)
-    assert patch_encoder.num_images == is_valid.sum() + 3 * len(centers), (
+    assert patch_encoder.num_images == _distinct_tiles(centers) + 3 * len(centers), (
         "valid tiles, and three more views of the patch"
     )
     assert not got["neighbor"][~is_valid].any() and got["neighbor"][is_valid].all()
+
+
+@pytest.mark.parametrize("pitch", [SIZE, SIZE // 2, 2 * SIZE, SIZE + 1, 1.5 * SIZE])
+def test_every_tile_is_encoded_once_on_any_grid(slide, picture, pitch):
+    grid = _grid(pitch)
+    grid = grid if len(grid) < 250 else np.concatenate([grid[:150], grid[-60:]])
+    if pitch == SIZE:
+        assert _distinct_tiles(grid) < 1.1 * len(grid)
+    is_valid = neighbor_validity(grid, slide.size, SIZE)
+    assert (_distinct_tiles(grid) == is_valid.sum()) == (pitch == SIZE + 1), "nothing to share, one pixel off"
+    slow = _slow(picture, grid, 4)
+    random = np.random.default_rng(5)
+    for order in (np.arange(len(grid)), random.permutation(len(grid)), np.sort(random.permutation(len(grid))[:40])):
+        for views in (0, 1, 4):
+            kinds = ("target", "neighbor", "token", "patch") if views else ("target", "neighbor")
+            patch_encoder = MeanColour()
+            plan = EncodingPlan(kinds, patch_size=SIZE, views=views or 1, token_dtype=torch.float32)
+            got = _encode(slide, grid[order], plan, 32, patch_encoder)
+            for kind in kinds:
+                expected = slow[kind][order, :views] if kind == "token" else slow[kind][order]
+                np.testing.assert_allclose(got[kind], expected, rtol=1e-5, atol=1e-4, err_msg=kind)
+            again = max(0, views - 1) * len(order)
+            assert patch_encoder.num_images == _distinct_tiles(grid[order]) + again
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_tokens_that_would_wait_too_long_are_encoded_again(slide, picture, monkeypatch, views):
+    """Bounded memory in any order: a patch met long before its spot gives pooled features first and tokens in its turn."""
+    centers = np.random.default_rng(7).permutation(np.concatenate([_grid(SIZE)[:90], _grid(SIZE)[5:9]]))
+    plan = EncodingPlan(("target", "neighbor", "token"), patch_size=SIZE, views=views, token_dtype=torch.float32)
+    slow, counts = _slow(picture, centers, views), []
+    for longest in (0, 20, 1000):
+        monkeypatch.setattr("datasets.features.encoding._WAITING_PIXELS", longest * SIZE**2)
+        patch_encoder = MeanColour()
+        got = _encode(slide, centers, plan, 16, patch_encoder)
+        for kind in plan.kinds:
+            np.testing.assert_allclose(got[kind], slow[kind], rtol=1e-5, atol=1e-4, err_msg=kind)
+        counts.append(patch_encoder.num_images)
+    least = _distinct_tiles(centers) + (views - 1) * len(centers)
+    assert least == counts[2] < counts[1] < counts[0] <= least + len(centers)
+
+
+def test_a_band_of_rows_is_held_whatever_the_height_of_the_slide(tmp_path, monkeypatch):
+    """Pooled features and waiting tokens: as many at most for ten times as many rows."""
+    held = []
+
+    class Watched(Band):
+        def drop(self, below: int) -> None:
+            held.append(self._stop - self._first)
+            super().drop(below)
+
+    monkeypatch.setattr("datasets.features.encoding.Band", Watched)
+    most = []
+    for rows in (12, 120):
+        Image.new("RGB", (10 * SIZE, rows * SIZE)).save(tmp_path / "strip.png")
+        y, x = np.divmod(np.arange(10 * rows), 10)
+        held.clear()
+        with open_slide(tmp_path / "strip.png") as strip:
+            centers = np.stack([x, y], axis=1) * SIZE + SIZE // 2
+            _encode(strip, centers, EncodingPlan(("neighbor", "token"), patch_size=SIZE, views=1), 8)
+        most.append(max(held))
+    assert most[0] == most[1] <= 7 * 10
 
 
 def test_a_patch_may_cover_more_pixels_than_the_encoder_sees(tmp_path):
