@@ -1,11 +1,12 @@
-"""How a training step shrinks with the number of processes that share its batch, and what each process has to compute.
+"""How a training step shrinks with the number of processes that share its batch, and how memory grows with the spots.
 
     python benchmarks/bench_scale.py
     python benchmarks/bench_scale.py --device cuda      as many processes as there are GPUs
 
 The same batch by one, two and four processes (`--parallel data`), at UNI size over sections of HER2ST's sizes, random features.
 The threads of PyTorch are shared among the processes; with more processes than cores they wait for each other. The slow
-version is the step of one process: the loss of all others is compared with it.
+version is the step of one process: the loss of all others is compared with it. Then, on the CPU, the memory that a training
+takes of 10 000 to 160 000 spots, resident and out of core (benchmarks/out_of_core.py).
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import out_of_core
 from benchmarks.bench_epoch import RandomTokens, random_store
-from benchmarks.common import GIGA, Goal, Report, begin, finish, flags, in_child, machine, synchronise
+from benchmarks.common import GIGA, Goal, Report, begin, finish, flags, in_child, machine, scratch, synchronise
 from benchmarks.fabricated import SECTION_SIZES
 from datasets.batches import BatchMaker
 from datasets.shares import SharedBatch, share_of
@@ -224,7 +226,7 @@ def main(argv: list[str] | None = None) -> Path:
     losses = [one.loss for processes in found.values() for one in processes]
     report = Report(
         name="scale",
-        title="Several processes at one batch",
+        title="Several processes at one batch, and many spots",
         settings={"spots": size.batch, "slides": len(size.lengths), "their spots": sum(size.lengths)},
         rows=step_rows(found),
         goals=[encoder_goal(found, arguments.quick)],
@@ -234,8 +236,13 @@ def main(argv: list[str] | None = None) -> Path:
         assert sum(one.parts_of_batch[1] for one in processes) == sum(size.lengths), "a slide is encoded by one process"
         spots = ", ".join(f"{one.parts_of_batch[0]} and {one.parts_of_batch[1]}" for one in processes)
         report.notes.append(f"{count} processes: own spots, and spots of the slides that each encodes: {spots}.")
-    report.notes.append(f"The losses differ by at most {report.extra['loss_difference']:.0e} of their value.")
+    report.notes.append(
+        f"The losses of one batch differ by at most {report.extra['loss_difference']:.0e} of their value."
+    )
     assert report.extra["loss_difference"] < 1e-3, "several processes do not compute what one computes"
+    if device.type == "cpu":
+        with scratch() as folder:
+            out_of_core.measure(report, folder, arguments.quick)
     return finish(report, arguments, device, started_on)
 
 

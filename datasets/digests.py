@@ -7,29 +7,32 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from anndata import AnnData
-from scipy import sparse
+from torch import Tensor
 from xxhash import xxh3_64
 
+from datasets.features.block_store import BlockStore
 from datasets.features.identity import UNKNOWN
-from datasets.features.token_store import TokenStore
 from datasets.spots import SlideRecord, SpotStore
+from utils.cli import progress
 
+_ROWS_READ = 256
 COUNTS, SPOTS, FEATURES, TOKENS, IMAGE = "counts", "spots", "features", "tokens", "image"
 
 
-def digests_of(store: SpotStore, slides: Sequence[str], tokens: TokenStore | None = None) -> dict[str, dict[str, str]]:
-    """Digest counts, spots, features and cached tokens of the named slides; from memory, no file is read.
+def digests_of(store: SpotStore, slides: Sequence[str], tokens: BlockStore | None = None) -> dict[str, dict[str, str]]:
+    """Digest counts, spots, features and cached tokens of the named slides.
 
+    Of files only those of neighbor features are read that are not held in memory: all of them, once, and verified.
     tokens: the token caches of all slides of the store, in its order; None where the tokens are not cached.
     Returns {slide: {"counts": ..., "spots": ..., "features": ...}}, with "tokens" and "image" where they are known.
     """
     digests = {
         record.name: {
-            COUNTS: _counts(record.table),
+            COUNTS: record.counts.digest,
             SPOTS: _spots(record.table),
             FEATURES: _features(store, record),
         }
-        for record in store.named(slides)
+        for record in progress(store.named(slides), description="digests", unit="slide", leave=False)
     }
     for file, record in enumerate(store.slides):
         if record.name not in digests:
@@ -62,7 +65,7 @@ def check_told_apart(records: Sequence[SlideRecord], digests: Mapping[str, Mappi
     problems = []
     for record in records:
         known = {"image": record.fingerprint}
-        if record.table.X.sum():  # nothing is the same nothing everywhere
+        if not record.counts.is_empty:  # nothing is the same nothing everywhere
             known["counts"] = digests[record.name][COUNTS]
         for what, digest in known.items():
             if not digest or digest == UNKNOWN:
@@ -80,18 +83,6 @@ def check_told_apart(records: Sequence[SlideRecord], digests: Mapping[str, Mappi
         )
 
 
-def _counts(table: AnnData) -> str:
-    """SHA-256 of the names of the spots and genes and of all counts, whatever the order of the genes and the storage."""
-    order = np.argsort(table.var_names.to_numpy().astype(str), kind="stable")
-    counts = sparse.csr_matrix(table.X, dtype=np.float64)[:, order]
-    counts.sum_duplicates()
-    counts.eliminate_zeros()
-    digest = hashlib.sha256("\n".join([*table.obs_names, "", *table.var_names[order]]).encode())
-    for values, kind in ((counts.indptr, "<i8"), (counts.indices, "<i8"), (counts.data, "<f8")):
-        digest.update(values.astype(kind))
-    return digest.hexdigest()
-
-
 def _spots(table: AnnData) -> str:
     """SHA-256 of the ids, the places in the array and the centres in the image."""
     digest = hashlib.sha256("\n".join(table.obs_names).encode())
@@ -101,9 +92,16 @@ def _spots(table: AnnData) -> str:
 
 
 def _features(store: SpotStore, record: SlideRecord) -> str:
-    """XXH3, which is as fast as memory, of the features that are held."""
-    digest = xxh3_64()
-    for values in (store.target_features, store.neighbor_features):
-        if values is not None:
-            digest.update(np.ascontiguousarray(values[record.start : record.stop].numpy()).view(np.uint8).data)
+    """XXH3, which is as fast as memory, of the features of a slide."""
+    digest, neighbors = xxh3_64(), store.neighbor_features
+    digest.update(_bytes(store.target_features[record.start : record.stop]))
+    if isinstance(neighbors, Tensor):
+        digest.update(_bytes(neighbors[record.start : record.stop]))
+    elif neighbors is not None:
+        for rows in record.rows.split(_ROWS_READ):
+            digest.update(_bytes(neighbors.read(rows)))
     return digest.hexdigest()
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return np.ascontiguousarray(values.numpy()).view(np.uint8).data

@@ -53,7 +53,7 @@ def check_panel(table: AnnData, genes: Sequence[str]) -> None:
 
 def note_on_counts(slides: Iterable[SlideRecord]) -> str | None:
     """Return a sentence about the slides of which no spot has a count of any gene that was read; None without one."""
-    empty = [f"{slide.name} ({slide.table.n_obs} spots)" for slide in slides if not slide.table.X.sum()]
+    empty = [f"{slide.name} ({slide.table.n_obs} spots)" for slide in slides if slide.counts.is_empty]
     if not empty:
         return None
     return f"WARNING: no spot has a count of any gene on {some(empty)}: taken as tissue where nothing is expressed."

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from datasets.batches import goes_to_device
+from datasets.features.block_store import BlockStore
 from datasets.features.cache import read_features
 from datasets.features.identity import CacheIdentity
 from datasets.features.places import find_cache
-from datasets.features.token_store import TokenStore
 from datasets.features.verify import expected_size, verify_cache
 from datasets.images.geometry import NUM_VIEWS, dihedral_views, patch_corner
 from datasets.images.slides import open_slide
@@ -33,7 +33,7 @@ class CachedTokens:
 
     gives_tokens = True
 
-    def __init__(self, store: TokenStore, device: torch.device, residence: str, reserve: int = 0):
+    def __init__(self, store: BlockStore, device: torch.device, residence: str, reserve: int = 0):
         self.store, self.device = store, device
         self.num_views, self.dim = store.num_views, store.dim
         self._resident = None
@@ -109,8 +109,9 @@ def open_tokens(
         )
         return CutPatches(_all_patches(layout, store.slides), device, residence, reserve)
     identity = _verify_tokens(layout, store)
-    tokens = TokenStore(
+    tokens = BlockStore(
         [find_cache(layout, "token", slide.name) for slide in store.slides],
+        "token",
         num_threads=num_workers or 1,
         is_pinned=device.type == "cuda",
     )

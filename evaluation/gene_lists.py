@@ -16,6 +16,8 @@ import scipy.stats
 
 from evaluation.metrics import mean_defined, pearson
 
+_GENES_AT_ONCE = 32  # in float64, of all spots
+
 
 def list_size(num_genes: int, size: int | None = None) -> int:
     """Return the number of genes of a list: `size` if given, else min(50, 20 % of the panel rounded up).
@@ -31,7 +33,7 @@ def list_size(num_genes: int, size: int | None = None) -> int:
 
 @dataclass(frozen=True, eq=False)
 class HeldOutPatient:
-    """A training patient, predicted by a reference model that was fitted to the others.
+    """A training patient, or whole slides of one, predicted by a reference model that was fitted to the other patients.
 
     slides: the slide of each of the N spots; measured: (N, G) targets; predicted: (P, N, G), one for each of P penalties.
     """
@@ -47,9 +49,9 @@ def highly_predictive_list(
 ) -> list[str]:
     """List the genes that one reference model predicts best within the training patients, best first (clean protocol).
 
-    held_out: each training patient in turn, taken one at a time. A gene's score is its PCC within each slide of the
-    patient, mean over the slides, then over the patients; the penalty is the one with the best mean PCC over genes. No
-    model under comparison and no test patient has a say, so one list serves every method.
+    held_out: each training patient in turn, or its slides in their order, taken one at a time. A gene's score is its PCC
+    within each slide of the patient, mean over the slides, then over the patients; the penalty is the one with the best mean
+    PCC over genes. No model under comparison and no test patient has a say, so one list serves every method.
     genes: G names. size: see `list_size`.
     Raises ValueError for fewer than two patients, arrays that do not fit, or no defined PCC.
     """
@@ -68,10 +70,12 @@ def highly_variable_list(expression: np.ndarray, genes: Sequence[str], size: int
     expression: (N, G) targets in log10(1 + counts per 10 000 of the panel); ties keep the order of the panel.
     Raises ValueError for another number of genes or no spots.
     """
-    expression = np.asarray(expression, dtype=np.float64)
+    expression = np.asarray(expression)
     if expression.ndim != 2 or expression.shape[1] != len(genes) or len(expression) == 0:
         raise ValueError(f"expression has shape {expression.shape}; expected (spots, {len(genes)} genes).")
-    return _best(expression.var(axis=0), genes, list_size(len(genes), size))
+    some_genes = np.array_split(expression, math.ceil(len(genes) / _GENES_AT_ONCE), axis=1)
+    variances = np.concatenate([values.astype(np.float64, order="C").var(axis=0) for values in some_genes])
+    return _best(variances, genes, list_size(len(genes), size))
 
 
 def pcc_ranks(gene_pcc: pd.Series) -> pd.Series:
@@ -103,7 +107,7 @@ def _best(scores: np.ndarray, genes: Sequence[str], size: int) -> list[str]:
 
 def _reference_scores(held_out: Iterable[HeldOutPatient], num_genes: int) -> np.ndarray:
     """(G,) PCC of the reference model on held-out training patients, at its best penalty; NaN where undefined."""
-    names, by_patient = [], []  # of each patient (penalties, G)
+    by_patient: dict[str, list[list[np.ndarray]]] = {}  # of each patient for each penalty the PCC (G,) on each slide
     for part in held_out:
         shape = (len(part.slides), num_genes)
         if part.measured.shape != shape or part.predicted.shape[1:] != shape:
@@ -111,22 +115,23 @@ def _reference_scores(held_out: Iterable[HeldOutPatient], num_genes: int) -> np.
                 f"patient {part.patient}: targets have shape {part.measured.shape}, predictions {part.predicted.shape}, "
                 f"slides {len(part.slides)}; expected as many spots in each and {num_genes} genes."
             )
-        names.append(part.patient)
         slides = np.asarray(part.slides)
-        by_patient.append([_mean_pcc(part.measured, predicted, slides) for predicted in part.predicted])
-    if len(set(names)) < 2:
+        found = by_patient.setdefault(part.patient, [[] for _ in part.predicted])
+        for of_penalty, predicted in zip(found, part.predicted, strict=True):
+            of_penalty += _slide_pcc(part.measured, predicted, slides)
+    if len(by_patient) < 2:
         raise ValueError(
-            f"the highly predictive list holds out one training patient after the other and found only {sorted(set(names))}; "
+            f"the highly predictive list holds out one training patient after the other and found only {sorted(by_patient)}; "
             "expected at least two training patients. Use a data set with more patients, or the protocol 'paper'."
         )
-    scores = _column_means(np.asarray(by_patient))
+    means = [[_column_means(np.asarray(of_slides)) for of_slides in found] for found in by_patient.values()]
+    scores = _column_means(np.asarray(means))
     overall = np.array([mean_defined(gene_scores) for gene_scores in scores])
     return scores[np.argmax(np.where(np.isnan(overall), -np.inf, overall))]
 
 
-def _mean_pcc(measured: np.ndarray, predicted: np.ndarray, slides: np.ndarray) -> np.ndarray:
-    within = [pearson(measured[slides == slide], predicted[slides == slide]) for slide in sorted(set(slides.tolist()))]
-    return _column_means(np.asarray(within))
+def _slide_pcc(measured: np.ndarray, predicted: np.ndarray, slides: np.ndarray) -> list[np.ndarray]:
+    return [pearson(measured[slides == slide], predicted[slides == slide]) for slide in sorted(set(slides.tolist()))]
 
 
 def _column_means(values: np.ndarray) -> np.ndarray:

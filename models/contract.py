@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -137,8 +137,11 @@ class ExpressionModel(nn.Module):
         """Give the heads that predict expression, fused first; none for a model without such heads."""
         return []
 
-    def standardise_inputs(self, features: Tensor) -> None:
-        """Take mean and deviation of the training spots' pooled features (N, F), if the model standardises them."""
+    def standardise_inputs(self, features: Tensor | Iterable[Tensor]) -> None:
+        """Take mean and deviation of the training spots' pooled features (N, F), if the model standardises them.
+
+        features: whole, or in parts, which are taken only by a model that does.
+        """
 
     @property
     def sized_at_load(self) -> set[str]:

@@ -130,7 +130,7 @@ def _check_sizes(
             lambda: demand(config, spec, spots, sizes, online, half, tokens_of_spot(layout, slides, spec)),
         )
         if need is not None:
-            check_memory(need, device, findings)
+            check_memory(need, device, findings, config.DATA.residence)
 
 
 def _folds(

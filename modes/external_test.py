@@ -14,7 +14,6 @@ from torch import Tensor
 
 from datasets.batches import SlideBatch
 from datasets.features.encoding import default_workers
-from datasets.features.reader import read_rows
 from datasets.images.slides import open_slide
 from datasets.spots import SlideRecord
 from datasets.targets import slide_targets
@@ -191,9 +190,7 @@ def chunks_of(test: ExternalTest, record: SlideRecord, size: int) -> Iterator[Ch
     """Read, or encode, tokens and neighbor features of about `size` spots at a time."""
 
     def neighbors(rows: slice) -> Tensor | None:
-        if not test.members[0].needs.neighbors:
-            return None
-        return torch.from_numpy(read_rows(test.layout, "neighbor", record, rows))
+        return test.store.neighbors_of(record.rows[rows])
 
     if test.encoder is not None:
         plan = plan_for(test.members[0], ("token",), record.covered_px)

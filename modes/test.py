@@ -116,7 +116,7 @@ def _open_tested(
         raise FileNotFoundError(
             f"test slides {', '.join(missing)} of {checkpoint} are not in {layout.root}. Prepare them, or give --data_dir."
         )
-    run_data = open_run_data(config, trained.config_name, layout, split.test_slides, device)
+    run_data = open_run_data(config, trained.config_name, layout, split.test_slides, device, genes=trained.genes)
     tested = {slide: split.digests[slide] for slide in split.test_slides if slide in split.digests}
     if changed := changed_slides(tested, run_data.digests, (COUNTS, SPOTS)):
         listed = "\n  ".join(changed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.soak import trials
@@ -24,3 +26,10 @@ def test_a_change_of_one_number_changes_the_digest():
 
 def test_a_killed_preparation_is_made_whole_by_the_same_command(tmp_path):
     assert trials.kills(tmp_path, seed=0, chains=1, say=str, names=("preparation",), every=9) == []
+
+
+@pytest.mark.parametrize("name", ["training", "extraction", "prediction"])
+def test_a_stopped_program_leaves_nothing_that_a_later_one_stumbles_over(tmp_path, name):
+    """SIGTERM, at some moments of its work with files; then the same command again."""
+    found = trials.kills(tmp_path, seed=0, chains=0, say=str, names=(name,), every=19, by=signal.SIGTERM)
+    assert found == []

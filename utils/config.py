@@ -46,7 +46,7 @@ class Data:
     tokens: str = (
         "auto"  # auto | cache | online: where the target tokens come from; pooled: the pooled feature is the one
     )
-    residence: str = "auto"  # auto | device | host: where features and tokens are held
+    residence: str = "auto"  # auto | device | host | disk: where features and tokens are held
     num_workers: int = 2  # threads that read tokens
 
 
@@ -130,7 +130,7 @@ LARGE = (
 )
 _CHOICES = {
     "DATA.tokens": ("auto", "cache", "online", "pooled"),
-    "DATA.residence": ("auto", "device", "host"),
+    "DATA.residence": ("auto", "device", "host", "disk"),
     "TRAINING.precision": ("auto", "float32", "bf16", "fp16"),
     "EVALUATION.protocol": ("clean", "paper"),
 }

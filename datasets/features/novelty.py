@@ -16,11 +16,15 @@ _CHUNK = 4096
 
 
 def sample_training_spots(
-    features: Tensor, patients: Sequence[str], slides: Sequence[str], generator: torch.Generator
+    features: Tensor,
+    patients: Sequence[str],
+    slides: Sequence[str],
+    generator: torch.Generator,
+    of_training: Tensor | None = None,
 ) -> TrainingSample:
     """Draw spots that stand for the training, as many of each patient as it has, up to its share of `SAMPLE_SIZE`.
 
-    features (N, D): of the training spots; patients, slides: N names.
+    features (R, D), of which the rows `of_training` (N,) are the training spots (None: all); patients, slides: N names.
     A sampled spot's own distance is that to the spots of other patients, which is what a new patient's will be; with one
     patient to those of other slides, with one slide to all others.
     """
@@ -32,7 +36,7 @@ def sample_training_spots(
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         chosen.append(shuffled[: max(1, SAMPLE_SIZE // len(groups))])
     rows = torch.cat(chosen).sort().values
-    kept = features[rows].to(torch.float16)
+    kept = features[rows if of_training is None else of_training[rows]].to(torch.float16)
     labels = names[rows.numpy()] if len(groups) > 1 else np.asarray(slides)[rows.numpy()]
     if len(set(labels.tolist())) == 1:
         labels = np.arange(len(rows))

@@ -6,18 +6,20 @@ check does it then; after that the numbers are read (`read_features`), and the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 from torch import Tensor
 
 from datasets.features.cache import read_features
 from datasets.features.identity import UNKNOWN, CacheIdentity
+from datasets.features.neighbor_files import IN_MEMORY, PUBLISHED, NeighborFiles, Residence
 from datasets.features.places import find_cache, other_encoders, other_widths
 from datasets.features.published import read_published, verify_published
 from datasets.features.verify import expected_size, verify_cache
@@ -27,6 +29,7 @@ from datasets.layout import Layout
 from datasets.spots import EncoderIdentity, SlideRecord, SpotStore, slide_of_row
 from datasets.tables.slide_table import load_slide
 from datasets.tables.spot_table import check_inside
+from datasets.tables.summary import CountSummary, summarise, with_genes
 from utils.cli import progress
 
 _SAME_IN_ALL = ("dtype", "precision", "fill")
@@ -57,11 +60,15 @@ class FeatureReader:
         self.layout, self.encoder, self.sha256 = layout, encoder, sha256
         self.kinds = ("target", "neighbor") if with_neighbors else ("target",)
         self._first: dict[str, CacheIdentity] = {}  # of the first slide with a cache, by kind
+        self._genes: dict[tuple[str, ...], pd.Index] = {}
 
-    def read_tables(self, slides: Sequence[str], genes: Sequence[str] | None = None) -> list[SlideRecord]:
+    def read_tables(
+        self, slides: Sequence[str], genes: Sequence[str] | None = None, *, keep: Collection[str] | None = None
+    ) -> list[SlideRecord]:
         """Read the tables of the slides and verify every cache, before any feature is read.
 
-        genes: read only their counts; None = all.
+        genes: read only their counts; None = all.  keep: sum up the counts of all genes, slide by slide, and hold only those
+        of these genes (as far as the slide has them), so that memory does not grow with all genes; None = hold all.
         Raises ValueError listing every slide that cannot be used and the command that repairs it.
         """
         records: list[SlideRecord] = []
@@ -73,12 +80,36 @@ class FeatureReader:
             except (ValueError, FileNotFoundError) as error:
                 problems.append(str(error))
                 continue
-            records.append(SlideRecord(table, start, start + table.n_obs, **vars(seen)))
+            summary = None
+            if keep is not None:
+                summary, table = self._pooled(summarise(table)), with_genes(table, keep)
+            records.append(SlideRecord(table, start, start + table.n_obs, **vars(seen), summary=summary))
             start += table.n_obs
         if problems:
             raise ValueError(_joined(problems))
         assert records, "at least one slide is read"
         return records
+
+    def read_genes(self, records: Sequence[SlideRecord], genes: Collection[str]) -> list[SlideRecord]:
+        """Read the counts of these genes, as far as the slides have them, in place of those that the tables hold.
+
+        records: with summaries.  Raises ValueError for a slide whose files have changed since.
+        """
+        found = []
+        for record in records:
+            of_slide = record.counts.genes[record.counts.genes.isin(list(genes))].tolist()
+            table = load_slide(self.layout, record.name, of_slide) if of_slide else record.table
+            if table.obs_names.tolist() != record.table.obs_names.tolist():
+                raise ValueError(
+                    f"the counts or spots of slide {record.name} have changed while they were read. Run the command again."
+                )
+            found.append(replace(record, table=table))
+        return found
+
+    def _pooled(self, summary: CountSummary) -> CountSummary:
+        """The summary with the very list of genes of an earlier slide, where they are the same."""
+        genes = self._genes.setdefault(tuple(summary.genes), summary.genes)
+        return replace(summary, log_sums=summary.log_sums.set_axis(genes))
 
     def verify(self, slide: str, table: AnnData) -> Seen:
         """Check a slide's features against its spots and image.
@@ -147,11 +178,9 @@ class FeatureReader:
         except FileNotFoundError:
             return None
 
-    def read_features(self, records: list[SlideRecord], *, hold_neighbors: bool = True) -> SpotStore:
-        """Read the features of the slides of `read_tables`.
+    def read_features(self, records: list[SlideRecord], residence: Residence = IN_MEMORY) -> SpotStore:
+        """Read the features of the slides of `read_tables`; those of neighbors may stay in their files (`residence`).
 
-        hold_neighbors: False leaves the neighbor features on disk, for slides too large to hold them (`read_rows` gets at
-        them).
         Raises ValueError for features of another width than those of the first slide.
         """
         validity = [
@@ -163,23 +192,43 @@ class FeatureReader:
             )
             for record in records
         ]
-        held = hold_neighbors and "neighbor" in self.kinds
         return SpotStore(
             slides=records,
             encoder=EncoderIdentity(self.encoder, self.sha256 or UNKNOWN),
             target_features=self._read_kind("target", records),
-            neighbor_features=self._read_kind("neighbor", records) if held else None,
+            neighbor_features=self._neighbors(records, residence) if "neighbor" in self.kinds else None,
             neighbor_is_valid=torch.from_numpy(np.concatenate(validity)),
             grid_xy=torch.from_numpy(np.concatenate([record.table.obsm["grid"] for record in records])),
             slide_of_row=slide_of_row(records),
         )
+
+    def _neighbors(self, records: list[SlideRecord], residence: Residence) -> Tensor | NeighborFiles:
+        """Held in memory, or the files of which the rows are read."""
+        if residence.choice in ("auto", "disk"):
+            slides = [(self._path("neighbor", record), len(record.rows)) for record in records]
+            files = NeighborFiles(slides, residence)
+            if not residence.holds(files.nbytes):
+                return files
+        return self._read_kind("neighbor", records)
+
+    def _path(self, kind: str, record: SlideRecord) -> Path:
+        """The features of a slide of `read_tables`; FileNotFoundError if they were removed since."""
+        path = find_cache(self.layout, kind, record.name)
+        if path.exists():
+            return path
+        published = self.layout.published_path(kind, record.name)
+        if published is None:
+            raise FileNotFoundError(f"{path} is there no more. Run: {self.layout.repair(kind, record.name)}")
+        return published
 
     def _read_kind(self, kind: str, records: list[SlideRecord]) -> Tensor:
         """One array over all slides, filled slide by slide: never more than one slide is held twice."""
         whole: Tensor | None = None
         for record in progress(records, description=f"{kind} features", unit="slide", leave=False):
             place = None if whole is None else whole[record.start : record.stop].numpy()
-            found = read_rows(self.layout, kind, record, out=place)
+            path = self._path(kind, record)
+            is_cache = path.suffix != PUBLISHED
+            found = read_features(path, out=place) if is_cache else read_published(path, record.table.n_obs)
             if found is place:
                 continue
             features = torch.from_numpy(found)
@@ -194,23 +243,6 @@ class FeatureReader:
             whole[record.start : record.stop] = features
         assert whole is not None, "at least one slide is read"
         return whole
-
-
-def read_rows(
-    layout: Layout, kind: str, record: SlideRecord, rows: slice = slice(None), out: np.ndarray | None = None
-) -> np.ndarray:
-    """Read features ("target" (n, D) or "neighbor" (n, M, D)) of consecutive spots of a slide of `read_tables`.
-
-    out: is filled and returned where it has the shape and type of a cache's rows; a new array otherwise.
-    Raises ValueError or FileNotFoundError for a file that was damaged or removed since.
-    """
-    path = find_cache(layout, kind, record.name)
-    if path.exists():
-        return read_features(path, rows, out)
-    published = layout.published_path(kind, record.name)
-    if published is None:
-        raise FileNotFoundError(f"{path} is there no more. Run: {layout.repair(kind, record.name)}")
-    return read_published(published, record.table.n_obs)[rows]
 
 
 def _joined(problems: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
@@ -91,29 +92,50 @@ def highest_mean_panel(slides: Iterable[AnnData], num_genes: int, measure: str =
     slides, measure: as for `genes_by_mean`.
     returns: `num_genes` names in alphabetical order, the order of the panel.
     """
-    ranked = genes_by_mean(slides, measure)
-    require_enough_genes(len(ranked), num_genes)
-    return sorted(ranked[:num_genes])
+    return panel_of_sums((gene_sums(slide, measure) for slide in slides), num_genes)
 
 
 def genes_by_mean(slides: Iterable[AnnData], measure: str = "log") -> list[str]:
     """Rank the genes present in every slide, highest mean over all spots of all slides first.
 
     slides:  AnnData with raw counts of all genes in X; read once, one after the other, so a generator will do.
-    measure: "log" ranks by the mean of log(1 + counts per 10 000 of all genes of the spot), which is the rule that gives
-             the recorded panel of HER2ST; "raw" by the mean raw count, where deeply sequenced slides weigh more.
+    measure: see `gene_sums`.
     Equal means are in alphabetical order.
     """
+    return _ranked(gene_sums(slide, measure) for slide in slides)
+
+
+def panel_of_sums(sums: Iterable[pd.Series], num_genes: int) -> list[str]:
+    """Choose the panel of `highest_mean_panel` from the `gene_sums` of the slides. ValueError for too few genes in common."""
+    ranked = _ranked(sums)
+    require_enough_genes(len(ranked), num_genes)
+    return sorted(ranked[:num_genes])
+
+
+def gene_sums(slide: AnnData, measure: str = "log") -> pd.Series:
+    """Sum the expression of each gene over the spots of a slide with raw counts of all genes in X: float64, by gene.
+
+    measure: "log" sums log(1 + counts per 10 000 of all genes of the spot), which is the rule that gives the recorded panel
+             of HER2ST; "raw" the raw counts, where deeply sequenced slides weigh more.
+    """
     transform = {"log": _log_expression, "raw": lambda counts: counts}[measure]
-    totals: dict[str, float] | None = None
-    for slide in slides:
-        values = transform(sparse.csr_matrix(slide.X))
-        sums = np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
-        found = dict(zip(slide.var_names, sums.tolist(), strict=True))
-        totals = found if totals is None else {gene: totals[gene] + found[gene] for gene in totals if gene in found}
-    totals = totals or {}
+    values = transform(sparse.csr_matrix(slide.X))
+    return pd.Series(np.asarray(values.sum(axis=0, dtype=np.float64)).ravel(), index=slide.var_names)
+
+
+def _ranked(sums: Iterable[pd.Series]) -> list[str]:
+    totals: pd.Series | None = None
+    for found in sums:
+        if totals is None or totals.index.equals(found.index):
+            totals = found if totals is None else totals + found
+        else:
+            shared = totals.index[totals.index.isin(found.index)]
+            totals = totals[shared] + found[shared]
+    if totals is None:
+        return []
     # The number of spots is the same for all genes in common, so totals rank as means do.
-    return sorted(totals, key=lambda gene: (-totals[gene], gene))
+    totals = totals.iloc[np.argsort(totals.index.to_numpy().astype(str), kind="stable")]
+    return totals.index[np.argsort(-totals.to_numpy(), kind="stable")].tolist()
 
 
 def _log_expression(counts: sparse.csr_matrix) -> sparse.csr_matrix:

@@ -7,6 +7,8 @@ there, the patch encoder is frozen and that of all other models, and so are the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ class Bleep(FittedModel):
         self._register_fitted("bank", (None, WIDTH))
         self._register_fitted("bank_expression", (None, num_genes))
 
-    def standardise_inputs(self, features: Tensor) -> None:
+    def standardise_inputs(self, features: Tensor | Iterable[Tensor]) -> None:
         """Take mean and deviation of the training spots' features; see the contract."""
         self.standardise.fit(features)
 

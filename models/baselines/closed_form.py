@@ -41,6 +41,16 @@ class Moments:
     squares: Tensor
     products: Tensor
 
+    def joined(self, other: Moments) -> Moments:
+        """Give the moments of the spots of both."""
+        return Moments(
+            count=self.count + other.count,
+            features=self.features + other.features,
+            expression=self.expression + other.expression,
+            squares=self.squares + other.squares,
+            products=self.products + other.products,
+        )
+
     def without(self, part: Moments) -> Moments:
         """Give the moments of the spots that are here but not in `part`, which must be a subset."""
         assert part.count < self.count, "a fold must leave at least one training spot"

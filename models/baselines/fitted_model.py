@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class ClosedForm(FittedModel):
     @torch.no_grad()
     def fit(
         self,
-        inputs: ModelInputs,
+        inputs: ModelInputs | Iterable[ModelInputs],
         expression: Tensor,
         *,
         patients: Sequence[Hashable],
@@ -78,12 +78,14 @@ class ClosedForm(FittedModel):
     ) -> dict[str, object]:
         """Learn from training spots; what is tuned is tuned on inner folds that hold one patient out. No random numbers.
 
-        inputs: of the N training spots, tensors or arrays; expression (N, G); patients one label per spot; slides one
-        label per spot, used for tuning when there is only one patient.
+        inputs: of the N training spots, tensors or arrays, whole or in parts one after the other, of which only what the
+        model reads is held; expression (N, G); patients one label per spot; slides one label per spot, used for tuning when
+        there is only one patient.
         returns: what was chosen, in numbers, strings, lists and dicts only; "notes" are sentences for the reader.
         errors:  ValueError that names every mismatch of shapes, values that are not finite, or too few spots to tune.
         """
-        features = _float64(self._features(inputs))
+        parts = [inputs] if isinstance(inputs, ModelInputs) else inputs
+        features = _float64(torch.cat([self._features(part) for part in parts]))
         expression = _float64(expression).to(features.device)
         patients, slides = _labels(patients), None if slides is None else _labels(slides)
         self._check_training_data(features, expression, patients, slides)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from models.contract import ExpressionModel, ModelInputs, Needs, Prediction, Sizes
@@ -20,7 +22,7 @@ class FeatureRegressor(ExpressionModel):
         self.standardise = Standardise(feature_dim)
         self.head = head
 
-    def standardise_inputs(self, features: Tensor) -> None:
+    def standardise_inputs(self, features: Tensor | Iterable[Tensor]) -> None:
         """Take mean and deviation of the training spots' features; see the contract."""
         self.standardise.fit(features)
 

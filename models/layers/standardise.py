@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,9 +24,15 @@ class Standardise(nn.Module):
         self.register_buffer("deviation", torch.ones(dim))
 
     @torch.no_grad()
-    def fit(self, features: Tensor) -> None:
-        """Take mean and deviation of the features (N, F); one that is constant is only shifted."""
-        deviation, mean = torch.std_mean(features.double(), dim=0, correction=0)
+    def fit(self, features: Tensor | Iterable[Tensor]) -> None:
+        """Take mean and deviation of the features (N, F), whole or in parts; one that is constant is only shifted."""
+        count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+        for part in [features] if isinstance(features, Tensor) else features:
+            variance, of_part = torch.var_mean(part.double(), dim=0, correction=0)
+            both, shift = count + len(part), of_part - mean
+            squares = squares + len(part) * variance + shift.square() * (count * len(part) / both)
+            count, mean = both, mean + shift * (len(part) / both)
+        deviation = (squares / count).sqrt()
         self.mean.copy_(mean)
         self.deviation.copy_(torch.where(deviation > 0, deviation, 1.0))
 

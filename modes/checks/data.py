@@ -14,6 +14,7 @@ from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from datasets.tables.gene_list import checked_genes
 from datasets.tables.slide_table import load_slide
+from datasets.tables.summary import summarise, with_genes
 from datasets.targets import note_on_counts
 from modes.checks.findings import Findings
 from modes.prediction.model import needs_of
@@ -48,7 +49,8 @@ def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> li
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
             continue
-        records.append(SlideRecord(table, start, start + table.n_obs, (0, 0)))
+        summary = summarise(table)  # the counts themselves would fill the memory, slide after slide
+        records.append(SlideRecord(with_genes(table, ()), start, start + table.n_obs, (0, 0), summary=summary))
         start += table.n_obs
         if expected and not expected[0] <= table.n_obs <= expected[1]:
             odd.append(f"{slide} ({table.n_obs})")
@@ -78,7 +80,7 @@ def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> li
 def check_panel(config: Config, layout: Layout, records: Sequence[SlideRecord], findings: Findings) -> None:
     """Check the genes measured on every slide, and the panel file, which the paper's protocol cannot do without."""
     slides = [record.name for record in records]
-    measured = [set(record.table.var_names) for record in records]
+    measured = [set(record.counts.genes) for record in records]
     shared, wanted = set.intersection(*measured), config.DATA.num_genes
     if config.DATA.genes is not None:
         given = findings.attempt("genes", lambda: checked_genes(str(config.DATA.genes), dict(zip(slides, measured))))

@@ -84,11 +84,17 @@ def check_token_cache(
         findings.warning("tokens", f"{text}: {command}")
 
 
-def check_memory(need: Demand, device: torch.device, findings: Findings) -> None:
-    """Compare the demand with the free memory of the host and of the device."""
+def check_memory(need: Demand, device: torch.device, findings: Findings, residence: str = "auto") -> None:
+    """Compare the demand with the free memory of the host and of the device. residence: DATA.residence."""
     on_cuda = device.type == "cuda"
+    # Features and patches stay on the host where they do not fit on the device, neighbor features in their files.
+    host = need.features + need.patches + need.encoder + (0 if on_cuda else need.model + need.batch)
+    free_of_host = available_memory()
+    read = need.neighbors if residence == "disk" or (residence == "auto" and host > free_of_host) else 0
+    host -= read
     parts = {
-        "features": need.features,
+        "features": need.features - read,
+        "neighbor features in their files": read,
         "patches": need.patches,
         "encoder": need.encoder,
         "model with Adam": need.model,
@@ -96,9 +102,7 @@ def check_memory(need: Demand, device: torch.device, findings: Findings) -> None
         "batches under way": BATCHES_ON_DEVICE * need.inputs if on_cuda else 0,
     }
     listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
-    # Features and patches stay on the host where they do not fit beside the rest (DATA.residence=auto).
-    host = need.features + need.patches + need.encoder + (0 if on_cuda else need.model + need.batch)
-    limits = [("host memory", host, available_memory())]
+    limits = [("host memory", host, free_of_host)]
     if on_cuda:
         limits.append((f"memory of {device}", need.on_device, torch.cuda.mem_get_info(device)[0]))
     for where, needed, free in limits:

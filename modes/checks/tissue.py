@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
-import numpy as np
-
 from datasets.images.overlay import doubt, write_overlay
 from datasets.images.slides import open_slide
 from datasets.images.spots_on_tissue import SpotsOnTissue, TissuePicture, check_spots_on_tissue
@@ -47,12 +45,12 @@ def _compare(layout: Layout, record: SlideRecord) -> SpotsOnTissue | None:
         path = layout.image_path(record.name)
     except FileNotFoundError:
         return None
-    table, overlay = record.table, layout.overlay_path(record.name)
+    centers, overlay = record.table.obsm["center"], layout.overlay_path(record.name)
     with open_slide(path) as image:
         picture = TissuePicture.of(image)
-    found = check_spots_on_tissue(picture, table.obsm["center"], np.asarray(table.X.sum(axis=1)).ravel())
+    found = check_spots_on_tissue(picture, centers, record.counts.spot_totals)
     with suppress(OSError):  # the data folder may be read-only
-        write_overlay(picture, table.obsm["center"], found.is_on_tissue, overlay)
+        write_overlay(picture, centers, found.is_on_tissue, overlay)
     return found
 
 

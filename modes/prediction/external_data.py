@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from datasets.features.neighbor_files import ON_DISK
 from datasets.features.patch_encoder import BatchedPatchEncoder
 from datasets.features.places import find_cache
 from datasets.features.reader import FeatureReader
@@ -91,7 +92,7 @@ def open_test(members: list[Member], layout: Layout, device: torch.device, fold_
     member, made = members[0], members[0].fold.encoder
     sha256 = None if made.sha256 == "unknown" else made.sha256
     reader = FeatureReader(layout, made.name, sha256, with_neighbors=member.needs.neighbors)
-    store = reader.read_features(reader.read_tables(slides, genes), hold_neighbors=False)
+    store = reader.read_features(reader.read_tables(slides, genes), ON_DISK)
     tokens, encoder = None, None
     if member.needs.tokens:
         tokens = cached_tokens(member, layout, store, device)

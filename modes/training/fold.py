@@ -71,10 +71,11 @@ def _sample(run_data: RunData, split: Split) -> TrainingSample:
     store, record = run_data.store, split.record
     slides = [slide for slide in store.named(record.train_slides) for _ in range(slide.start, slide.stop)]
     return sample_training_spots(
-        store.target_features[store.rows_of(record.train_slides)],
+        store.target_features,
         patients=[slide.patient for slide in slides],
         slides=[slide.name for slide in slides],
         generator=generator_for(run_data.config.GENERAL.seed, record.fold, "training sample"),
+        of_training=store.rows_of(record.train_slides),
     )
 
 
@@ -87,8 +88,8 @@ def new_model(run_data: RunData, split: Split) -> ExpressionModel:
         token_dim=run_data.token_dim,
         num_genes=len(split.genes),
     )
-    rows = run_data.store.rows_of(split.record.train_slides)
-    model.standardise_inputs(run_data.store.target_features[rows])
+    slides, rows = run_data.store.named(split.record.train_slides), run_data.store.rows_of(split.record.train_slides)
+    model.standardise_inputs(run_data.store.target_features[slide.start : slide.stop] for slide in slides)
     if run_data.config.TRAINING.start_at_mean and not is_closed_form(run_data.config):
         model.start_at_mean(split.targets[rows].mean(dim=0))
     return model.to(run_data.device)
@@ -110,15 +111,18 @@ def fit_closed_form(run_data: RunData, split: Split, folder: Path) -> None:
     model, store = new_model(run_data, split), run_data.store
     slides = store.named(split.record.fitted_slides)
     slide_of_spot = [slide for slide in slides for _ in range(slide.start, slide.stop)]
-    rows, neighbors = store.rows_of(split.record.fitted_slides), store.neighbor_features
     assert isinstance(model, ClosedForm)
-    report = model.fit(
+    inputs = (
         ModelInputs(
-            target_features=store.target_features[rows],
-            neighbor_features=None if neighbors is None else neighbors[rows],
-            neighbor_is_valid=store.neighbor_is_valid[rows],
-        ),
-        split.targets[rows],
+            target_features=store.target_features[slide.rows],
+            neighbor_features=store.neighbors_of(slide.rows),
+            neighbor_is_valid=store.neighbor_is_valid[slide.rows],
+        )
+        for slide in slides
+    )
+    report = model.fit(
+        inputs,
+        split.targets[store.rows_of(split.record.fitted_slides)],
         patients=[slide.patient for slide in slide_of_spot],
         slides=[slide.name for slide in slide_of_spot],
     )

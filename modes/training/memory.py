@@ -34,6 +34,7 @@ class Demand:
     model: int  # weights, gradients, Adam's two moments, and the best weights so far
     batch: int  # activations of a training step
     inputs: int = 0  # of one batch: tokens, neighbors, patches
+    neighbors: int = 0  # of the features, those that are read from their files where they do not fit
 
     @property
     def on_device(self) -> int:
@@ -75,6 +76,7 @@ def demand(
         inputs = min(config.TRAINING.batch_size, spots) * of_spot
     return Demand(
         features=spots * spec.pooled_dim * (1 + tiles * needs.neighbors) * FLOAT,
+        neighbors=spots * spec.pooled_dim * tiles * needs.neighbors * FLOAT,
         patches=spots * data.patch_size**2 * 3 if online else 0,
         encoder=_encoder_bytes(config) if online else 0,
         model=parameters * FLOAT * 5,

@@ -10,10 +10,12 @@ import torch
 
 from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
 from datasets.digests import check_told_apart, digests_of
+from datasets.features.neighbor_files import Residence
 from datasets.features.places import find_cache
 from datasets.features.reader import FeatureReader
 from datasets.layout import Layout
-from datasets.spots import SlideRecord, SpotStore, slide_of_row
+from datasets.spots import SlideRecord, SpotStore, named, slide_of_row
+from datasets.tables.expression import panel_of_sums
 from datasets.tables.gene_list import check_given_genes, given_genes
 from datasets.targets import check_panel, note_on_counts
 from datasets.tokens import WITHOUT_TOKENS, CachedTokens, CutPatches, open_tokens
@@ -21,7 +23,7 @@ from models.patch_encoders.build import PatchEncoder, PatchEncoderSpec, patch_en
 from modes.prediction.model import POOLED, has_pooled_target, needs_of
 from modes.prediction.slide import Encode
 from modes.training.compose import find_patch_encoder_weights, groups_spots, make_encode, make_patch_encoder
-from modes.training.memory import demand, tokens_of_spot
+from modes.training.memory import Demand, demand, tokens_of_spot
 from utils.cli import say
 from utils.config import Config
 from utils.devices import Precision
@@ -90,12 +92,15 @@ def open_run_data(
     folds: Sequence[SplitRecord] = (),
     team: Team = ALONE,
     *,
+    genes: Sequence[str] = (),
     is_rehearsal: bool = False,
 ) -> RunData:
-    """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens.
+    """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens, and neighbor
+    features that do not fit into memory.
 
-    folds: those that will be trained; k and the gene panel are checked against them. The cheap comes first: the encoder
-    and its weights, then tables and headers of caches, then k and panel, and only then the features are read.
+    folds: those that will be trained; k and the gene panel are checked against them, and the counts of their panels are
+    held, beside those of `genes`. The cheap comes first: the encoder and its weights, then tables and headers of caches,
+    then k and panel, and only then the features are read.
     is_rehearsal: no step will be made, so patches for the encoder are not cut; everything is checked all the same.
     Raises ValueError or FileNotFoundError for whatever cannot be used, with the command that repairs it.
     """
@@ -105,14 +110,18 @@ def open_run_data(
         _check_encoder_can_run(config)
     panel = fixed_panel(config, layout) if folds else None
     reader = FeatureReader(layout, config.DATA.encoder, with_neighbors=needs.neighbors)
-    records = reader.read_tables(slides)
+    records = reader.read_tables(slides, keep=[*genes, *(panel or ())])
     if (note := note_on_counts(records)) and not is_rehearsal:
         say(note)
     check_clusters(config, records, folds)
     check_fixed_panel(config, records, panel or [])
-    store = reader.read_features(records)
+    if folds and panel is None:
+        panels = [choose_panel(config, layout, named(records, fold.fitted_slides)) for fold in folds]
+        records = reader.read_genes(records, set(genes).union(*panels))
+    need = _demand(config, layout, spec, records, device)
+    reserve = need.on_device if device.type == "cuda" else 0
+    store = reader.read_features(records, _residence(config, need, device))
     _check_width(store, spec, layout)
-    reserve = _reserve(config, layout, spec, store, device)
     source: CachedTokens | CutPatches | None = None
     encoder: PatchEncoder | None = None
     if needs.tokens:
@@ -151,7 +160,7 @@ def fixed_panel(config: Config, layout: Layout) -> list[str] | None:
 def check_fixed_panel(config: Config, records: Sequence[SlideRecord], panel: Sequence[str]) -> None:
     """Raise ValueError that names the genes of a fixed panel that the slides do not hold, before features are read."""
     if config.DATA.genes is not None:
-        check_given_genes(panel, {record.name: set(record.table.var_names) for record in records})
+        check_given_genes(panel, {record.name: record.counts.genes for record in records})
     for record in records:
         check_panel(record.table, panel)
 
@@ -166,20 +175,32 @@ def _check_encoder_can_run(config: Config) -> None:
         ) from error
 
 
-def _reserve(config: Config, layout: Layout, spec: PatchEncoderSpec, store: SpotStore, device: torch.device) -> int:
-    """Bytes of the device that tokens and features must leave free; they are loaded before the model is."""
-    if device.type != "cuda":
-        return 0
-    slides = [slide.name for slide in store.slides]
+def choose_panel(config: Config, layout: Layout, outer: Sequence[SlideRecord]) -> list[str]:
+    """Choose the gene panel: the given one, the file of the data folder (paper), or the highest means over the training
+    patients (clean), whose slides are `outer`."""
+    panel = fixed_panel(config, layout)
+    return panel or panel_of_sums((record.counts.log_sums for record in outer), config.DATA.num_genes)
+
+
+def _demand(
+    config: Config, layout: Layout, spec: PatchEncoderSpec, records: Sequence[SlideRecord], device: torch.device
+) -> Demand:
+    slides = [record.name for record in records]
     return demand(
         config,
         spec,
-        spots=store.slides[-1].stop,
-        slide_sizes=[slide.stop - slide.start for slide in store.slides],
+        spots=records[-1].stop,
+        slide_sizes=[record.stop - record.start for record in records],
         online=needs_of(config).tokens and runs_encoder(config, layout, slides),
         half=Precision(config.TRAINING.precision, device).dtype != torch.float32,
         num_tokens=tokens_of_spot(layout, slides, spec),
-    ).on_device
+    )
+
+
+def _residence(config: Config, need: Demand, device: torch.device) -> Residence:
+    """Where neighbor features are held; beside them the host holds all that is read first, and on the CPU the training."""
+    on_host = need.features - need.neighbors + need.patches + (0 if device.type == "cuda" else need.on_device)
+    return Residence(config.DATA.residence, on_host, config.DATA.num_workers, is_pinned=device.type == "cuda")
 
 
 def _online_encoder(config: Config, layout: Layout, store: SpotStore, device: torch.device) -> PatchEncoder | None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from datasets.spots import SlideRecord
-from datasets.tables.expression import highest_mean_panel
 from datasets.targets import absent_genes, store_targets
 from evaluation.gene_lists import HeldOutPatient, highly_predictive_list, highly_variable_list
 from models.baselines import closed_form
 from modes.training.plan import lacks_validation
-from modes.training.run_data import RunData, fixed_panel
+from modes.training.run_data import RunData, choose_panel
 from utils.cli import say
 from utils.config import Config
 from utils.text import some
@@ -23,6 +24,7 @@ from utils.trained_fold import SplitRecord
 
 # Of the reference model, as multiples of the mean variance (sum of squares) of its principal components.
 REFERENCE_PENALTIES = tuple(10.0**power for power in range(-4, 5))
+SPOTS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def prepare_split(run_data: RunData, record: SplitRecord) -> Split:
             f"{config.TRAINING.epochs} epochs are trained (a number fixed beforehand)."
         )
     outer = run_data.store.named(record.fitted_slides)
-    genes = choose_panel(run_data, outer)
+    genes = choose_panel(config, run_data.layout, outer)
     is_clean = config.EVALUATION.protocol == "clean"
     targets = store_targets(run_data.store, record.fitted_slides, genes)
     tested = run_data.store.rows_of(record.test_slides)
@@ -66,15 +68,8 @@ def prepare_split(run_data: RunData, record: SplitRecord) -> Split:
     )
 
 
-def choose_panel(run_data: RunData, outer: list[SlideRecord]) -> list[str]:
-    """Choose the gene panel: the given one, the file of the data folder (paper), or the highest means over the training
-    patients (clean)."""
-    panel = fixed_panel(run_data.config, run_data.layout)
-    return panel or highest_mean_panel([slide.table for slide in outer], run_data.config.DATA.num_genes)
-
-
 def origin_of_panel(config: Config) -> str:
-    """Say in a word where `choose_panel` takes the genes from."""
+    """Say in a word where `modes.training.run_data.choose_panel` takes the genes from."""
     if config.DATA.genes is not None:
         return "given"
     return "file" if config.EVALUATION.protocol == "paper" else "training patients"
@@ -110,31 +105,67 @@ def _gene_lists(run_data: RunData, outer: list[SlideRecord], targets: Tensor, ge
     if len({slide.patient for slide in outer}) > 1:
         patients = [slide.patient for slide in outer for _ in range(slide.start, slide.stop)]
         slides = [slide.name for slide in outer for _ in range(slide.start, slide.stop)]
-        held_out = reference_predictions(run_data.store.target_features[rows], targets[rows], patients, slides)
+        held_out = reference_predictions(run_data.store.target_features, targets, patients, slides, rows)
         lists["highly_predictive"] = highly_predictive_list(held_out, genes)
     return lists
 
 
 def reference_predictions(
-    features: Tensor, expression: Tensor, patients: Sequence[str], slides: Sequence[str], components: int = 256
+    features: Tensor,
+    expression: Tensor,
+    patients: Sequence[str],
+    slides: Sequence[str],
+    rows: Tensor | None = None,
+    *,
+    components: int = 256,
 ) -> Iterator[HeldOutPatient]:
-    """Predict each training patient from the others, by the reference model of the highly predictive list.
+    """Predict each training patient from the others, slide by slide, by the reference model of the highly predictive list.
 
     The reference is a ridge regression with intercept on the first `components` principal components of the target
     feature, under each of REFERENCE_PENALTIES.
-    features (N, D), expression (N, G): spots of the training patients; patients, slides: N names.
+    features (R, D), expression (R, G), of which `rows` (N,) are the spots of the training patients (None: all); patients,
+    slides: N names. Beside these, memory holds some thousand spots at a time, and a slide.
     Raises ValueError when the features of the other patients are all the same.
     """
-    features, expression = features.double(), expression.double()
-    features = features - features.mean(dim=0)  # keeps the sums of squares free of cancellation
-    folds = closed_form.inner_folds(patients)
-    total = closed_form.moments(features, expression)
-    for ridge in closed_form.held_out_ridges(features, expression, folds, total, components):
-        if len(ridge.components.squares) == 0:
+    spots = _Spots(features, expression, torch.arange(len(features)) if rows is None else rows)
+    total = spots.moments(torch.arange(len(patients)))
+    names = np.asarray(slides)
+    for held_out in closed_form.inner_folds(patients).held_out:
+        sums = total.without(spots.moments(held_out))
+        found = closed_form.principal_components(sums, components)
+        if len(found.squares) == 0:
             raise ValueError("the target features are the same for every training spot; extract the features again.")
-        alphas = closed_form.alpha_grid(ridge.components, REFERENCE_PENALTIES)
-        predicted = torch.stack([ridge.deviation(alpha) + ridge.mean for alpha in alphas])
-        rows = ridge.rows.tolist()
-        yield HeldOutPatient(
-            patients[rows[0]], [slides[row] for row in rows], expression[ridge.rows].numpy(), predicted.numpy()
-        )
+        products = closed_form.component_products(sums, found)
+        alphas = closed_form.alpha_grid(found, REFERENCE_PENALTIES)
+        for slide in sorted(set(names[held_out].tolist())):
+            places = held_out[torch.from_numpy(names[held_out] == slide)]
+            centred, measured = spots.at(places)
+            ridge = closed_form.HeldOutRidge(
+                places, sums.expression / sums.count, found, products, found.scores(centred)
+            )
+            predicted = torch.stack([ridge.deviation(alpha) + ridge.mean for alpha in alphas])
+            patient = patients[int(places[0])]
+            yield HeldOutPatient(patient, [slide] * len(places), measured.numpy(), predicted.numpy())
+
+
+@dataclass(frozen=True)
+class _Spots:
+    """The training spots of the reference model, of which only some are held in float64 at a time."""
+
+    features: Tensor
+    expression: Tensor
+    rows: Tensor
+
+    @cached_property
+    def mean(self) -> Tensor:
+        sums = [self.features[rows].double().sum(dim=0) for rows in self.rows.split(SPOTS_AT_ONCE)]
+        return torch.stack(sums).sum(dim=0) / len(self.rows)
+
+    def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Features, centred to keep the sums of squares free of cancellation, and expression of the spots at `places`."""
+        rows = self.rows[places]
+        return self.features[rows].double() - self.mean, self.expression[rows].double()
+
+    def moments(self, places: Tensor) -> closed_form.Moments:
+        parts = [closed_form.moments(*self.at(some)) for some in places.split(SPOTS_AT_ONCE)]
+        return reduce(closed_form.Moments.joined, parts)

@@ -266,6 +266,10 @@ def test_memory_is_counted_from_sizes_alone():
     findings = Findings()
     check_memory(Demand(0, 0, 0, 0, batch=10**15), torch.device("cpu"), findings)
     has(str(findings.found[0]), "problem", "memory", r"1e\+06 GB of host memory are needed", "--batch_size")
+    large = Demand(10**15, 0, 0, 0, batch=0, neighbors=10**15 - 1)
+    for residence, kind in (("auto", "ok"), ("disk", "ok"), ("host", "problem")):
+        check_memory(large, torch.device("cpu"), findings, residence)
+        has(str(findings.found[-1]), kind, "memory", "in their files" if kind == "ok" else "are needed")
     assert 1e8 < available_memory() < 1e14
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.features.block_store import BlockStore
 from datasets.features.cache import opened, read_features, read_identity, write_cache
 from datasets.features.identity import CacheIdentity
 from datasets.features.published import read_published
 from datasets.features.sealed import is_finite, read_seal
-from datasets.features.token_store import TokenStore
 from datasets.features.verify import verify_cache
 from tests.caches import as_earlier, edited
 from utils.files import UnwritableFile
@@ -108,7 +108,7 @@ def test_tokens_are_verified_where_they_are_read(tmp_path):
     path = written(tmp_path / "A1.h5", "token")
     with h5py.File(path, "r+") as file:
         file["tokens"][5, 1, 0, 0] = np.nan
-    with TokenStore([path]) as store:
+    with BlockStore([path], "token") as store:
         assert np.array_equal(store.read([5, 4], [0, 1]).numpy(), values_of("token")[[5, 4], [0, 1]])
         with pytest.raises(ValueError, match=r"A1\.h5 is damaged: the tokens of spot 5x1 in view 1 are not what was"):
             store.read([4, 5], [0, 1])
@@ -122,7 +122,7 @@ def test_caches_of_earlier_versions_are_read(kind, tmp_path):
     assert np.array_equal(read_features(path), values_of(kind))
     assert np.array_equal(read_features(path, slice(3, 5)), values_of(kind)[3:5])
     if kind == "token":
-        with TokenStore([path]) as store:
+        with BlockStore([path], "token") as store:
             assert np.array_equal(store.read([5, 4], [0, 1]).numpy(), values_of(kind)[[5, 4], [0, 1]])
 
 
@@ -133,7 +133,10 @@ def test_numbers_of_earlier_caches_must_be_finite(tmp_path):
         with h5py.File(path, "r+") as file:
             file["tokens" if kind == "token" else "features"][place] = np.inf
         assert "the numbers of 1 of its 12 spots are not finite: 3x1" in refusal(path)
-    with TokenStore([path]) as store, pytest.raises(ValueError, match=r"tokens of spot 3x1 in view 1 are not finite"):
+    with (
+        BlockStore([path], "token") as store,
+        pytest.raises(ValueError, match=r"tokens of spot 3x1 in view 1 are not finite"),
+    ):
         store.read([3], [1])
 
 
@@ -144,7 +147,7 @@ def test_earlier_caches_that_hdf5_would_read_for_ever(tmp_path):
     content = path.read_bytes()
     for place in range(100, len(content), 997):
         path.write_bytes(content[:place] + b"\0" + content[place:])
-        for read in (read_features, read_identity, lambda path: TokenStore([path])):
+        for read in (read_features, read_identity, lambda path: BlockStore([path], "token")):
             message = refusal(path, read)
             assert "bytes were inserted or appended" in message and "overwrite" not in message
 

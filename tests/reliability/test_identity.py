@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from datasets.features.block_store import BlockStore
 from datasets.features.cache import write_cache
 from datasets.features.identity import CacheIdentity
-from datasets.features.token_store import TokenStore
 
 IDENTITY = CacheIdentity(
     kind="token",
@@ -29,7 +29,7 @@ def _digest(path, values: np.ndarray, **changed) -> str | None:
     identity = dataclasses.replace(IDENTITY, **changed)
     ids = [f"{row}x1" for row in range(len(values))]
     write_cache(path, identity, ids, np.zeros((len(values), 2), dtype=int), [values])
-    with TokenStore([path]) as store:
+    with BlockStore([path], "token") as store:
         return store.digest(0)
 
 

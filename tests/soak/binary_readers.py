@@ -17,10 +17,10 @@ import pyarrow.parquet
 import torch
 from scipy import sparse
 
+from datasets.features.block_store import BlockStore
 from datasets.features.cache import opened, write_cache
 from datasets.features.identity import CacheIdentity
 from datasets.features.published import read_published, verify_published
-from datasets.features.token_store import TokenStore
 from models.patch_encoders.weights import read_weights
 from modes.import_reference import _state_dict
 from preprocess.raw.files import files_below, write_counts
@@ -153,7 +153,7 @@ def cache_of(path: Path) -> object:
         identity = {name: getattr(found.identity, name) for name in _IDENTITY}
         values = found.read()
         if identity["kind"] == "token":
-            with TokenStore([path]) as store:
+            with BlockStore([path], "token") as store:
                 rows = np.arange(len(values)).repeat(2)
                 again = store.read(rows, np.tile([0, 1], len(values))).numpy()
                 assert np.array_equal(again.reshape(values.shape), values)

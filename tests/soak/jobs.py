@@ -51,11 +51,11 @@ def run_job(
 ) -> Ended:
     """Run a job in a forked process and wait for it.
 
-    folder: its files are watched. kill_at: the process kills itself before that file event (from 1) below `folder`.
-    after: seconds after which it gets the signal `by`.
+    folder: its files are watched. kill_at: the process sends itself the signal `by` before that file event (from 1) below
+    `folder`. after: seconds after which it gets it.
     """
     started = time.monotonic()
-    process = start_job(job, folder, kill_at=kill_at)
+    process = start_job(job, folder, kill_at=kill_at, by=by)
     if after is not None:
         timer = threading.Timer(after, lambda: process.send(by))
         timer.start()
@@ -92,7 +92,7 @@ class Started:
         return self.counter.stat().st_size
 
 
-def start_job(job: Job, folder: Path, *, kill_at: int | None = None) -> Started:
+def start_job(job: Job, folder: Path, *, kill_at: int | None = None, by: int = signal.SIGKILL) -> Started:
     """Fork a process that runs a job; its file events below `folder` are counted."""
     marks = folder.with_name(f"{folder.name}_jobs")
     marks.mkdir(exist_ok=True)
@@ -101,18 +101,18 @@ def start_job(job: Job, folder: Path, *, kill_at: int | None = None) -> Started:
     started.counter.touch()
     started.pid = os.fork()
     if started.pid == 0:
-        _work(job, folder, started, kill_at)
+        _work(job, folder, started, kill_at, by)
     return started
 
 
-def _work(job: Job, folder: Path, started: Started, kill_at: int | None) -> None:
+def _work(job: Job, folder: Path, started: Started, kill_at: int | None, by: int) -> None:
     """What the forked process does; it never returns."""
     log = os.open(started.log, os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     counter = os.open(started.counter, os.O_WRONLY | os.O_APPEND)
-    sys.addaudithook(_hook(folder, counter, kill_at))
+    sys.addaudithook(_hook(folder, counter, kill_at, by))
     status = 70
     try:
         from utils.cli import run
@@ -128,7 +128,7 @@ def _work(job: Job, folder: Path, started: Started, kill_at: int | None) -> None
         os._exit(status)
 
 
-def _hook(folder: Path, counter: int, kill_at: int | None) -> Callable[[str, tuple], None]:
+def _hook(folder: Path, counter: int, kill_at: int | None, by: int) -> Callable[[str, tuple], None]:
     count, below = 0, f"{folder}{os.sep}"
 
     def hook(event: str, arguments: tuple) -> None:
@@ -146,7 +146,7 @@ def _hook(folder: Path, counter: int, kill_at: int | None) -> Callable[[str, tup
         count += 1
         os.write(counter, b".")
         if count == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
 
     return hook
 

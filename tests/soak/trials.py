@@ -63,12 +63,28 @@ def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
     source = ("--source", str(outs.folder), "--image", str(outs.image), "--name", "v")
     prepare = Job("preprocess.prepare_visium", (*source, "--panel", str(folder / "panel.txt")))
     prepare = prepare.with_flags("--data_dir", str(folder / "prepared"))
+    predict = Job("main", ("--mode", "predict", "--model_path", str(folder / "models" / "tiny" / "run"), *device[:2]))
+    image = (
+        "--image",
+        str(next((folder / "data").rglob("A1.jpg"), folder)),
+        "--out",
+        str(folder / "predicted" / "A1.h5ad"),
+    )
+    if "prediction" in names:
+        _must(training.with_flags(*paths[:2], "--log_path", str(folder / "models"), *paths[4:], "--no_report"), folder)
     for job in (extract, train, prepare):  # now, and not in every process that is forked
         importlib.import_module(job.program)
     found = [
         Program("preparation", prepare, prepare, folder / "prepared", None),
         Program("extraction", extract, extract, folder / "extracted", folder / "raw"),
         Program("training", train, train.with_flags("--resume"), folder / "logs", None),
+        Program(
+            "prediction",
+            predict.with_flags(*image),
+            predict.with_flags(*image, "--overwrite"),
+            folder / "predicted",
+            None,
+        ),
     ]
     return [program for program in found if program.name in names]
 
@@ -78,10 +94,19 @@ def _must(job: Job, folder: Path) -> None:
     assert ended.status == 0, ended.output
 
 
-def kills(folder: Path, seed: int, chains: int, say: Say, *, names: Sequence[str] = NAMES, every: int = 1) -> list[str]:
+def kills(
+    folder: Path,
+    seed: int,
+    chains: int,
+    say: Say,
+    *,
+    names: Sequence[str] = NAMES,
+    every: int = 1,
+    by: signal.Signals = signal.SIGKILL,
+) -> list[str]:
     """Kill at every file event once, and at random moments in chains of up to four; what is left must be as if undisturbed.
 
-    every: only each so many of the file events.
+    every: only each so many of the file events. by: the signal at file events.
     """
     findings = []
     for program in programs(folder, names):
@@ -89,7 +114,8 @@ def kills(folder: Path, seed: int, chains: int, say: Say, *, names: Sequence[str
         whole = run_job(program.start, program.folder)
         assert whole.status == 0, whole.output
         expected = contents(program.folder)
-        plans = [([{"kill_at": event}], f"killed at file event {event}") for event in range(1, whole.events + 1, every)]
+        events = range(1, whole.events + 1, every)
+        plans = [([{"kill_at": event, "by": by}], f"{by.name} at file event {event}") for event in events]
         draw = random.Random(f"{seed} {program.name}")
         for chain in range(chains):
             by = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))

@@ -282,6 +282,16 @@ def test_equal_features_give_the_training_mean():
     torch.testing.assert_close(found, data["expression"].mean(dim=0).expand_as(found))
 
 
+@pytest.mark.parametrize("name", CLOSED_FORM)
+def test_parts_of_the_spots_are_fitted_as_all_of_them(name):
+    data, whole, parted = _planted(), _build(name), _build(name)
+    _fit(whole, data)
+    parts = (_inputs(data, rows) for rows in (slice(0, 50), slice(50, 51), slice(51, None)))
+    parted.fit(parts, data["expression"], patients=PATIENTS)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, parted.state_dict()[key]), key
+
+
 def test_bad_training_data_are_named_all_at_once():
     data = _planted()
     data["expression"][3, 1] = float("nan")

@@ -35,6 +35,15 @@ def test_the_training_spots_get_mean_0_and_deviation_1():
     assert (found[:, 5] == 0).all()
 
 
+def test_parts_of_the_spots_give_what_all_of_them_give():
+    whole, parts = Standardise(6), Standardise(6)
+    whole.fit(features())
+    parts.fit(iter(features().split([1, 30, 9])))
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(parts.deviation, whole.deviation, rtol=1e-6, atol=0)
+    assert parts.deviation[5] == 1, "constant"
+
+
 def test_before_it_is_fitted_it_changes_nothing():
     assert torch.equal(Standardise(6)(features()), features())
 

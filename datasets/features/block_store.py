@@ -1,14 +1,16 @@
-"""Random rows of the token caches of many slides, read straight from the files into the buffer of a batch.
+"""Random rows of the caches of many slides, read straight from the files into the buffer of a batch.
 
-A token cache keeps the encoder's tokens of one spot in one view as one block. The places of all blocks are asked for once;
-after that a batch is a list of (file, offset) pairs, read in the order of the disk by a few threads with preadv. HDF5 itself
-is not involved any more, and neither is its lock. A block is compared with its checksum when it is first read.
+A token cache keeps the encoder's tokens of one spot in one view as one block, a cache of neighbor features the tiles of one
+spot. The places of all blocks are asked for once; after that a batch is a list of (file, offset) pairs, read in the order of
+the disk by a few threads with preadv. HDF5 itself is not involved any more, and neither is its lock. A block is compared with
+its checksum when it is first read.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import resource
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,27 +26,32 @@ from datasets.features.cache import opened
 from datasets.features.identity import CacheIdentity
 from datasets.features.sealed import checksums_of, is_finite
 
-_EXTRACT = "Extract it again with --extract_mode token --overwrite."
 _TORCH_TYPES = {"float16": torch.float16, "float32": torch.float32}
-_SAME_IN_ALL = ("kind", "encoder", "encoder_sha256", "patch_size", "views", "dtype", "token_pool", "precision")
+# Fields of the identity in which the caches must agree, by kind; neighbor features are verified with the target features.
+_SAME_IN_ALL = {
+    "token": ("kind", "encoder", "encoder_sha256", "patch_size", "views", "dtype", "token_pool", "precision"),
+    "neighbor": ("kind", "dtype"),
+}
+_OTHER_FILES = 256  # that a process may have open beside the caches
 
 
-class TokenStore:
-    """The tokens of all spots of the slides whose caches are `paths`; row r counts through them in that order.
+class BlockStore:
+    """Tokens ("token") or neighbor features of all spots of the slides whose caches are `paths`, in that order.
 
-    num_rows, num_views, num_tokens (T), dim (D), dtype (torch), nbytes (on disk), identity (of the first cache).
+    A block (T, D) is what a spot has in one view; neighbor features (M, D) have one view.
+    num_rows, num_views, num_tokens (T, or M tiles), dim (D), dtype (torch), nbytes (on disk), identity (of the first cache).
     Raises ValueError that lists every cache that differs from the first or is damaged.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, num_threads: int = 4, is_pinned: bool = False):
-        """is_pinned: give tokens in page-locked memory, for a CUDA device to copy from."""
-        assert paths, "TokenStore needs at least one cache"
-        self._paths = [Path(path) for path in paths]
+    def __init__(self, paths: Sequence[str | Path], kind: str, *, num_threads: int = 4, is_pinned: bool = False):
+        """is_pinned: give blocks in page-locked memory, for a CUDA device to copy from."""
+        assert paths, "BlockStore needs at least one cache"
+        self._paths, self._kind = [Path(path) for path in paths], kind
         self._num_threads, self._is_pinned = max(1, num_threads), is_pinned
         self._descriptors: list[int] = []
         self._pool: ThreadPoolExecutor | None = None
-        blocks = [_blocks_of(path) for path in self._paths]
-        _check_alike(self._paths, [slide.identity for slide in blocks], [slide.shape for slide in blocks])
+        blocks = [_blocks_of(path, kind) for path in self._paths]
+        _check_alike(self._paths, blocks)
         self.identity: CacheIdentity = blocks[0].identity
         self.num_views, self.num_tokens, self.dim = blocks[0].shape[1:]
         self.dtype = _TORCH_TYPES[self.identity.dtype]
@@ -56,15 +63,16 @@ class TokenStore:
         self.num_rows = len(self._offsets)
         self._chunk_bytes = self.num_tokens * self.dim * self.dtype.itemsize
         self.nbytes = self.num_rows * self.num_views * self._chunk_bytes
+        _allow_open_files(len(self._paths))
         self._descriptors = [os.open(path, os.O_RDONLY) for path in self._paths]
 
     def digest(self, file: int) -> str | None:
-        """Digest the checksums of the tokens of one cache, no token is read; None for a cache that bears none."""
+        """Digest the checksums of one cache, none of its numbers is read; None for a cache that bears none."""
         checksums = self._checksums[file]
         return None if checksums is None else xxh3_64(np.ascontiguousarray(checksums).view(np.uint8).data).hexdigest()
 
     def read(self, rows: Tensor | np.ndarray, views: Tensor | np.ndarray, out: Tensor | None = None) -> Tensor:
-        """(B, T, D): for each b the tokens of spot rows[b] in dihedral view views[b], in that order.
+        """(B, T, D): for each b the block of spot rows[b] in dihedral view views[b], in that order.
 
         out: a contiguous CPU tensor (B, T, D) to fill; made anew when None.
         """
@@ -100,7 +108,7 @@ class TokenStore:
         while self._descriptors:
             os.close(self._descriptors.pop())
 
-    def __enter__(self) -> TokenStore:
+    def __enter__(self) -> BlockStore:
         return self
 
     def __exit__(self, *_) -> None:
@@ -111,7 +119,7 @@ class TokenStore:
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="token-reader")
+            self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="block-reader")
         return self._pool
 
     def _check_request(self, rows: np.ndarray, views: np.ndarray) -> None:
@@ -135,7 +143,8 @@ class TokenStore:
                 count = os.preadv(self._descriptors[file], [target[position:]], start + position)
                 if count == 0:
                     raise ValueError(
-                        f"{self._paths[file]} ends in the middle of its tokens; it was cut while in use. {_EXTRACT}"
+                        f"{self._paths[file]} ends in the middle of its numbers; it was cut while in use. "
+                        f"{_again(self._kind)}"
                     )
                 position += count
             if not self._is_verified[row, view]:  # once is enough: the file is held open
@@ -149,15 +158,14 @@ class TokenStore:
             with opened(self._paths[file]) as cache:
                 spot = cache.spot_ids[place]
             what = "not finite" if checksums is None else "not what was written (checksum)"
-            raise ValueError(
-                f"{self._paths[file]} is damaged: the tokens of spot {spot} in view {view} are {what}. {_EXTRACT}"
-            )
+            numbers = f"tokens of spot {spot} in view {view}" if self._kind == "token" else f"features of spot {spot}"
+            raise ValueError(f"{self._paths[file]} is damaged: the {numbers} are {what}. {_again(self._kind)}")
         self._is_verified[row, view] = True
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The tokens of a slide: shape (N, V, T, D), and of each (spot, view) the place in the file and the checksum, if any."""
+    """The blocks of a slide: shape (N, V, T, D), and of each (spot, view) the place in the file and the checksum, if any."""
 
     identity: CacheIdentity
     shape: tuple[int, ...]
@@ -165,51 +173,68 @@ class _Blocks:
     checksums: np.ndarray | None
 
 
-def _blocks_of(path: Path) -> _Blocks:
+def _blocks_of(path: Path, kind: str) -> _Blocks:
     with opened(path) as cache:
-        if cache.identity.kind != "token":
-            raise ValueError(f"{path} is a cache of kind {cache.identity.kind!r}; expected 'token'.")
-        tokens = cache.numbers
-        if tokens.chunks is None:
-            block_bytes = math.prod(tokens.shape[2:]) * tokens.dtype.itemsize
-            numbers = np.arange(math.prod(tokens.shape[:2]), dtype=np.int64).reshape(tokens.shape[:2])
-            places = tokens.id.get_offset() + block_bytes * numbers
+        if cache.identity.kind != kind:
+            raise ValueError(f"{path} is a cache of kind {cache.identity.kind!r}; expected {kind!r}.")
+        numbers, checksums = cache.numbers, cache.checksums
+        *of_spot, tokens, dim = numbers.shape  # (N, V) or (N,)
+        shape = (of_spot[0], math.prod(of_spot[1:]), tokens, dim)
+        if numbers.chunks is None:
+            places = np.arange(math.prod(shape[:2]), dtype=np.int64) * (tokens * dim * numbers.dtype.itemsize)
+            places = numbers.id.get_offset() + places.reshape(shape[:2])
         else:
-            places = _chunk_table(path, tokens)
-        return _Blocks(cache.identity, tokens.shape, places, cache.checksums)
+            places = _chunk_table(path, numbers, kind).reshape(shape[:2])
+        return _Blocks(cache.identity, shape, places, None if checksums is None else checksums.reshape(shape[:2]))
 
 
-def _chunk_table(path: Path, tokens: h5py.Dataset) -> np.ndarray:
-    """Where each (spot, view) lies in a cache of an earlier version, which has a chunk for each."""
-    table = np.full(tokens.shape[:2], -1, dtype=np.int64)
+def _chunk_table(path: Path, numbers: h5py.Dataset, kind: str) -> np.ndarray:
+    """Where each block lies in a cache of an earlier version, which has a chunk for each."""
+    *of_spot, tokens, dim = numbers.shape
+    table = np.full(of_spot, -1, dtype=np.int64)
 
     def note(chunk: h5py.h5d.StoreInfo) -> None:
-        table[chunk.chunk_offset[:2]] = chunk.byte_offset
+        table[chunk.chunk_offset[: len(of_spot)]] = chunk.byte_offset
 
-    if tokens.chunks == (1, 1, *tokens.shape[2:]) and tokens.compression is None:
-        tokens.id.chunk_iter(note)
+    if numbers.chunks == (*(1 for _ in of_spot), tokens, dim) and numbers.compression is None:
+        numbers.id.chunk_iter(note)
     if (table < 0).any():
         raise ValueError(
-            f"{path}: {int((table < 0).sum())} of {table.size} token blocks are missing or not stored plainly, one "
-            f"per spot and view. {_EXTRACT}"
+            f"{path}: {int((table < 0).sum())} of {table.size} {kind} blocks are missing or not stored plainly, one "
+            f"per spot{' and view' * (kind == 'token')}. {_again(kind)}"
         )
     return table
 
 
-def _check_alike(paths: Sequence[Path], identities: Sequence[CacheIdentity], shapes: Sequence[tuple[int, ...]]) -> None:
-    problems = []
-    for path, identity, shape in zip(paths[1:], identities[1:], shapes[1:]):
+def _check_alike(paths: Sequence[Path], slides: Sequence[_Blocks]) -> None:
+    problems, first = [], slides[0]
+    kind = first.identity.kind
+    for path, slide in zip(paths[1:], slides[1:], strict=True):
         differences = [
-            f"{name.replace('_', ' ')} {getattr(identity, name)} instead of {getattr(identities[0], name)}"
-            for name in _SAME_IN_ALL
-            if getattr(identity, name) != getattr(identities[0], name)
+            f"{name.replace('_', ' ')} {getattr(slide.identity, name)} instead of {getattr(first.identity, name)}"
+            for name in _SAME_IN_ALL[kind]
+            if getattr(slide.identity, name) != getattr(first.identity, name)
         ]
-        if not differences and shape[1:] != shapes[0][1:]:
-            differences = [f"tokens of shape {shape[1:]} instead of {shapes[0][1:]}"]
+        if not differences and slide.shape[1:] != first.shape[1:]:
+            differences = [f"{kind}s of shape {slide.shape[1:]} instead of {first.shape[1:]}"]
         if differences:
             problems.append(f"- {path}: {', '.join(differences)}")
     if problems:
+        flags = " with the same --encoder, --views, --dtype, --token_pool." if kind == "token" else ", and alike."
         raise ValueError(
-            f"The token caches do not belong together; compared with {paths[0]}:\n" + "\n".join(problems) + "\n"
-            "Extract them alike: --extract_mode token --overwrite with the same --encoder, --views, --dtype, --token_pool."
+            f"The {kind} caches do not belong together; compared with {paths[0]}:\n" + "\n".join(problems) + "\n"
+            f"Extract them alike: --extract_mode {kind} --overwrite{flags}"
         )
+
+
+def _again(kind: str) -> str:
+    return f"Extract it again with --extract_mode {kind} --overwrite."
+
+
+def _allow_open_files(count: int) -> None:
+    """Let this process open so many more files, where only its own limit is lower, and not that of the system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/dev/fd")) + count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 
 import numpy as np
 import pytest
 import torch
 
+from datasets.features.block_store import BlockStore
 from datasets.features.cache import write_cache
 from datasets.features.identity import CacheIdentity
-from datasets.features.token_store import TokenStore
+from tests.caches import as_earlier
 
 IDENTITY = CacheIdentity(
     kind="token",
@@ -41,7 +43,7 @@ def store_and_values(request, tmp_path):
     """Three slides; the true tokens one after the other."""
     paths = [tmp_path / f"{name}.h5" for name in "ABC"]
     values = [_write(path, rows, seed, dtype=request.param) for seed, (path, rows) in enumerate(zip(paths, (7, 1, 11)))]
-    with TokenStore(paths, num_threads=3) as store:
+    with BlockStore(paths, "token", num_threads=3) as store:
         yield store, np.concatenate(values)
 
 
@@ -54,6 +56,36 @@ def test_random_rows_and_views(store_and_values):
         slow = np.stack([values[row, view] for row, view in zip(rows, views)])
         assert np.array_equal(got.numpy(), slow)
     assert store.read([], []).shape == (0, TOKENS, DIM)
+
+
+def test_random_rows_of_neighbor_features(tmp_path):
+    """One view; a slide that an earlier version wrote among them."""
+    paths, values = [tmp_path / f"{name}.h5" for name in "ABC"], []
+    for path, rows in zip(paths, (7, 1, 11), strict=True):
+        identity = dataclasses.replace(IDENTITY, kind="neighbor", views=1, num_neighbors=3)
+        values.append(np.random.default_rng(rows).normal(size=(rows, 9, DIM)).astype("float16"))
+        write_cache(path, identity, [f"{row}x1" for row in range(rows)], np.zeros((rows, 2), dtype=int), [values[-1]])
+    as_earlier(paths[2])
+    with BlockStore(paths, "neighbor", num_threads=2) as store:
+        rows = np.random.default_rng(5).integers(0, 19, 40)
+        assert np.array_equal(store.read(rows, np.zeros_like(rows)).numpy(), np.concatenate(values)[rows])
+        assert (store.num_rows, store.num_views, store.num_tokens, store.dim) == (19, 1, 9, DIM)
+    with pytest.raises(ValueError, match=r"A\.h5 is a cache of kind 'neighbor'; expected 'token'"):
+        BlockStore(paths, "token")
+
+
+def test_more_files_than_the_process_may_open(tmp_path):
+    """The limit of the process is raised, as far as that of the system lets it."""
+    _write(tmp_path / "A.h5", 1, 0)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, before[1]))
+    try:
+        with BlockStore([tmp_path / "A.h5"] * 40, "token") as store:
+            assert len(store.read(np.arange(40), np.zeros(40, dtype=int))) == 40
+        assert open_now + 20 < resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_it_describes_itself(store_and_values):
@@ -89,7 +121,7 @@ def test_reads_in_the_order_of_the_disk_and_only_what_is_asked(store_and_values,
 
 def test_requests_that_cannot_be_met(tmp_path):
     _write(tmp_path / "A.h5", 4, 0, views=2)
-    with TokenStore([tmp_path / "A.h5"]) as store:
+    with BlockStore([tmp_path / "A.h5"], "token") as store:
         with pytest.raises(ValueError, match=r"View 5 was asked for, the token caches hold 2 of the 8.*--views 8"):
             store.read([0], [5])
         with pytest.raises(ValueError, match="Rows 1 to 4 were asked for, the caches hold 4"):
@@ -104,19 +136,19 @@ def test_caches_that_differ_are_refused_together(tmp_path):
     with pytest.raises(
         ValueError, match=r"(?s)B\.h5: encoder sha256 ff instead of ab12, views 2 instead of 8.*C\.h5: dtype"
     ):
-        TokenStore(paths)
+        BlockStore(paths, "token")
     patches = np.zeros((3, 8, 8, 3), dtype=np.uint8)
     identity = dataclasses.replace(IDENTITY, kind="patch", dtype="uint8", patch_size=8)
     write_cache(paths[1], identity, ["0x1", "1x1", "2x1"], np.zeros((3, 2), dtype=int), [patches])
     with pytest.raises(ValueError, match=r"B\.h5 is a cache of kind 'patch'; expected 'token'"):
-        TokenStore(paths[:2])
+        BlockStore(paths[:2], "token")
 
 
 def test_a_file_cut_while_in_use(tmp_path):
     _write(tmp_path / "A.h5", 4, 0)
-    with TokenStore([tmp_path / "A.h5"]) as store:
+    with BlockStore([tmp_path / "A.h5"], "token") as store:
         os.truncate(tmp_path / "A.h5", int(store._offsets[3, 7]) + 10)
-        with pytest.raises(ValueError, match=r"A\.h5 ends in the middle of its tokens"):
+        with pytest.raises(ValueError, match=r"A\.h5 ends in the middle of its numbers"):
             store.read([0, 3], [0, 7])
     with pytest.raises(ValueError, match=r"A\.h5 is truncated"):
-        TokenStore([tmp_path / "A.h5"])
+        BlockStore([tmp_path / "A.h5"], "token")
