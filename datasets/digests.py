@@ -16,7 +16,7 @@ from datasets.spots import SlideRecord, SpotStore
 from utils.cli import progress
 
 _ROWS_READ = 256
-COUNTS, SPOTS, FEATURES, TOKENS, IMAGE = "counts", "spots", "features", "tokens", "image"
+_PARTS = COUNTS, SPOTS, FEATURES, TOKENS, IMAGE = "counts", "spots", "features", "tokens", "image"
 
 
 def digests_of(store: SpotStore, slides: Sequence[str], tokens: BlockStore | None = None) -> dict[str, dict[str, str]]:
@@ -44,13 +44,11 @@ def digests_of(store: SpotStore, slides: Sequence[str], tokens: BlockStore | Non
     return digests
 
 
-def changed_slides(
-    before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]], parts: Sequence[str]
-) -> list[str]:
+def changed_slides(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Name what has another digest, a sentence for each slide; what only one side knows contradicts nothing."""
     sentences = []
     for slide in sorted(set(before) & set(now)):
-        known = [part for part in parts if part in before[slide] and part in now[slide]]
+        known = [part for part in _PARTS if part in before[slide] and part in now[slide]]
         if changed := [part for part in known if before[slide][part] != now[slide][part]]:
             sentences.append(f"slide {slide}: other {' and '.join(changed)} than then")
     return sentences

@@ -27,7 +27,7 @@ import pandas as pd
 from evaluation.metrics import METRIC_NAMES
 from utils.files import reading, require_file, write_atomically, write_text
 from utils.runs import plain, read_epochs
-from utils.text import brief, some
+from utils.text import brief, checked_names, some
 from utils.trained_fold import ALL_PATIENTS_FOLDER
 from utils.untrusted.text import text_of
 
@@ -186,7 +186,7 @@ def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
 def read_genes(path: Path) -> list[str]:
     """Read a list of one gene a line; FileNotFoundError or ValueError names the file."""
     with reading(require_file(path, _RERUN), "a list of genes", remedy=_RERUN):
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return checked_names(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), "genes", path)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

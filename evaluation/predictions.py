@@ -19,7 +19,7 @@ from PIL import Image
 
 from evaluation.slide_result import SCALES
 from utils.files import reading, require_file, safe_name, write_atomically
-from utils.text import brief, some
+from utils.text import brief, checked_names, some
 from utils.untrusted.hdf5 import probe_hdf5
 
 MEASURED = "measured"
@@ -147,6 +147,8 @@ def read_prediction(path: Path) -> anndata.AnnData:
             f"{path} is an AnnData file but not a prediction of this program: it has no {', '.join(missing)}. "
             "Make one with: python main.py --mode predict --image SLIDE --model_path RUN --out FILE.h5ad"
         )
+    for what, names in (("slides", adata.uns["spatial"]), ("spots", adata.obs_names), ("genes", adata.var_names)):
+        checked_names(list(names), what, path)
     return adata
 
 
@@ -313,7 +315,8 @@ def read_held_out(run_dir: str | Path) -> HeldOut | None:
 def _from_dict(content: object, path: Path) -> HeldOut:
     if not isinstance(content, dict) or not isinstance(content.get("genes"), list):
         raise ValueError(f"{path} lists no genes. {_MEASURE_AGAIN}")
-    genes, patients = [str(gene) for gene in content["genes"]], [str(name) for name in content.get("patients", [])]
+    genes = checked_names(content["genes"], "genes", path)
+    patients = checked_names(content.get("patients", []), "patients", path)
     lists = {}
     for name in ("pcc", "pcc_std", "half_width"):
         found = content.get(name)

@@ -46,7 +46,7 @@ from modes.prediction.write import write_slide
 from utils.checkpoint import chosen_checkpoints
 from utils.cli import progress, say
 from utils.files import check_writable, reading
-from utils.text import UNIT
+from utils.text import UNIT, checked_names
 
 _BYTES_A_NUMBER = 4
 
@@ -131,7 +131,7 @@ def highly_predictive_of(member: Member) -> list[str]:
         return []
     with reading(path, "the summary of a run", remedy="Make it again: --mode test --model_path RUN"):
         genes = json.loads(path.read_text(encoding="utf-8"))["pcc_h"]["paper"]["genes"]
-        return [str(gene) for gene in genes]
+        return checked_names(genes, "genes", path)
 
 
 def score_slides(test: ExternalTest, predictors: Sequence[Predictor], folder: Path) -> None:

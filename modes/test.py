@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.digests import COUNTS, SPOTS, changed_slides
+from datasets.digests import changed_slides
 from datasets.targets import store_targets
 from modes.prediction.model import restored_config
 from modes.prediction.summary import finish_run
@@ -118,7 +118,7 @@ def _open_tested(
         )
     run_data = open_run_data(config, trained.config_name, layout, split.test_slides, device, genes=trained.genes)
     tested = {slide: split.digests[slide] for slide in split.test_slides if slide in split.digests}
-    if changed := changed_slides(tested, run_data.digests, (COUNTS, SPOTS)):
+    if changed := changed_slides(tested, run_data.digests):
         listed = "\n  ".join(changed)
         raise ValueError(
             f"the data in {layout.root} are not those that {checkpoint} was started with:\n  {listed}\n"

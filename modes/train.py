@@ -46,7 +46,7 @@ from modes.training.run_data import RunData, open_run_data
 from modes.training.score import score_checkpoint
 from modes.training.split import Split, prepare_split
 from utils.checkpoint import is_complete
-from utils.cli import say
+from utils.cli import say, undisturbed
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory
 from utils.parallel.team import ALONE, Team
@@ -179,8 +179,9 @@ def train_fold(
                 checkpoints.save(model, optimization, progress, is_better)
             say(line.of(progress))
     except (KeyboardInterrupt, ValueError, ConnectionError):
-        if team.is_first:
-            checkpoints.keep(progress)
+        with undisturbed():
+            if team.is_first:
+                checkpoints.keep(progress)
         raise
     finally:
         if board is not None:

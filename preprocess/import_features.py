@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.interrupts  # noqa: F401, I001  first: the rest takes seconds
+
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ from datasets.tables.spot_table import read_spots
 from utils.cli import run, say
 from utils.config import load_config
 from utils.flags import parse_names
-from utils.text import some
+from utils.text import checked_names, some
 from utils.untrusted.hdf5 import opened_hdf5
 from utils.untrusted.tensors import check_tensors, load_tensors
 
@@ -92,6 +94,8 @@ def read_patches(files: SlideFiles, kind: str) -> Patches:
         features = None if tensors else np.asarray(file[name], dtype=np.float32)
         coords, attributes = np.asarray(file["coords"], dtype=np.float64), dict(file["coords"].attrs)
         names = next((file[each][()] for each in ("barcodes", "barcode") if each in file), None)
+        barcodes = None if names is None else [n.decode() if isinstance(n, bytes) else str(n) for n in np.ravel(names)]
+        checked_names(barcodes or [], "barcodes", path)
     if tensors is not None:
         path, features = tensors, _read_tensor(tensors, what)
     assert features is not None
@@ -102,7 +106,6 @@ def read_patches(files: SlideFiles, kind: str) -> Patches:
     if features.ndim != 2 or coords.shape != (len(features), 2) or not len(features) or not np.isfinite(coords).all():
         raise ValueError(f"{path} holds features {features.shape} and coords {coords.shape}; expected N x D and N x 2.")
     covered = None if kind == "hest" else _covered_px(attributes, kind, files.coords)
-    barcodes = None if names is None else [n.decode() if isinstance(n, bytes) else str(n) for n in np.ravel(names)]
     if barcodes is not None and (len(barcodes) != len(features) or len(set(barcodes)) != len(barcodes)):
         raise ValueError(f"{path} holds {len(set(barcodes))} different barcodes for {len(features)} patches.")
     return Patches(features, coords if covered is None else coords + covered / 2, covered, barcodes)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.interrupts  # noqa: F401, I001  first: the rest takes seconds
+
 import argparse
 import json
 import shutil
@@ -31,7 +33,8 @@ from preprocess.simulation.genes import PROGRAM_OF, PROGRAMS, GeneModel, gene_mo
 from preprocess.simulation.slide import Slide, simulate_slide
 from preprocess.simulation.tissue import generator
 from utils.cli import progress, run, say
-from utils.files import safe_name, write_atomically, write_text
+from utils.files import reading, safe_name, write_atomically, write_text
+from utils.text import brief
 
 DEFAULT_PATIENTS = ("A", "B", "C", "D", "E")
 DEFAULT_GRID = (12, 10)
@@ -102,7 +105,7 @@ def simulate(
     layout, external_layout = _layouts(data_dir, arguments)
     layouts = [layout, external_layout] if external else [layout]
     if all([_is_complete(place.root, arguments, overwrite) for place in layouts]):
-        return json.loads((layout.root / MANIFEST).read_text(encoding="utf-8"))
+        return read_manifest(layout.root / MANIFEST)
     for place in layouts:
         _start(place, arguments)
     panel = _write_training_slides(layout, arguments, model)
@@ -156,7 +159,7 @@ def _is_complete(root: Path, arguments: Arguments, overwrite: bool) -> bool:
                 f"Move them away or choose another --data_dir."
             )
         return False
-    found = json.loads(manifest.read_text(encoding="utf-8"))
+    found = read_manifest(manifest)
     if overwrite:
         return False
     asked = json.loads(json.dumps(asdict(arguments)))
@@ -171,6 +174,16 @@ def _is_complete(root: Path, arguments: Arguments, overwrite: bool) -> bool:
             f"Add --overwrite to replace it, or choose another --data_dir."
         )
     return found["is_complete"]
+
+
+def read_manifest(path: Path) -> dict:
+    """Read what was simulated. Raises ValueError for a file that does not say so."""
+    with reading(path, "the description of a simulation"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"is_complete": bool, "arguments": dict, "programs": dict}
+        if not isinstance(content, dict) or not all(isinstance(content.get(name), kinds[name]) for name in kinds):
+            raise ValueError(f"expected {', '.join(kinds)}, found {brief(content)}")
+        return content
 
 
 def _start(layout: Layout, arguments: Arguments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import signal
@@ -167,8 +168,8 @@ def test_main_calls_the_mode_itself(function, words, tmp_path, monkeypatch):
     assert frames[1:3] == ["main", function]
 
 
-def program(*words: str, **options: object) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "main.py", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+def program(*words: str, name: str = "main.py", **options: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, name, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_a_reader_that_goes_is_no_traceback():
@@ -181,14 +182,22 @@ def test_a_reader_that_goes_is_no_traceback():
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into the process by /proc")
-def test_an_interrupt_while_libraries_are_imported(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "library", "words"),
+    [
+        ("main.py", "libtorch", ("--mode", "train", "--config_name", "demo/dml", "--data_dir")),
+        ("main.py", "_multiarray_umath", ("--mode", "train", "--config_name", "demo/dml", "--data_dir")),
+        ("preprocess/prepare_visium.py", "_multiarray_umath", ("--name", "own", "--samples")),
+        ("preprocess/extract_features_uni.py", "libtorch", ("--config", "demo/dml", "--data_dir")),
+    ],
+)
+def test_an_interrupt_while_libraries_are_imported(name, library, words, tmp_path):
     """A library may swallow an interrupt that hits its own start (it is then as if none had come), so there are three."""
-    words = ("--mode", "train", "--config_name", "demo/dml", "--data_dir", str(tmp_path))
     statuses = []
     while 130 not in statuses and len(statuses) < 3:
-        with program(*words, stdout=subprocess.PIPE) as process:
+        with program(*words, str(tmp_path / "none"), name=name, stdout=subprocess.PIPE) as process:
             maps, until = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
-            while "libtorch" not in maps.read_text():
+            while library not in maps.read_text():
                 assert process.poll() is None and time.monotonic() < until
                 time.sleep(0.002)
             process.send_signal(signal.SIGINT)
@@ -196,3 +205,13 @@ def test_an_interrupt_while_libraries_are_imported(tmp_path):
         assert "Traceback" not in said
         statuses.append(process.returncode)
     assert statuses[-1] == 130 and "interrupted: " in said
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "main.py", *sorted((ROOT / "preprocess").glob("[!_]*.py"))], ids=lambda p: p.stem
+)
+def test_a_program_is_ready_for_an_interrupt_before_it_imports_libraries(path):
+    imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
+    before = names[: names.index("utils.interrupts")]
+    assert {name.partition(".")[0] for name in before} <= sys.stdlib_module_names

@@ -103,6 +103,20 @@ def _stopping_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let what the first signal of a cluster asks for come to its end, though the cluster repeats it; Ctrl-C still ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 def _sentence(error: OSError | MemoryError | RecursionError) -> str:
     """One message for what the machine refused; an OSError without a number is ours and already is one."""
     if isinstance(error, OSError) and error.errno is None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.locks import temporary_prefix
+from utils.locks import sweep, temporary_prefix
 from utils.text import LONGEST_NAME, brief, checked_names, is_plain, shortened, some
 from utils.untrusted.npy import strings_of_npy
 
@@ -171,12 +171,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
 
     write: gets a temporary path in the same folder (same suffix) and writes the whole file there.
     The file is flushed to the disk and renamed over `path`, so that a reader, also after a crash at any moment,
-    sees the old file or the new one and never a part of it.
+    sees the old file or the new one and never a part of it. What processes that have ended left half written in the folder
+    is removed.
     Raises OSError with the path, the reason and the free bytes if it cannot be written.
     """
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path.stem), suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)

@@ -115,16 +115,22 @@ def note_versions(folder: Path) -> None:
 
     Raises ValueError for a file that is none.
     """
-    path, starts, now = folder / "versions.json", [], versions()
-    if path.is_file():
-        with reading(path, "the versions of the starts of a run"):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            starts = [
-                dict(start) for start in (found if isinstance(found, list) else [found])
-            ]  # one, in earlier versions
+    path, now = folder / "versions.json", versions()
+    starts = read_versions(path) if path.is_file() else []
     differing = {name: value for name, value in now.items() if not starts or starts[0].get(name) != value}
     started = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(path, [*starts, {"started": started, **differing}])
+
+
+def read_versions(path: Path) -> list[dict[str, str]]:
+    """Read the versions of every start, the first one first. Raises ValueError for a file that is none."""
+    with reading(path, "the versions of the starts of a run"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        starts = found if isinstance(found, list) else [found]  # one, in earlier versions
+        for start in starts:
+            if not isinstance(start, dict) or not all(isinstance(version, str) for version in start.values()):
+                raise ValueError(f"expected names and versions of every start, found {brief(start)}")
+        return starts
 
 
 def versions() -> dict[str, str]:

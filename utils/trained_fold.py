@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from utils.config import Config, config_from_dict
-from utils.text import brief
+from utils.text import brief, checked_names
 
 _KINDS = {
     "model": dict,
@@ -26,6 +26,7 @@ _KINDS = {
 ALL_PATIENTS = -1  # in place of its index: the fold that trains on every patient and tests on none
 ALL_PATIENTS_FOLDER = "all_patients"
 NO_SCORE = "trained on all patients, so no patient is held out and it has no score of its own"
+_KIND_OF = {"int": int, "str": str, "list": list, "dict": dict}  # of the entries of a split, by how they are declared
 _LATER = ("digests", "panel")  # entries that earlier versions did not write
 Record = TypeVar("Record", "Progress", "SplitRecord", "PatchEncoderRecord", "OptimizationState")
 
@@ -116,7 +117,14 @@ class SplitRecord:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str) -> SplitRecord:
         """Read what `to_dict` gave; ValueError names what `source` lacks."""
-        return _record(cls, content, source)
+        record = _record(cls, content, source)
+        for entry in fields(cls):
+            value, kind = getattr(record, entry.name), _KIND_OF[str(entry.type).partition("[")[0]]
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{source}: {entry.name} should be a {kind.__name__}, found {brief(value)}.")
+            if entry.name.endswith(("_patients", "_slides")):
+                checked_names(value, entry.name.replace("_", " "), source)
+        return record
 
 
 @dataclass(frozen=True)

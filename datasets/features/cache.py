@@ -26,7 +26,7 @@ from datasets.features.identity import (
 )
 from datasets.features.sealed import CHECKSUM, Payload, checksums_of, is_finite, read_seal, read_whole, write_sealed
 from utils.files import reading, write_atomically
-from utils.text import some
+from utils.text import checked_names, some
 from utils.untrusted.hdf5 import probe_hdf5
 
 _PIECE = 1 << 22  # bytes read and verified at a time
@@ -84,8 +84,8 @@ class OpenCache:
 
     @property
     def spot_ids(self) -> list[str]:
-        """Ids of the spots, in order."""
-        return self.file["spot_id"].asstr()[:].tolist()
+        """Ids of the spots, in order. Raises ValueError for those that are no plain names."""
+        return checked_names(self.file["spot_id"].asstr()[:].tolist(), "spots", self.path)
 
     @property
     def centers(self) -> np.ndarray:

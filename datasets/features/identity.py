@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from utils.runs import VERSION
-from utils.text import brief
+from utils.text import brief, is_plain
 
 SCHEMA_VERSION = 1
 DATASET_OF_KIND = {"target": "features", "neighbor": "features", "token": "tokens", "patch": "patches"}
@@ -84,7 +84,9 @@ def _from_attribute(name: str, value: object, kind: type) -> Any:
         return tuple(value.tolist())
     if isinstance(value, float) and math.isnan(value) and name in _MAY_BE_UNKNOWN:
         return None
-    if name == "image_size" or not isinstance(value, kind):
+    # h5py gives bytes that are no UTF-8 as surrogates.
+    is_text = isinstance(value, str)
+    if name == "image_size" or not isinstance(value, kind) or (is_text and not is_plain(str(value))):
         raise ValueError(f"its {name.replace('_', ' ')} is {brief(value)}")
     return value
 

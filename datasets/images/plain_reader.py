@@ -90,9 +90,18 @@ class PlainReader:
         with self._lock:
             if self._pixels is None:
                 _check_memory(self._path, *self.level_sizes[0])
+                with naming_the_file(self._path):
+                    _check_sums(self._path)
                 with naming_the_file(self._path), Image.open(self._path) as image:
                     self._pixels = _pixels_of(image, self._planes)
             return self._pixels
+
+
+def _check_sums(path: Path) -> None:
+    """Compare a PNG with its checksums: while Pillow decodes it, it passes over those of the pixels."""
+    with Image.open(path) as image:
+        if image.format == "PNG":
+            image.verify()  # raises SyntaxError
 
 
 def _pixels_of(image: Image.Image, planes: Sequence[int]) -> np.ndarray:

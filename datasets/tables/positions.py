@@ -161,6 +161,8 @@ def _ids(table: pd.DataFrame, numbers: pd.DataFrame, path: Path) -> list[str]:
     """The file's own ids where it has a column of them, else "XxY" of the grid or, without a grid, of the pixels."""
     named = next((name for name in _ID_COLUMNS if name in table.columns), None)
     if named is not None:
+        if table[named].isna().any():
+            raise ValueError(f"{path}: the {named} is missing in some rows. {EXPECTED}")
         return checked_names(table[named].tolist(), "spots", str(path))
     return spot_ids(numbers["x"].to_numpy(), numbers["y"].to_numpy())
 

@@ -20,6 +20,8 @@ from evaluation.report import figures
 from evaluation.report.maps import Tissue, gene_maps
 from evaluation.report.style import save_figure
 from utils.files import reading, sha256, write_text
+from utils.text import some
+from utils.untrusted.text import cells_of, text_of
 
 INDEX = "index.json"
 
@@ -118,15 +120,27 @@ def _charts(record: FoldRecord) -> Iterable[tuple[Picture, Figure]]:
         figures.patient_dots(by_patient, mean=float(record.result["pcc_all"] or np.nan), interval=None),
     )
     if (record.path / "clusters.csv").is_file():
-        with reading(record.path / "clusters.csv", "a table of clusters"):
-            clusters = pd.read_csv(record.path / "clusters.csv", dtype={"slide": str, "patient": str})
-            columns = [clusters[name] for name in ("image_cluster", "gene_cluster", "patient")]
-        figure = figures.cluster_composition(*columns)
+        clusters = read_clusters(record.path / "clusters.csv")
+        figure = figures.cluster_composition(*(clusters[name] for name in ("image_cluster", "gene_cluster", "patient")))
         alt = f"Patients of which the clusters of a batch are made, image and gene vectors, {where}"
         yield (
             Picture("clusters", "clusters", f"{len(clusters)} training spots, clustered by each modality.", alt),
             figure,
         )
+
+
+def read_clusters(path: Path) -> pd.DataFrame:
+    """Read to which cluster each spot of a batch belongs: slide, patient, image_cluster, gene_cluster.
+
+    Raises ValueError naming the file if a column is missing, or a cluster is no whole number from 0 on.
+    """
+    with reading(path, "a table of clusters"):
+        table = cells_of(text_of(path), ",")[["slide", "patient", "image_cluster", "gene_cluster"]]
+        for name in ("image_cluster", "gene_cluster"):
+            if not table[name].str.fullmatch(r"\d{1,9}").all():
+                raise ValueError(f"{name} should be whole numbers, found {some(sorted(set(table[name])))}")
+            table[name] = table[name].astype(np.int64)
+        return table
 
 
 def pcc_by_scale(gene_table: pd.DataFrame) -> dict[str, np.ndarray]:

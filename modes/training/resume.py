@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets.digests import COUNTS, FEATURES, IMAGE, SPOTS, TOKENS, changed_slides
+from datasets.digests import changed_slides
 from evaluation.fold_files import read_genes
 from modes.training.plan import plan_all_patients, plan_folds
 from modes.training.run_data import RunData, fixed_panel
@@ -129,7 +129,7 @@ def _changed_data(started: Started, run_data: RunData, now: SplitRecord | None) 
         ("test slides", then.test_slides, now.test_slides),
     ):
         changes += _changed_list(name, sorted(before), sorted(found))
-    changes += changed_slides(then.digests, run_data.digests, (COUNTS, SPOTS, FEATURES, TOKENS, IMAGE))
+    changes += changed_slides(then.digests, run_data.digests)
     encoder = {"name": run_data.store.encoder.name, "sha256": run_data.store.encoder.sha256}
     changes += _changed_values("encoder", started.encoder, encoder)
     tokens = {"token_pool": run_data.token_pool, **run_data.token_source}

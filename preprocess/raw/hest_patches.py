@@ -15,6 +15,7 @@ from datasets.features.identity import NO_ENCODER, CacheIdentity
 from datasets.features.verify import verify_cache
 from preprocess.raw.hest import HestSample
 from utils.files import reading, sha256
+from utils.text import checked_names
 from utils.untrusted.hdf5 import opened_hdf5
 
 _PATCHES_AT_ONCE = 256
@@ -28,7 +29,8 @@ class HestPatches:
         """Read everything but the pixels. ValueError naming sample and file if it is damaged or holds something else."""
         self.sample, self.path = sample, path
         with opened_hdf5(path, "a file of patches") as file:
-            self.barcodes = [_text(name) for name in np.asarray(file["barcode"]).ravel()]
+            names = [_text(name) for name in np.asarray(file["barcode"]).ravel()]
+            self.barcodes = checked_names(names, "barcodes", path)
             self.corners = np.asarray(file["coords"], dtype=np.float64)
             self.shape, dtype = file["img"].shape, file["img"].dtype
         square = len(self.shape) == 4 and self.shape[1] == self.shape[2] and self.shape[3] == 3

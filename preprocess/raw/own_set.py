@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,12 +120,13 @@ def prepare_sections(own: OwnSet, sections: Sequence[Section]) -> list[Prepared]
     sections all problems at once, when the good ones are on disk.
     """
     before = _spec_before(own)
-    layout = Layout(own.data_dir, _extended(before, own, sections))
+    _extended(before, own, sections)  # nothing is read while the patients of some contradict what is there
     sizes = dict(before.microns_per_pixel) if isinstance(before.microns_per_pixel, Mapping) else {}
     placed: list[Section] = []
     prepared: list[Prepared] = []
     problems: list[Exception] = []
     for section in progress(sections, description=f"preparing {own.name}", unit="section"):
+        layout = Layout(own.data_dir, _extended(before, own, [*placed, section]))
         try:
             prepared.append(_place(layout, section, own, sizes))
         except (ValueError, FileNotFoundError) as error:
@@ -195,15 +197,32 @@ def _extended(before: DatasetSpec, own: OwnSet, sections: Sequence[Section]) -> 
 def _place(layout: Layout, section: Section, own: OwnSet, sizes: dict[str, float]) -> Prepared:
     """Read one section and write it; its size of a pixel goes into `sizes`."""
     raw, microns, notes = _read(section, own)
-    if not layout.spec_path.is_file():  # first: counts without a description are taken for a set of another origin
-        write_spec(layout.spec_path, layout.spec)
     options = Options(overwrite=own.overwrite, link=own.link, num_genes=0)
-    joined, prepared = place_slide(layout, raw, options)
+    with _described(layout):
+        joined, prepared = place_slide(layout, raw, options)
     assert joined.n_obs == prepared.spots
     prepared.notes += notes
     if microns is not None:
         sizes[section.slide] = microns
     return prepared
+
+
+@contextmanager
+def _described(layout: Layout) -> Iterator[None]:
+    """Write the description before the first counts, which without one are taken for a set of another origin.
+
+    It goes again where a section is refused before anything of it is written, so that what it says does not bind the next
+    command.
+    """
+    is_first = not layout.spec_path.is_file()
+    if is_first:
+        write_spec(layout.spec_path, layout.spec)
+    try:
+        yield
+    except (ValueError, FileNotFoundError):
+        if is_first and not layout.counts_dir.exists():
+            layout.spec_path.unlink()
+        raise
 
 
 def _read(section: Section, own: OwnSet) -> tuple[RawSlide, float | None, list[str]]:

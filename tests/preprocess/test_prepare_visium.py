@@ -300,3 +300,21 @@ def test_command_line_ends_with_status_2_and_one_message(tmp_path):
     command += ["--image", "x.tif", "--name", "v", "--panel", str(tmp_path / "none.npy")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+
+
+def test_a_section_that_is_refused_does_not_bind_the_next_command(tmp_path, picture, panel_file):
+    """Nothing of it was written, so its patient and the set are free to be named anew."""
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    sheet, data_dir = tmp_path / "samples.csv", tmp_path / "data"
+    Image.fromarray(picture[:200, :200]).save(tmp_path / "small.tif")
+    for sample, patient, image, is_right in (("a", "P", "small.tif", False), ("b", "Q", "fullres.tif", True)):
+        rows = ["sample,patient,outs,image", f"{sample},{patient},{outs.folder},{tmp_path / image}"]
+        sheet.write_text("\n".join(rows) + "\n")
+        words = ["--samples", str(sheet), "--name", "mine", "--test", "--panel", str(panel_file)]
+        if is_right:
+            main([*words, "--data_dir", str(data_dir)])
+        else:
+            with pytest.raises(ValueError, match="small"):
+                main([*words, "--data_dir", str(data_dir)])
+            assert not list(data_dir.rglob("dataset.yaml"))
+    assert Layout(data_dir, get_spec("mine", data_dir)).slides_with_counts() == ["b"]

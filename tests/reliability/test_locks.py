@@ -131,3 +131,16 @@ def test_a_file_being_written_bears_its_process(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: seen.extend(path.name for path in tmp_path.iterdir()))
     write_text(tmp_path / "a.txt", "text")
     assert len(seen) == 1 and seen[0].startswith(temporary_prefix("a")) and seen[0].endswith(".txt")
+
+
+def test_whoever_writes_into_a_folder_removes_what_the_dead_have_left_there(tmp_path, holder):
+    process, prefix = holder
+    ours, theirs = tmp_path / f"{temporary_prefix('b')}abcd1234.txt", tmp_path / f"{prefix}abcd1234.h5"
+    for path in (ours, theirs):
+        path.touch()
+    write_text(tmp_path / "a.txt", "text")
+    assert ours.exists() and theirs.exists()
+    process.kill()
+    process.wait()
+    write_text(tmp_path / "a.txt", "text")
+    assert ours.exists() and not theirs.exists()

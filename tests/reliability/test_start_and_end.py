@@ -9,7 +9,7 @@ import signal
 import pytest
 
 import main
-from utils.cli import going_on_by, run
+from utils.cli import going_on_by, run, undisturbed
 from utils.config import load_config
 from utils.locks import temporary_prefix
 from utils.runs import check_run, note_versions, open_run
@@ -33,6 +33,31 @@ def test_a_signal_ends_in_order_and_says_how_to_go_on(number, status, capsys):
     assert caught.value.code == status and kept == ["best weights"]
     assert "interrupted: finished work is kept; repeat it with --resume." in capsys.readouterr().err
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_is_repeated_does_not_disturb_the_saving(number):
+    kept = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            with undisturbed():
+                os.kill(os.getpid(), number)
+                kept.append("best weights")
+            with pytest.raises(KeyboardInterrupt):  # after it, signals are heard again
+                os.kill(os.getpid(), number)
+            raise
+
+    with pytest.raises(SystemExit) as caught:
+        run(work)
+    assert caught.value.code == 128 + number and kept == ["best weights"]
+
+
+def test_ctrl_c_ends_even_the_saving():
+    with pytest.raises(KeyboardInterrupt), undisturbed():
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("resume", [True, False])

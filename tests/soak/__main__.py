@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # tensors are small, and forked processes must not inherit threads
 
 from tests.soak.fuzz import ACCEPTED, ANOTHER, FINDING, REFUSED, fuzz
-from tests.soak.trials import disk, kills, races
+from tests.soak.trials import NAMES, disk, kills, races
 
 PARTS = ("fuzz", "kills", "disk", "races")
 
@@ -43,6 +43,10 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--files", type=int, default=25000, help="damaged files in all")
     arguments.add_argument("--kills", type=int, default=20, help="chains of kills at random moments, for each program")
+    arguments.add_argument("--events", type=int, default=0, help="file events at which each program is killed (0: all)")
+    arguments.add_argument(
+        "--programs", default=",".join(NAMES), help=f"those that are killed, some of {','.join(NAMES)}"
+    )
     arguments.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     given = arguments.parse_args()
     chosen = given.parts.split(",")
@@ -50,7 +54,7 @@ def main() -> None:
         arguments.error(f"unknown parts {', '.join(unknown)}; known are {', '.join(PARTS)}")
     works: dict[str, Callable[[Path], list[str]]] = {
         "fuzz": lambda folder: run_fuzz(folder, given.seed, given.files),
-        "kills": lambda folder: kills(folder, given.seed, given.kills, say),
+        "kills": lambda folder: kills(folder, given.seed, given.kills, given.events, say, given.programs.split(",")),
         "disk": lambda folder: disk(folder, say),
         "races": lambda folder: races(folder, say),
     }

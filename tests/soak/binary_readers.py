@@ -38,6 +38,7 @@ from tests.soak.text_readers import (
     IDS,
     PIXELS,
     SPOTS,
+    as_on_image,
     counts_of,
     rounded,
     scale_factors_by_json,
@@ -321,10 +322,7 @@ def hest_by_h5py(path: Path) -> object:
         grid = np.stack([file["obs/array_col"][:], file["obs/array_row"][:]], axis=1)
         keep = file["obs/in_tissue"][:] == 1
         counts, pixels = dense(file["X"], (len(barcodes), len(genes))), file["obsm/spatial"][:]
-    found = []
-    for places in (grid[keep], grid[keep][:, ::-1]):  # which of the two runs along x, the pixels decide
-        found.append(sum(abs(np.corrcoef(places[:, i], pixels[keep][:, i])[0, 1]) for i in (0, 1)))
-    places = grid[keep][:, ::-1] if found[1] > found[0] else grid[keep]
+    places = as_on_image(grid[keep], pixels[keep])
     return {
         "spots": [f"{x}x{y}" for x, y in places.tolist()],
         "genes": genes,

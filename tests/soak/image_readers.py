@@ -53,6 +53,8 @@ def _found(pixels: np.ndarray) -> object:
 def by_pillow(path: Path) -> object:
     Image.MAX_IMAGE_PIXELS = None
     with Image.open(path) as image:
+        image.verify()  # of a PNG: one with wrong checksums is no other image
+    with Image.open(path) as image:
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)

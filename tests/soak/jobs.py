@@ -52,7 +52,7 @@ def run_job(
     """Run a job in a forked process and wait for it.
 
     folder: its files are watched. kill_at: the process sends itself the signal `by` before that file event (from 1) below
-    `folder`. after: seconds after which it gets it.
+    `folder`. after: seconds after which it gets the signal from here.
     """
     started = time.monotonic()
     process = start_job(job, folder, kill_at=kill_at, by=by)
@@ -199,6 +199,9 @@ def kill_chain(
             break
         if ended.status not in (-signal.SIGKILL, -signal.SIGTERM, 130, 143):
             return [f"{description}: ended with {ended.status}: {ended.output[-400:]}"]
+        left = [name for name in contents(folder) if Path(name).name.startswith(".") and name not in expected]
+        if left and ended.status in (130, 143):
+            return [f"{description}: {name} is left over after a signal" for name in left]
     ended = run_job(again, folder)
     if ended.status != 0:
         return [f"{description}: the repeated command ended with {ended.status}: {ended.output[-400:]}"]

@@ -66,6 +66,13 @@ def numbers(column: list[str]) -> np.ndarray:
     return np.array([float(cell) for cell in column])
 
 
+def as_on_image(grid: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Columns and rows, exchanged where the pixels say that the other one runs along x."""
+    turned = grid[:, ::-1]
+    found = [sum(abs(np.corrcoef(each[:, i], pixels[:, i])[0, 1]) for i in (0, 1)) for each in (grid, turned)]
+    return turned if found[1] > found[0] else grid
+
+
 def table_text(separator: str) -> str:
     rows = [separator.join([spot, *map(str, row)]) for spot, row in zip(SPOTS, COUNTS.tolist(), strict=True)]
     return "\n".join([separator.join(["", *GENES]), *rows]) + "\n"

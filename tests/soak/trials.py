@@ -1,4 +1,4 @@
-"""Training, extraction and preparation that are killed, that run out of disk, or that run twice at once."""
+"""Preparation, extraction, training and prediction that are killed, that run out of disk, or that run twice at once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from preprocess.simulate_demo import simulate
 from tests.modes.conftest import CONFIG
@@ -19,7 +20,7 @@ from tests.soak.jobs import Job, contents, differences, kill_chain, run_job, sta
 from tests.space_ranger import write_outs
 
 Say = Callable[[str], object]
-WRONG_USE, NAMES = 2, ("preparation", "extraction", "training")
+WRONG_USE, NAMES = 2, ("preparation", "sections", "extraction", "training", "prediction")
 _GENES = ["TP53", "ERBB2", "CD3E", "KRT5"]
 
 
@@ -43,15 +44,15 @@ class Program:
 
 
 def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
-    """Training, extraction and preparation of a tiny set; the data of the training are made by the extraction."""
-    is_trained = set(names) - {"preparation"}
+    """Preparation, extraction, training and prediction of a tiny set; the data of the training are made by the extraction."""
+    is_trained = bool({"extraction", "training", "prediction"} & set(names))
     if is_trained:
         simulate(folder / "raw", patients="ABC", slides_per_patient=1, grid=(5, 4), num_genes=24, external=False)
     config, device = folder / "tiny.yaml", ("--device", "cpu", "--num_workers", "1")
     config.write_text(CONFIG)
     extraction = Job("preprocess.extract_features_uni", ("--config", str(config), "--extract_mode", "all", *device))
     extract = extraction.with_flags("--views", "1", "--data_dir", str(folder / "extracted"))
-    if is_trained:
+    if {"training", "prediction"} & set(names):
         shutil.copytree(folder / "raw", folder / "data")
         _must(extraction.with_flags("--views", "1", "--data_dir", str(folder / "data")), folder)
     training = Job("main", ("--mode", "train", "--config_name", str(config), "--fold", "0", *device[:2]))
@@ -64,27 +65,26 @@ def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
     prepare = Job("preprocess.prepare_visium", (*source, "--panel", str(folder / "panel.txt")))
     prepare = prepare.with_flags("--data_dir", str(folder / "prepared"))
     predict = Job("main", ("--mode", "predict", "--model_path", str(folder / "models" / "tiny" / "run"), *device[:2]))
-    image = (
-        "--image",
-        str(next((folder / "data").rglob("A1.jpg"), folder)),
-        "--out",
-        str(folder / "predicted" / "A1.h5ad"),
-    )
     if "prediction" in names:
+        image = str(next((folder / "data").rglob("A1.jpg")))
+        predict = predict.with_flags("--image", image, "--out", str(folder / "predicted" / "A1.h5ad"))
         _must(training.with_flags(*paths[:2], "--log_path", str(folder / "models"), *paths[4:], "--no_report"), folder)
+    rows = ["sample,patient,outs,image"]
+    for name in "vw":
+        outs = write_outs(folder / name / "outs", picture, _GENES, seed=ord(name))
+        rows.append(f"{name},P{name},{outs.folder},{outs.image}")
+        Image.fromarray(picture[:, :: 1 if name == "v" else -1]).save(outs.image)
+    (folder / "samples.csv").write_text("\n".join(rows) + "\n")
+    several = Job("preprocess.prepare_visium", ("--samples", str(folder / "samples.csv"), "--name", "own"))
+    several = several.with_flags("--data_dir", str(folder / "sections"))
     for job in (extract, train, prepare):  # now, and not in every process that is forked
         importlib.import_module(job.program)
     found = [
         Program("preparation", prepare, prepare, folder / "prepared", None),
+        Program("sections", several, several, folder / "sections", None),
         Program("extraction", extract, extract, folder / "extracted", folder / "raw"),
         Program("training", train, train.with_flags("--resume"), folder / "logs", None),
-        Program(
-            "prediction",
-            predict.with_flags(*image),
-            predict.with_flags(*image, "--overwrite"),
-            folder / "predicted",
-            None,
-        ),
+        Program("prediction", predict, predict.with_flags("--overwrite"), folder / "predicted", None),
     ]
     return [program for program in found if program.name in names]
 
@@ -94,19 +94,10 @@ def _must(job: Job, folder: Path) -> None:
     assert ended.status == 0, ended.output
 
 
-def kills(
-    folder: Path,
-    seed: int,
-    chains: int,
-    say: Say,
-    *,
-    names: Sequence[str] = NAMES,
-    every: int = 1,
-    by: signal.Signals = signal.SIGKILL,
-) -> list[str]:
-    """Kill at every file event once, and at random moments in chains of up to four; what is left must be as if undisturbed.
+def kills(folder: Path, seed: int, chains: int, events: int, say: Say, names: Sequence[str] = NAMES) -> list[str]:
+    """Kill at file events, and at random moments in chains of up to four; what is left must be as if undisturbed.
 
-    every: only each so many of the file events. by: the signal at file events.
+    events: at how many, of which every fourth and the last gets SIGTERM; 0 for all of them, one by one.
     """
     findings = []
     for program in programs(folder, names):
@@ -114,8 +105,15 @@ def kills(
         whole = run_job(program.start, program.folder)
         assert whole.status == 0, whole.output
         expected = contents(program.folder)
-        events = range(1, whole.events + 1, every)
-        plans = [([{"kill_at": event, "by": by}], f"{by.name} at file event {event}") for event in events]
+        at = (
+            range(1, whole.events + 1)
+            if events == 0
+            else np.linspace(1, whole.events, events).round().astype(int).tolist()
+        )
+        plans = []
+        for number, event in enumerate(at, start=1):
+            by = signal.SIGTERM if number % 4 == 0 or number == len(at) else signal.SIGKILL
+            plans.append(([{"kill_at": event, "by": by}], f"{by.name} at file event {event} of {whole.events}"))
         draw = random.Random(f"{seed} {program.name}")
         for chain in range(chains):
             by = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
@@ -128,7 +126,7 @@ def kills(
             found += kill_chain(
                 program.start, program.again, program.folder, expected, plan, f"{program.name}, {words}"
             )
-        say(f"{program.name}: {whole.events} file events, {chains} chains, {len(found)} findings")
+        say(f"{program.name}: {whole.events} file events, {len(at)} of them, {chains} chains, {len(found)} findings")
         findings += found
     return findings
 

@@ -88,8 +88,9 @@ def choose_bins(found: Sequence[BinFolder], bin_um: float) -> BinFolder:
             return bins
     finest = sizes[0].size
     raise ValueError(
-        f"Squares of {bin_um:g} um cannot be made of bins of {some([f'{bins.size:g}' for bins in sizes])} um, which are in "
-        f"{homes[0]}. Give --bin_um as a multiple of one of them, for example {max(1, round(bin_um / finest)) * finest:g}."
+        f"Squares of {bin_um:g} um cannot be made of bins of {some([f'{bins.size:g}' for bins in sizes])} um, as "
+        f"{sizes[0].positions.with_name('scalefactors_json.json')} has it. Give --bin_um as a multiple of one of them, for "
+        f"example {max(1, round(bin_um / finest)) * finest:g}."
     )
 
 

@@ -345,3 +345,16 @@ def test_a_size_that_the_tiles_do_not_fill_is_refused_when_it_is_opened(tmp_path
             file.pages.first.tags[tag].overwrite(4_000_000)
         with pytest.raises(ValueError, match=rf"{stored}\.tif is damaged: .*4000000.* tiles or strips, it lists \d+"):
             open_slide(path)
+
+
+def test_a_png_with_changed_pixels_is_told_by_its_checksums(tmp_path):
+    path = tmp_path / "A1.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path, compress_level=0)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with (
+        open_slide(path) as slide,
+        pytest.raises(ValueError, match=r"A1\.png cannot be decoded: .*The file is truncated"),
+    ):
+        slide.read_region(0, 0, 50, 40)

@@ -1,4 +1,4 @@
-"""The data of a run have digests: a test and a comparison on other counts are refused, another storage is not."""
+"""The data of a run have digests: a test on others, and a comparison on other counts, are refused, another storage is not."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
+from datasets.features.cache import opened, write_cache
 from evaluation.comparison.runs import compare_runs
 from modes.test import test as run_test
+from tests.checkpoints import edit
 
 
 @pytest.fixture
@@ -38,6 +40,26 @@ def test_a_test_on_other_counts_names_the_slide(run, data_dir):
     slide = json.loads((run / "fold_0" / "split.json").read_text())["test_slides"][0]
     change_counts(data_dir, slide, one_more)
     with pytest.raises(ValueError, match=rf"slide {slide}: other counts than then\n.*--mode external_test"):
+        run_test(str(run), 0, [f"DATA.data_dir={data_dir}"], torch.device("cpu"), with_report=False)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("target", "features"), ("neighbor", "features"), ("token", "tokens")])
+def test_a_test_on_other_features_or_tokens_names_the_slide(run, data_dir, kind, what):
+    slide = json.loads((run / "fold_0" / "split.json").read_text())["test_slides"][0]
+    (path,) = data_dir.glob(f"demo/{kind}_features*/{slide}.h5")
+    with opened(path) as cache:
+        identity, ids, centers, values = cache.identity, cache.spot_ids, cache.centers, cache.read()
+    values.reshape(-1)[0] += 1
+    write_cache(path, identity, ids, centers, [values])
+    with pytest.raises(ValueError, match=rf"slide {slide}: other {what} than then\n"):
+        run_test(str(run), 0, [f"DATA.data_dir={data_dir}"], torch.device("cpu"), with_report=False)
+
+
+def test_a_test_on_another_image_names_the_slide(run, data_dir):
+    path = run / "fold_0" / "best.pt"
+    slide = json.loads((run / "fold_0" / "split.json").read_text())["test_slides"][0]
+    edit(path, lambda content: content["fold"]["digests"][slide].update(image="0" * 64))
+    with pytest.raises(ValueError, match=rf"slide {slide}: other image than then\n"):
         run_test(str(run), 0, [f"DATA.data_dir={data_dir}"], torch.device("cpu"), with_report=False)
 
 
