@@ -85,7 +85,7 @@ RUN = (
     Flag("num_workers", CONFIG, "threads that read tokens", "DATA.num_workers", int),
     Flag("checkpoint_seconds", ("train",), "least time between two checkpoints (default: 60)", kind=float),
     Flag("wandb", ("train",), "the curves also for Weights & Biases; offline unless WANDB_MODE is set", kind=bool),
-    Flag("no_report", ("train", "test"), "write the tables, no figures and no pages", kind=bool),
+    Flag("no_report", ("train", "test", "external_test"), "write the tables, no figures and no pages", kind=bool),
     Flag("model_path", (*OF_TRAINED, "doctor", "import_reference"), "run folder, fold folder or checkpoint",
          nargs="+", metavar="RUN", needed_by=(*OF_TRAINED, "import_reference"),
          instead={"train": "goes on with a run by --resume", "compare": "takes --runs"}),
@@ -129,7 +129,7 @@ PREDICTION = (
     Flag("region", PREDICT, "only spots in it: .geojson of areas (QuPath), or a mask image", metavar="FILE"),
     Flag("geojson", PREDICT, "also write the genes of --genes as QuPath detections", metavar="FILE"),
     Flag("min_tissue", PREDICT, "share of a patch that must be tissue (default: 0.5)", kind=float),
-    Flag("genes", (*START, *PREDICT), "train on these genes (DATA.genes); predict: also draw their maps; e.g. ERBB2,GNAS",
+    Flag("genes", (*START, *OF_TRAINED), "train on these (DATA.genes); of a trained run: draw their maps; e.g. ERBB2,GNAS",
          kind=parse_names),
 )
 # fmt: on
@@ -143,6 +143,8 @@ def conflicts(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"--model_size large means --encoder uni2-h, but --encoder {arguments.encoder} is given."
     if arguments.seed is not None and arguments.seeds is not None:
         yield "--seed and --seeds are both given; give one of them."
+    if arguments.no_report and arguments.genes and arguments.mode in OF_TRAINED:
+        yield "--genes draws genes in the report, which --no_report leaves out."
     if len(arguments.model_path or ()) > 1 and arguments.mode not in ("test", "predict"):
         yield f"--model_path: --mode {arguments.mode} takes one run; test and predict average several."
     if arguments.epochs_from is not None and not arguments.all_patients:
@@ -187,12 +189,21 @@ def main(words: Sequence[str] | None = None) -> None:
 
         data_type = load_config(arguments.config_name).DATA.type if arguments.config_name else None
         with_report = not arguments.no_report
-        test(arguments.model_path, arguments.fold, overrides, device_of(arguments), data_type, with_report)
+        genes = arguments.genes or ()
+        test(arguments.model_path, arguments.fold, overrides, device_of(arguments), data_type, with_report, genes)
     elif arguments.mode == "external_test":
         from modes.external_test import external_test
 
-        device, match_mpp = device_of(arguments), arguments.match_mpp
-        external_test(arguments.model_path[0], arguments.test_name, arguments.fold, overrides, device, match_mpp)
+        external_test(
+            arguments.model_path[0],
+            arguments.test_name,
+            arguments.fold,
+            overrides,
+            device_of(arguments),
+            arguments.match_mpp,
+            with_report=not arguments.no_report,
+            genes=arguments.genes or (),
+        )
     elif arguments.mode == "predict":
         from modes.predict import predict
 

@@ -305,7 +305,9 @@ def main(argv: list[str] | None = None) -> Path | None:
         for name in methods
     }
     about = {
-        "command": shlex.join(["python", "benchmarks/accuracy.py", *_shown(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(
+            ["python", "benchmarks/accuracy.py", *shown_flags(sys.argv[1:] if argv is None else argv)]
+        ),
         "settings": {name: searched(name, found) for name in methods if not is_closed_form(configs[name])},
         "seeds": ", ".join(map(str, seeds)),
         "machine": machine(device_from(None, arguments.device)),
@@ -326,7 +328,7 @@ def main(argv: list[str] | None = None) -> Path | None:
     return path
 
 
-def _shown(given: Sequence[str]) -> list[str]:
+def shown_flags(given: Sequence[str]) -> list[str]:
     """The flags that say what was measured; where the files lay does not."""
     pairs = zip(given[::2], given[1::2], strict=True)
     return [part for pair in pairs if pair[0] not in ("--raw", "--work", "--out", "--search") for part in pair]

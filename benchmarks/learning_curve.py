@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so tha
 
 import argparse
 import json
+import shlex
 import string
 
 import numpy as np
@@ -23,7 +24,7 @@ import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 
-from benchmarks.accuracy import DATA_SETS, METHODS, SEARCH, searched, train_method
+from benchmarks.accuracy import DATA_SETS, METHODS, SEARCH, searched, shown_flags, train_method
 from benchmarks.common import RESULTS, machine, software
 from evaluation import aggregation
 from evaluation.intervals import bootstrap_interval
@@ -39,7 +40,7 @@ from utils.runs import write_json
 
 COMPARED = ("gene_dml", "no_alignment", "triplex", "ridge_neighbor")
 COUNTS = (2, 4, 8, 16)
-NUM_TEST = 4
+TRAIN, TEST = string.ascii_uppercase[: max(COUNTS)], "QRST"  # the patients that test are the same for any --counts
 TESTED = "tested"  # all test patients under one name, so that one fold tests them
 MICRONS_PER_PIXEL = 1.6  # of the simulation
 
@@ -106,19 +107,19 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy" / "learning_curve")
     arguments = parser.parse_args(argv)
     counts, seeds = ([int(part) for part in text.split(",")] for text in (arguments.counts, arguments.seeds))
-    letters = string.ascii_uppercase[: max(counts) + NUM_TEST]
-    train, test = letters[:-NUM_TEST], letters[-NUM_TEST:]
+    if not set(counts) <= set(range(1, len(TRAIN) + 1)):
+        raise ValueError(f"--counts {arguments.counts}: numbers of training patients, from 1 to {len(TRAIN)}.")
     require_file(arguments.search, "Make it first: python benchmarks/accuracy_search.py")
     found = json.loads(arguments.search.read_text(encoding="utf-8"))["methods"]
     config_name, everything = DATA_SETS["demo"].config, arguments.work / "all"
-    simulate(everything, patients=tuple(letters), external=False)
+    simulate(everything, patients=tuple(TRAIN[: max(counts)] + TEST), external=False)
     extract_features(
         ["--config", config_name, "--mode", "internal", "--extract_mode", "all", "--data_dir", str(everything)]
     )
     rows = []
     for count in counts:
         folder = arguments.work / f"patients_{count}"
-        link_set(everything / "demo", folder / "data", train[:count], test)
+        link_set(everything / "demo", folder / "data", TRAIN[:count], TEST)
         for name in arguments.methods.split(","):
             settings = [
                 f"DATA.data_dir={folder / 'data'}",
@@ -135,21 +136,16 @@ def main(argv: list[str] | None = None) -> Path:
                 by_patient = dict(zip(scores["patient"], scores[metric]))
                 row = {"patients": count, "method": name, "metric": metric, "mean": scores[metric].mean()}
                 rows.append(row | {"low": low, "high": high, "by_patient": by_patient})
-    return write_curve(arguments.out, pd.DataFrame(rows), seeds)
+    given = shown_flags(sys.argv[1:] if argv is None else argv)
+    about = {"command": shlex.join(["python", "benchmarks/learning_curve.py", *given]), "seeds": seeds}
+    return write_curve(arguments.out, pd.DataFrame(rows), about)
 
 
-def write_curve(out: Path, rows: pd.DataFrame, seeds: list[int]) -> Path:
-    """Write the table (Markdown), the figure and the JSON; returns the table's path."""
+def write_curve(out: Path, rows: pd.DataFrame, about: dict) -> Path:
+    """Write the table (Markdown), the figure and the JSON; returns the table's path. about: the command and its seeds."""
     save_figure(curve_figure(rows), out / "learning_curve")
-    about: dict[str, object] = {
-        "command": "python benchmarks/learning_curve.py",
-        "seeds": seeds,
-        "versions": software(),
-    }
-    write_json(
-        out / "learning_curve.json",
-        {**about, "machine": machine(device_from(None, None)), "rows": rows.to_dict("records")},
-    )
+    measured_on = {"machine": machine(device_from(None, None)), "versions": software()}
+    write_json(out / "learning_curve.json", {**about, **measured_on, "rows": rows.to_dict("records")})
     shown = rows.set_index(["method", "metric", "patients"])["mean"].unstack()
     header = ("method", "", *(f"{count} patients" for count in shown.columns))
     labels = {"pcc_all": "PCC(A)", "mse": "MSE"}
@@ -157,7 +153,11 @@ def write_curve(out: Path, rows: pd.DataFrame, seeds: list[int]) -> Path:
         (METHODS[method][0], labels[metric], *(number(value, 4 if metric == "mse" else 3) for value in values))
         for (method, metric), values in zip(shown.index, np.asarray(shown))
     ]
-    path = write_text(out / "learning_curve.md", Table(header, tuple(cells)).to_markdown() + "\n")
+    caption = (
+        f"`{about['command']}`: means over the same {len(TEST)} simulated test patients, two slides each (seeds "
+        f"{', '.join(map(str, about['seeds']))}); the bands of the figure are bootstrap intervals over these patients."
+    )
+    path = write_text(out / "learning_curve.md", f"{Table(header, tuple(cells)).to_markdown()}\n\n{caption}\n")
     say(path.read_text(encoding="utf-8"))
     return path
 

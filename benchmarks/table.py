@@ -2,8 +2,9 @@
 
     python benchmarks/table.py
 
-Reads benchmarks/results/*.json (of `make bench`) and accuracy/<data>/ (of `accuracy.py`) and replaces what stands between
-the two marks of each page. The README has the real data sets side by side, without ablations.
+Reads benchmarks/results/*.json (of `make bench`), accuracy/<data>/ (of `accuracy.py`), accuracy/learning_curve/ and
+groups/<data>/ (of `learning_curve.py` and `groups.py`), and replaces what stands between the two marks of each page. The
+README has the real data sets side by side, without ablations. The curve is drawn into images/ beside docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import pandas as pd
 
 from benchmarks.accuracy import METHODS, TITLES
 from benchmarks.common import RESULTS, described
+from benchmarks.learning_curve import curve_figure
+from evaluation.report.style import save_figure
 from evaluation.report.tables import Table, number
 from utils.cli import run, say
 from utils.files import require_file, write_text
@@ -75,6 +78,21 @@ def side_by_side(accuracy: dict[str, pd.DataFrame]) -> str:
     return f"{Table(names, tuple(rows)).to_markdown()}\n\n{commands}: means over two patients each; no test can be made of two."
 
 
+def further_parts(results: Path, images: Path) -> list[str]:
+    """The learning curve, drawn into `images`, and what the group loss groups, as far as they were measured."""
+    parts = []
+    curve = results / "accuracy" / "learning_curve"
+    if (curve / "learning_curve.json").exists():
+        rows = json.loads((curve / "learning_curve.json").read_text(encoding="utf-8"))["rows"]
+        save_figure(curve_figure(pd.DataFrame(rows)), images / "learning_curve")
+        shown = (curve / "learning_curve.md").read_text(encoding="utf-8").strip()
+        figure = "![PCC(A) and MSE against the number of training patients](images/learning_curve.svg)"
+        parts.append(f"### Learning curve\n\n{figure}\n\n{shown}")
+    for path in sorted((results / "groups").glob("*/groups.md")):
+        parts.append(f"### Clusters: {path.parent.name}\n\n{path.read_text(encoding='utf-8').strip()}")
+    return parts
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -93,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         parts = [
             f"### {name}\n\n{(folder / name / 'accuracy.md').read_text(encoding='utf-8').strip()}" for name in accuracy
         ]
+        parts += further_parts(arguments.results, arguments.evaluation.parent / "images")
         fill(arguments.evaluation, "\n\n".join(parts))
         fill(arguments.readme, side_by_side(accuracy))
         say(f"{arguments.evaluation.name}, {arguments.readme.name}: accuracy on {', '.join(accuracy)}.")

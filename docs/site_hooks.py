@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add index.md, which is the README, and reference.md, which names the modules of outputs.md."""
-    listed = (ROOT / "docs" / "outputs.md").read_text(encoding="utf-8").split("## As a library")[1]
+    """Add index.md, which is the README, and reference.md, which names the modules of commands.md."""
+    listed = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8").split("## As a library")[1]
     modules = re.findall(r"^\| `([\w.]+)` \| (.*?) \|", listed, flags=re.MULTILINE)
-    parts = ["# Reference", "What may be imported ([As a library](outputs.md#as-a-library)), from the docstrings."]
+    parts = ["# Reference", "What may be imported ([As a library](commands.md#as-a-library)), from the docstrings."]
     parts += [f"::: {module}.{name}" for module, names in modules for name in re.findall(r"`(\w+)`", names)]
     pages = {"index.md": (ROOT / "README.md").read_text(encoding="utf-8"), "reference.md": "\n\n".join(parts)}
     for name, text in pages.items():

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation import aggregation
+from evaluation.comparison.verdict import against_mean, support
 from evaluation.fold_files import write_table
 from evaluation.report.tables import Table, label, number
 from evaluation.slide_result import SlideResult
@@ -90,6 +91,7 @@ def score_predictors(predictors: Sequence[Predictor]) -> dict[str, pd.DataFrame]
 def external_summary(predictors: Sequence[Predictor], about: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
     """Make the summary (plain values; undefined is None), and give it with the tables of `score_predictors`.
 
+    The verdict is on the last predictor, in sentences.
     about: what the scores are of: run, test_name, protocol, slides {slide: spots}, genes, missing_genes, notes, unit, ...;
     kept as it is. Added: headline (of the mean of the folds' predictions, or of the only fold), predictors (rows of the
     fused prediction against the smoothed target), scales (rows of everything), gene_lists.
@@ -111,6 +113,7 @@ def external_summary(predictors: Sequence[Predictor], about: Mapping[str, Any]) 
     lists = {predictor.name: predictor.gene_lists for predictor in predictors}
     summary = {
         **about,
+        "verdict": _verdict(predictors[-1]),
         "num_genes": len(about["genes"]),
         "headline": headline,
         "predictors": rows,
@@ -119,6 +122,15 @@ def external_summary(predictors: Sequence[Predictor], about: Mapping[str, Any]) 
         "notes": notes,
     }
     return plain(summary), tables
+
+
+def _verdict(predictor: Predictor) -> list[str]:
+    table = aggregation.patient_table(pd.concat(predictor.tables, ignore_index=True), predictor.gene_lists)
+    means = aggregation.select(table, "training_mean").set_index("patient")["mse"]
+    fused = aggregation.select(table).to_dict("records")
+    rows = plain([{**row, "training_mean_mse": means[row["patient"]]} for row in fused])
+    judged = against_mean(rows)
+    return [f"{judged[0].upper()}{judged[1:]}.", support(rows, None)]
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
@@ -148,6 +160,7 @@ def _markdown(summary: Mapping[str, Any]) -> str:
     missing = summary["missing_genes"]
     parts = [
         f"# {summary['run']} on {summary['test_name']}",
+        "\n".join(f"- {sentence}" for sentence in summary["verdict"]),
         f"{slides}; {summary['num_genes']} genes. Unit of every error: {summary['unit']}.",
         summary_table(summary).to_markdown(),
         "## Notes",

@@ -67,6 +67,8 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
                         chosen_epoch, chosen, best_epoch, best, price}; None when no fold recorded "test/pcc_all"
     notes               sentences: biases, skipped folds, undefined genes
 
+    `modes.prediction.summary` puts "verdict" before it, the sentences of `comparison.verdict.judge`.
+
     Raises ValueError or FileNotFoundError as `fold_files.read_run`.
     """
     records, found_notes = read_run(run_dir)

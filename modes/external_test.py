@@ -26,6 +26,7 @@ from evaluation.external import (
     write_external,
 )
 from evaluation.report.explorer import write_explorer
+from evaluation.report.external import write_external_report
 from evaluation.slide_result import MEAN
 from modes.prediction.encode import Chunk, bare_chunks, encoded_chunks, plan_for, whole_slide
 from modes.prediction.ensemble import (
@@ -46,7 +47,7 @@ from modes.prediction.write import write_slide
 from utils.checkpoint import chosen_checkpoints
 from utils.cli import progress, say
 from utils.files import check_writable, reading
-from utils.text import UNIT, checked_names
+from utils.text import UNIT, check_genes, checked_names
 
 _BYTES_A_NUMBER = 4
 
@@ -58,17 +59,21 @@ def external_test(
     overrides: Sequence[str],
     device: torch.device,
     match_mpp: bool = False,
+    with_report: bool = True,
+    genes: Sequence[str] = (),
 ) -> Path:
     """Test a run on <data_dir>/test/<test_name>; returns the folder with the results, <run>/external/<test_name>.
 
     fold: of the run, None for all finished ones.  overrides: see `restored_config`.
     match_mpp: read features of patches as wide in micrometres as those of the training, instead of as many pixels.
+    with_report: figures, report.html and explorer.html beside the tables.  genes: drawn on every slide in the report.
     Raises ValueError / FileNotFoundError for whatever cannot be used, before anything is predicted.
     """
     checkpoints, fold_notes = chosen_checkpoints(model_path, fold)
     members = load_members(checkpoints, overrides, device)
     layout = external_layout(members[0], test_name, round(width_to_match(members), 1) if match_mpp else None)
     test = open_test(members, layout, device, fold_notes)
+    check_genes(genes, test.genes, f"the run predicts and {layout.name} has measured")
     folder = run_folder(members, model_path, fold) / "external" / layout.name
     numbers = test.store.slides[-1].stop * len(test.genes)
     check_writable(folder / "predictions" / "slide.h5ad", needed=_BYTES_A_NUMBER * numbers)
@@ -80,8 +85,11 @@ def external_test(
     peak = peak_memory()
     summary, tables = external_summary(predictors, about(test, [*notes, *list_notes], peak))
     write_external(folder, summary, tables)
-    predictions = [folder / "predictions" / f"{record.name}.h5ad" for record in test.store.slides]
-    write_explorer(folder / "explorer.html", predictions, title=f"Genes of {layout.name}")
+    if with_report:
+        write_external_report(folder, summary, predictors[-1], genes)
+        predictions = [folder / "predictions" / f"{record.name}.h5ad" for record in test.store.slides]
+        write_explorer(folder / "explorer.html", predictions, title=f"Genes of {layout.name}")
+    say("\n".join([*summary["verdict"], ""]))
     say(summary_table(summary).to_text())
     for note in summary["notes"][len(notes) :]:
         say(f"Note: {note}")

@@ -8,7 +8,6 @@ tokens.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from modes.prediction.predicted import evidence_of, predict_spots
 from utils.checkpoint import checkpoints_of_runs
 from utils.cli import say
 from utils.files import check_writable, require_file, safe_name
-from utils.text import UNIT, some
+from utils.text import UNIT, check_genes
 
 _BYTES_A_NUMBER = 4  # of the fused prediction; what the scales take compressed varies
 
@@ -88,7 +87,7 @@ def predict(
     for member in members:
         member.load()
     genes = shared_genes(members)
-    _check_genes(options.genes, genes)
+    check_genes(options.genes, genes, "the run predicts")
     evidence = evidence_of(members, genes)
     for note in [*notes, *evidence.notes]:
         say(note)
@@ -184,16 +183,6 @@ def _check_options(options: PredictOptions) -> Path:
     for path in filter(None, (out, geojson)):
         check_writable(path)
     return out
-
-
-def _check_genes(wanted: Sequence[str], genes: Sequence[str]) -> None:
-    unknown = [gene for gene in wanted if gene not in genes]
-    if unknown:
-        close = sorted({name for gene in unknown for name in difflib.get_close_matches(gene, genes, n=2)})
-        raise ValueError(
-            f"--genes {', '.join(unknown)}: not among the {len(genes)} genes that the run predicts "
-            f"({'near: ' + ', '.join(close) if close else some(genes)})."
-        )
 
 
 def covered_by_patch(members: Sequence[Member], mpp: float | None, match_mpp: bool) -> tuple[int, str]:

@@ -19,6 +19,7 @@ from modes.training.score import score_checkpoint
 from utils.checkpoint import checkpoints_of_runs, has_ended, load_checkpoint, result_folder, runs_of
 from utils.cli import say
 from utils.files import check_writable
+from utils.text import check_genes
 from utils.trained_fold import NO_SCORE, TrainedFold
 
 
@@ -29,6 +30,7 @@ def test(
     device: torch.device,
     data_type: str | None = None,
     with_report: bool = True,
+    genes: Sequence[str] = (),
 ) -> None:
     """Test one fold, or all finished folds of a run folder, and write tables and predictions beside the checkpoint.
 
@@ -37,11 +39,15 @@ def test(
     Of several runs (or of a run over several seeds) the mean of the predictions is tested, see `test_together`.
     data_type: DATA.type of the configuration given on the command line, if any; must be the checkpoint's.
     with_report: figures, report.html and explorer.html of the run folder; the tables are written in any case.
+    genes: drawn on every test slide in report.html, beside the best and the worst.
     """
     checkpoints, notes = checkpoints_of_runs(model_path, fold)
     is_official = all(result_folder(checkpoint) == checkpoint.parent for checkpoint in checkpoints)
     for checkpoint in checkpoints:
         _check_has_score(checkpoint, is_official)
+    if genes:
+        panels = [load_checkpoint(checkpoint, memory_map=True).genes for checkpoint in checkpoints]
+        check_genes(genes, {gene for panel in panels for gene in panel}, "the run predicts")
     for note in notes:
         say(note)
     if len(runs_of(model_path)) > 1:
@@ -52,6 +58,7 @@ def test(
             device,
             lambda member: _open_tested(member.fold, member.path, overrides, device, data_type),
             with_report,
+            genes,
         )
         return
     for checkpoint in checkpoints:
@@ -60,7 +67,7 @@ def test(
         _test_checkpoint(checkpoint, fold, overrides, device, data_type)
     run_dir = checkpoints[0].parent.parent
     if is_official and (run_dir / "config.yaml").is_file():
-        say(finish_run(run_dir, with_report))
+        say(finish_run(run_dir, with_report, genes))
 
 
 def _check_has_score(checkpoint: Path, is_official: bool) -> None:

@@ -38,9 +38,14 @@ NOT_OURS = (
     "tar",
     "unzip",
     "mkdir",
+    "cp",
+    "for",
 )  # programs that pages may show beside ours
 PROGRAMS = [path for path in sorted((ROOT / "preprocess").glob("*.py")) if "__main__" in path.read_text()]
-OWN_TEST = {"your_data.md": "tests/modes/test_own_dataset.py"}  # configurations that a page makes itself
+OWN_TEST = {
+    "your_data.md": "tests/modes/test_own_dataset.py",
+    "first_run.md": "tests/modes/test_first_run.py",
+}  # configurations that a page makes itself
 TABLES = {
     "main.py": main.COMMAND_LINE,
     "preprocess/extract_features_uni.py": extract_features_uni.COMMAND_LINE,
@@ -204,8 +209,9 @@ def test_commands_of_the_published_data_sets_are_in_the_readme():
 def test_the_page_of_the_demo_shows_the_commands_of_make_demo():
     rule = re.search(r"^demo: setup\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
     lines = [line.strip() for line in rule.replace("$(PYTHON)", "python").replace("$(DEMO)", "demo").splitlines()]
-    shown = [command.line for command in commands_of(ROOT / "docs" / "demo.md")]
-    assert shown[0] == "make demo" and shown[1 : len(lines)] == [line for line in lines if line.startswith("python")]
+    shown = [command.line for command in commands_of(ROOT / "docs" / "first_run.md")]
+    shown = shown[shown.index("make demo") :]
+    assert shown[1 : len(lines)] == [line for line in lines if line.startswith("python")]
 
 
 # -- the chain of the README, on a tiny set ---------------------------------------------------------------------------
@@ -287,7 +293,7 @@ def test_the_commands_of_the_readme_run_one_after_the_other(chain):
 
 
 def test_files_of_a_run_are_the_ones_listed(chain):
-    page = (ROOT / "docs" / "outputs.md").read_text()
+    page = (ROOT / "docs" / "commands.md").read_text()
     cells = re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE)
     listed = {name.strip("/") for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     found = {path.name for path in chain.run.iterdir() if not path.name.startswith("fold_")} - {"external"}
@@ -399,16 +405,15 @@ def load_defaults() -> dict[str, object]:
 
 
 def test_every_key_of_the_configuration_is_documented_with_its_default():
-    table = re.findall(
-        r"^\| `([A-Z]+\.\w+)` \| `(.*?)` \|", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE
-    )
+    table = re.findall(r"^\| `([A-Z]+\.\w+)` \| `(.*?)` \|", (ROOT / "docs" / "commands.md").read_text(), re.MULTILINE)
     documented = {key: yaml.safe_load(default) for key, default in table}
     assert documented == load_defaults()
     assert len(documented) == len(table), "a key is listed twice"
 
 
 def test_the_differences_of_the_data_sets_are_the_ones_of_their_files():
-    head, _, *body = rows(section("configuration.md", "What the data sets change"))
+    part = section("commands.md", "Configuration").split("### What the data sets change\n")[1].partition("\n#")[0]
+    head, _, *body = rows(part)
     configs = [load_config(name.strip("`")).to_dict() for name in head[1:]]
     listed = {row[0].strip("`"): [yaml.safe_load(cell) for cell in row[1:]] for row in body}
     differing = {

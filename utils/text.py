@@ -69,6 +69,14 @@ def unknown(what: str, name: str, known: Collection[str]) -> str:
     return f"Unknown {what} '{name}'.{suggestion} Known: {', '.join(known)}"
 
 
+def check_genes(wanted: Sequence[str], genes: Collection[str], of_what: str) -> None:
+    """Raise ValueError for genes of --genes that are not there, with near ones. of_what: "the run predicts", say."""
+    if absent := [gene for gene in wanted if gene not in genes]:
+        close = sorted({name for gene in absent for name in difflib.get_close_matches(gene, genes, n=2)})
+        shown = f"near: {', '.join(close)}" if close else some(list(genes))
+        raise ValueError(f"--genes {', '.join(absent)}: not among the {len(genes)} genes that {of_what} ({shown}).")
+
+
 class _StrictLoader(yaml.SafeLoader):
     """Plain values only; a key that is written twice is an error and not a silent choice of the last."""
 

@@ -2,7 +2,7 @@
 
 A table whose pixel columns are exchanged, that is mirrored, scaled, or of another slide, fits neither as well as the true
 one, but trains to believable scores. So both are measured on a small picture, for the table as it is and for what it would
-be if somebody had turned it. docs/troubleshooting.md has the figures of real sections from which the limits are taken.
+be if somebody had turned it. docs/installation.md has the figures of real sections from which the limits are taken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from datasets.images.tissue import SquareMeans, section_of, tissue_of
 PICTURE_PX = 1024  # longer side of the picture
 _SQUARE = 0.5  # side of the square that stands for a spot, in distances of neighbors
 _LEAST_SPOTS = 50  # for a rank correlation, and for a share that is more than chance
-# Limits; where true and false tables of real sections lie is in docs/troubleshooting.md.
+# Limits; where true and false tables of real sections lie is in docs/installation.md.
 _LEAST_ON_TISSUE = 0.5
 _LEAST_LIFT, _LEAST_FIT = 0.75, 0.95
 _GREATEST_AROUND = 0.9  # where tissue fills the rectangle, spots on it prove nothing

@@ -57,6 +57,18 @@ def write_comparison(table: pd.DataFrame, out_dir: str | Path) -> tuple[Path, Pa
     )
 
 
+def comparison_text(table: pd.DataFrame) -> str:
+    """Show the tables of comparison.md, with their words, on a terminal.
+
+    table: as in `write_comparison`.
+    """
+    parts = []
+    for metric, rows in table.groupby("metric", sort=False):
+        parts += ["", _heading(str(metric)), _metric_table(rows).to_text()]
+    said = [*map(str, table.attrs.get("notes", [])), *_remarks(table)]
+    return "\n".join([*parts, "", _EXPLANATION, *(f"Note: {text}" for text in said)])
+
+
 def comparison_intervals(table: pd.DataFrame) -> Figure:
     """Draw one panel a metric, one row a method: mean over patients and interval; a line: the first method."""
     groups = list(table.groupby("metric", sort=False))

@@ -1,4 +1,4 @@
-"""Pictures of one fold, made from what the fold left on disk, and their list beside them."""
+"""Pictures of one fold or external test, made from what it left on disk, and their list beside them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from evaluation.report import figures
 from evaluation.report.maps import Tissue, gene_maps
 from evaluation.report.style import save_figure
 from utils.files import reading, sha256, write_text
-from utils.text import some
+from utils.text import check_genes, some
 from utils.untrusted.text import cells_of, text_of
 
 INDEX = "index.json"
@@ -46,18 +46,19 @@ def write_figures(fold_dir: str | Path, *, genes: Sequence[str] = (), count: int
     Raises ValueError for genes outside the panel, FileNotFoundError when the fold is not complete.
     """
     record = read_fold(fold_dir)
-    if unknown := [gene for gene in genes if gene not in record.genes]:
-        raise ValueError(
-            f"genes {', '.join(unknown)} are not in the panel of {record.path} ({len(record.genes)} genes, listed in "
-            "genes.txt). Check the spelling, or choose others."
-        )
-    folder = record.path / "figures"
-    pictures = []
-    for picture, figure in [*_charts(record), *_gene_pictures(record, genes, count)]:
-        save_figure(figure, folder / picture.name)
-        pictures.append(picture)
+    check_genes(genes, record.genes, f"{record.path} predicts")
+    pictures = draw_figures(record, f"fold {record.name}", genes, count)
     index = {"made_from": _state(record.path, genes, count), "pictures": [asdict(picture) for picture in pictures]}
-    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    write_text(record.path / "figures" / INDEX, json.dumps(index, indent=1) + "\n")
+    return pictures
+
+
+def draw_figures(record: FoldRecord, where: str, genes: Sequence[str], count: int) -> list[Picture]:
+    """Draw what `write_figures` does into `figures/` of the record's folder. where: what alternative texts call it."""
+    pictures = []
+    for picture, figure in [*_charts(record, where), *_gene_pictures(record, where, genes, count)]:
+        save_figure(figure, record.path / "figures" / picture.name)
+        pictures.append(picture)
     return pictures
 
 
@@ -94,8 +95,7 @@ def _state(fold_dir: Path, genes: Sequence[str], count: int) -> dict[str, object
     return {"files": hashes, "predictions": predictions, "genes": list(genes), "count": count}
 
 
-def _charts(record: FoldRecord) -> Iterable[tuple[Picture, Figure]]:
-    where = f"fold {record.name}"
+def _charts(record: FoldRecord, where: str) -> Iterable[tuple[Picture, Figure]]:
     if len(record.epochs):
         yield (
             Picture("training_curves", "curves", "", f"Loss terms, MSE and PCC(A) over the epochs of {where}"),
@@ -149,7 +149,9 @@ def pcc_by_scale(gene_table: pd.DataFrame) -> dict[str, np.ndarray]:
     return {scale: aggregation.select(gene_table, scale)["pearson"].to_numpy() for scale in scales}
 
 
-def _gene_pictures(record: FoldRecord, genes: Sequence[str], count: int) -> Iterable[tuple[Picture, Figure]]:
+def _gene_pictures(
+    record: FoldRecord, where: str, genes: Sequence[str], count: int
+) -> Iterable[tuple[Picture, Figure]]:
     """Maps and scatter of chosen, best and worst genes; slides are read one at a time."""
     slides = aggregation.select(record.per_gene_slide).pivot(index="slide", columns="gene", values="pearson")
     wishes = [(slide, gene, "chosen") for gene in genes for slide in slides.index]
@@ -163,7 +165,7 @@ def _gene_pictures(record: FoldRecord, genes: Sequence[str], count: int) -> Iter
             # One slide at a time is held: a Visium slide takes hundreds of megabytes.
             opened = {slide: _prediction(record, slide)}
         if opened[slide] is not None:
-            yield from _one_gene(opened[slide], gene, group, float(slides.loc[slide, gene]))
+            yield from _one_gene(opened[slide], gene, group, where, float(slides.loc[slide, gene]))
 
 
 def _prediction(record: FoldRecord, slide: str) -> AnnData | None:
@@ -175,15 +177,14 @@ def _prediction(record: FoldRecord, slide: str) -> AnnData | None:
     return adata if MEASURED in adata.layers else None
 
 
-def _one_gene(adata: AnnData, gene: str, group: str, pearson: float) -> Iterable[tuple[Picture, Figure]]:
+def _one_gene(adata: AnnData, gene: str, group: str, where: str, pearson: float) -> Iterable[tuple[Picture, Figure]]:
     column = adata.var_names.get_loc(gene)
     slide, unit = slide_of(adata), str(adata.uns["unit"])
     measured, predicted = np.asarray(adata.layers[MEASURED])[:, column], np.asarray(adata.X)[:, column]
     image, image_scale, diameter = tissue_image(adata)
     tissue = Tissue(slide, np.asarray(adata.obsm["spatial"]), diameter, image, image_scale)
     stem = f"{group}_{re.sub(r'[^A-Za-z0-9._-]+', '_', gene)}_{slide}"
-    chosen = {"best": "among the best genes of this fold", "worst": "among the worst genes of this fold"}
-    caption = f"{gene} on slide {slide}" + (f", {chosen[group]}" if group in chosen else "")
+    caption = f"{gene} on slide {slide}" + ("" if group == "chosen" else f", among the {group} genes of {where}")
     yield (
         Picture(f"map_{stem}", "map", caption, f"Measured, predicted and error of {gene} on slide {slide}", group),
         gene_maps(tissue, gene, measured=measured, predicted=predicted, unit=unit, pearson=pearson),

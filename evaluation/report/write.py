@@ -30,7 +30,7 @@ from evaluation.report.tables import (
 from evaluation.summary import choice_of_epoch
 from utils.files import reading, require_file, write_text
 from utils.runs import plain
-from utils.text import UNIT
+from utils.text import UNIT, check_genes
 
 LEGEND = (
     "PCC(A): over all genes of the panel. PCC(H): over the highly predictive genes; PCC(HVG): over the "
@@ -44,6 +44,16 @@ SECTIONS = (
     ("PCC(H) under the list of either protocol", list_rows),
     ("What choosing the epoch on the test fold would gain", price_rows),
 )
+EXPLANATIONS = {
+    scale_rows: (
+        "R2: 1 - squared error / variance of the measured gene within the slide. 0 is what the gene's own mean on that slide "
+        "would score, which nobody knows beforehand; a wrong level of the whole slide alone makes it negative, so read it "
+        "beside the explained variance, which leaves that out. RVD, relative variance distance: (predicted - measured "
+        "variance)^2 / measured variance^2 of a gene. 0: predictions vary as much as measurements, 1: they do not vary at all, "
+        "above 1: they vary more than twice as much. CCC: PCC lowered by a wrong level or spread; SSIM: likeness of the two "
+        "maps, 1 for equal ones."
+    )
+}
 
 
 def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -71,13 +81,16 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
-    """Show the folds, their mean and standard deviation on a terminal; the first line names the protocol.
+    """Show the verdict, the protocol, the folds, their mean and standard deviation on a terminal.
 
     Raises ValueError that lists what the summary lacks.
     """
     check_summary(summary, "the summary")
+    verdict = verdict_of(summary)
     return "\n".join(
         [
+            *verdict,
+            *([""] if verdict else []),
             str(summary["protocol_description"]),
             "",
             fold_rows(summary).to_text(),
@@ -89,9 +102,15 @@ def format_table(summary: Mapping[str, Any]) -> str:
     )
 
 
+def verdict_of(summary: Mapping[str, Any]) -> list[str]:
+    """Give the sentences that stand first; a summary of an earlier version has none."""
+    return [str(sentence) for sentence in summary.get("verdict", [])]
+
+
 def _markdown(summary: Mapping[str, Any]) -> str:
-    description = str(summary["protocol_description"])
+    description, verdict = str(summary["protocol_description"]), verdict_of(summary)
     parts = [
+        *([f"**{verdict[0]}**", "\n".join(f"- {sentence}" for sentence in verdict[1:])] if verdict else []),
         f"**{description[0].upper()}{description[1:]}.**",
         f"# {summary['run']}",
         f"{_counts(summary)} Unit of every target, prediction and error: {UNIT}.",
@@ -104,7 +123,7 @@ def _markdown(summary: Mapping[str, Any]) -> str:
     for heading, rows in SECTIONS:
         table = rows(summary)
         if table is not None:
-            parts += [f"## {heading}", table.to_markdown()]
+            parts += [f"## {heading}", table.to_markdown(), *([EXPLANATIONS[rows]] if rows in EXPLANATIONS else [])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,14 +137,17 @@ def _counts(summary: Mapping[str, Any]) -> str:
 def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int = 2) -> Path:
     """Write report.html from the files of a run (summary.json first of all); returns its path.
 
-    genes, count: as in `fold_figures.write_figures`; figures that are on disk and up to date are taken as they are.
-    Raises FileNotFoundError or ValueError when the run has no summary or no complete fold.
+    genes, count: as in `fold_figures.write_figures`, a gene in the folds whose panel has it; figures that are on disk and up
+    to date are taken as they are.
+    Raises FileNotFoundError or ValueError when the run has no summary or no complete fold, ValueError for a gene of no panel.
     """
     run_dir = Path(run_dir)
     summary = read_summary(run_dir / "summary.json")
     records, _ = read_run(run_dir)
-    description = str(summary["protocol_description"])
+    check_genes(genes, {gene for record in records for gene in record.genes}, "the run predicts")
+    description, verdict = str(summary["protocol_description"]), verdict_of(summary)
     sections = [
+        *([html.Section("verdict", "In words", html.note_list(verdict))] if verdict else []),
         html.Section("protocol", "Protocol and caveats", _protocol_part(summary)),
         html.Section("scores", "Scores", _scores_part(summary)),
         *_run_parts(run_dir, records, summary),
@@ -153,6 +175,7 @@ def _scores_part(summary: Mapping[str, Any]) -> str:
         table = rows(summary)
         if table is not None:
             parts.append(html.scrollable(table.to_html(heading)))
+            parts += [html.paragraph(EXPLANATIONS[rows])] if rows in EXPLANATIONS else []
     return "\n".join(parts)
 
 
@@ -192,31 +215,39 @@ def _run_parts(run_dir: Path, records: Sequence[FoldRecord], summary: Mapping[st
 
 def _fold_part(record: FoldRecord, genes: Sequence[str], count: int) -> str:
     """Training, clusters and genes on the tissue of one fold."""
-    pictures = figures_of(record.path, genes=genes, count=count)
+    pictures = figures_of(record.path, genes=[gene for gene in genes if gene in record.genes], count=count)
     split = record.split
     held_out = f" ({', '.join(split['validation_patients'])})" if split.get("validation_patients") else ""
-    parts = [
-        html.paragraph(
-            f"Tested on {', '.join(split['test_patients'])} ({record.result['num_slides']} slides, "
-            f"{record.result['num_spots']} spots); trained on {', '.join(split.get('train_patients', [])) or 'unknown'}; "
-            f"{choice_of_epoch([record])}{held_out}."
-        )
+    told = html.paragraph(
+        f"Tested on {', '.join(split['test_patients'])} ({record.result['num_slides']} slides, "
+        f"{record.result['num_spots']} spots); trained on {', '.join(split.get('train_patients', [])) or 'unknown'}; "
+        f"{choice_of_epoch([record])}{held_out}."
+    )
+    shown = ("curves", "Training"), ("clusters", "Clusters of a batch")
+    charts = [
+        f"<h3>{heading}</h3>{embedded(record.path, picture)}"
+        for kind, heading in shown
+        for picture in pictures
+        if picture.kind == kind
     ]
-    for kind, heading in (("curves", "Training"), ("clusters", "Clusters of a batch")):
-        parts += [f"<h3>{heading}</h3>{_embedded(record, shown)}" for shown in pictures if shown.kind == kind]
+    return "\n".join([told, *charts, gene_part(record.path, pictures)])
+
+
+def gene_part(folder: Path, pictures: Sequence[Picture]) -> str:
+    """Show the maps of chosen, best and worst genes with their scatter plots; says so where there are none."""
+    parts = []
     for group, heading in (("chosen", "Chosen genes"), ("best", "Best genes"), ("worst", "Worst genes")):
         maps, points = ([p for p in pictures if (p.group, p.kind) == (group, kind)] for kind in ("map", "scatter"))
         if maps:
-            row = "".join(_embedded(record, shown) for shown in points)
-            parts.append(f"<h3>{heading}</h3>" + "".join(_embedded(record, shown) for shown in maps))
+            row = "".join(embedded(folder, shown) for shown in points)
+            parts.append(f"<h3>{heading}</h3>" + "".join(embedded(folder, shown) for shown in maps))
             parts.append(f'<div class="row">{row}</div>')
-    if not any(shown.kind == "map" for shown in pictures):
-        parts.append(html.paragraph("No maps: this fold holds no prediction files, or no gene with a defined PCC."))
-    return "\n".join(parts)
+    return "\n".join(parts) or html.paragraph("No maps: there are no prediction files, or no gene with a defined PCC.")
 
 
-def _embedded(record: FoldRecord, shown: Picture) -> str:
-    path = record.path / "figures" / f"{shown.name}.png"
+def embedded(folder: Path, shown: Picture) -> str:
+    """Embed a picture of `figures/` in the folder."""
+    path = folder / "figures" / f"{shown.name}.png"
     return html.picture(path, alt=shown.alt, caption=shown.caption, photograph=shown.kind == "map")
 
 

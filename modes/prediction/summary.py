@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from evaluation.fold_files import find_folds
+from evaluation.comparison.verdict import RIDGES, Circumstances, judge, model_of, ridge_beside
+from evaluation.fold_files import find_folds, read_run
 from evaluation.held_out import measure_held_out, write_held_out
 from evaluation.report.explorer import write_explorer
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
-from utils.checkpoint import is_complete
+from utils.checkpoint import fold_checkpoints, is_complete, load_checkpoint
+from utils.config import load_config, read_config
 from utils.files import reading
 
+# What the features of a run and its folds depend on, and where its runs lie; the model's own settings mean nothing to ridge.
+_SHARED = ("DATA", "EVALUATION.protocol", "GENERAL.log_path")
 
-def finish_run(run_dir: Path, with_report: bool = True) -> str:
+
+def finish_run(run_dir: Path, with_report: bool = True, genes: Sequence[str] = ()) -> str:
     """Write held_out.json, summary.json, summary.md, report.html and explorer.html over the complete folds.
 
-    Returns the table for the terminal.
+    genes: drawn on every slide in report.html, beside the best and the worst. Returns the table for the terminal.
     """
     held_out = measure_held_out(run_dir)
     write_held_out(run_dir, held_out)
     coverage = held_out.describe()
     summary = summarise(run_dir, notes=[*_run_notes(run_dir), *([coverage] if coverage else [])])
+    summary = {"verdict": judge(summary, _circumstances(run_dir)), **summary}
     write_summary(run_dir, summary)
     if with_report:
-        write_report(run_dir)
+        write_report(run_dir, genes=genes)
         folds, _ = find_folds(run_dir)
         predictions = sorted((path for fold in folds for path in fold.glob("predictions/*.h5ad")), key=lambda p: p.name)
         if predictions:
@@ -46,3 +55,52 @@ def _run_notes(run_dir: Path) -> list[str]:
     if unfinished:
         notes.append(f"{', '.join(unfinished)}: scored before the training had ended. Go on with --resume.")
     return notes
+
+
+def _circumstances(run_dir: Path) -> Circumstances:
+    """What the judgement of a run needs beside its scores; imported runs and means of runs have no configuration."""
+    histories = {record.index: record.epochs.to_dict("records") for record in read_run(run_dir)[0]}
+    model = model_of(run_dir)
+    ridge = ridge_beside(run_dir, model)
+    if not model:
+        return Circumstances(histories=histories, ridge=ridge)
+    config = read_config(run_dir / "config.yaml")
+    return Circumstances(
+        model=model,
+        epochs=config.EVALUATION.fixed_epochs or config.TRAINING.epochs,
+        learning_rate=config.TRAINING.learning_rate,
+        histories=histories,
+        ridge=ridge,
+        to_make_one="" if ridge else _ridge_command(run_dir, config.to_dict()),
+    )
+
+
+def _ridge_command(run_dir: Path, own: Mapping[str, Mapping[str, Any]]) -> str:
+    """The command that trains ridge beside a run, on the same folds and features; "" where the run's own is not known."""
+    checkpoint = next(iter(fold_checkpoints(run_dir).values()), None)
+    try:
+        name = load_checkpoint(checkpoint, memory_map=True).config_name if checkpoint else ""
+        given = load_config(name).to_dict()
+    except (ValueError, OSError):
+        return ""
+    keys = [(section, key) for section, values in own.items() for key in values]
+    shared = [(s, key) for s, key in keys if s in _SHARED or f"{s}.{key}" in _SHARED]
+    changed = [f"{s}.{key}={_as_flag(own[s][key])}" for s, key in shared if own[s][key] != given[s][key]]
+    words = [
+        "python",
+        "main.py",
+        "--config_name",
+        name,
+        "--mode",
+        "train",
+        "--model",
+        RIDGES[0],
+        "--run_name",
+        RIDGES[0],
+    ]
+    return shlex.join([*words, *(word for setting in changed for word in ("--set", setting))])
+
+
+def _as_flag(value: object) -> str:
+    """A value as --set reads it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -34,6 +34,7 @@ def test_together(
     device: torch.device,
     open_tested: OpenTested,
     with_report: bool,
+    genes: Sequence[str] = (),
 ) -> Path:
     """Test the mean of several runs on the folds that they share; returns the folder, `ensemble_...` beside the first run.
 
@@ -51,7 +52,7 @@ def test_together(
     for of_fold in by_fold.values():
         _test_fold(of_fold, folder / of_fold[0].name, [note, *notes], open_tested)
     write_json(folder / _RECORD, {"runs": _relative(folder, runs)})
-    say(finish_run(folder, with_report))
+    say(finish_run(folder, with_report, genes))
     say(f"Written to {folder}")
     return folder
 

@@ -45,7 +45,7 @@ def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequen
 
 def _how_to_prepare(layout: Layout) -> str:
     if layout.spec.prepared_by is None:
-        return f"docs/{'external' if layout.spec.external else 'your_data'}.md says how to make them."
+        return f"docs/{'predict' if layout.spec.external else 'your_data'}.md says how to make them."
     return f"Prepare them: python preprocess/{layout.spec.prepared_by} --data_dir {layout.data_dir}"
 
 

@@ -18,6 +18,7 @@ from datasets.tables.counts import wrong_counts
 from datasets.tables.h5ad import frame_of
 from datasets.tables.sparse import Stored, checked_sparse, runs_of_lines, stacked
 from datasets.tables.spot_table import check_spots
+from preprocess.raw.gene_map import SYMBOL_COLUMNS, is_ensembl
 from preprocess.raw.hest import array_positions, is_in_tissue
 from preprocess.raw.space_ranger.matrices import GeneCounts
 from preprocess.raw.space_ranger.output import checked_factors
@@ -166,12 +167,15 @@ def _gene_counts(file: h5py.File, source: AnnDataFile, rows: np.ndarray, barcode
     if source.place not in file:
         there = [place for place in _places(file) if place != source.place]
         raise ValueError(f"{source.path} has no {source.place}; counts could be in {some(there) or 'nothing'}.")
-    var = frame_of(file["raw/var" if source.is_raw else "var"], [source.gene_column] if source.gene_column else [])
-    if source.gene_column is not None and source.gene_column not in var:
-        has = _names_in(file["raw/var" if source.is_raw else "var"])
-        raise ValueError(f"{source.path}: var has no column {source.gene_column}; it has {some(has, 12) or 'none'}.")
-    ids = checked_names(var.index.tolist(), "genes", source.path)
-    symbols = ids if source.gene_column is None else [str(name) for name in var[source.gene_column]]
+    stored = file["raw/var" if source.is_raw else "var"]
+    ids = checked_names(frame_of(stored).index.tolist(), "genes", source.path)
+    column = source.gene_column
+    if column is None and all(map(is_ensembl, ids)):  # the symbols that lie beside them, as CELLxGENE writes them
+        column = next((name for name in _names_in(stored) if name.lower() in SYMBOL_COLUMNS), None)
+    var = frame_of(stored, [column] if column else [])
+    if column is not None and column not in var:
+        raise ValueError(f"{source.path}: var has no column {column}; it has {some(_names_in(stored), 12) or 'none'}.")
+    symbols = ids if column is None else [str(name) for name in var[column]]
     symbols = [symbol if symbol not in ("", "nan", "None") else gene for symbol, gene in zip(symbols, ids, strict=True)]
     shape = _shape_of(file[source.place])
     if shape[1] != len(ids) or (len(rows) and rows[-1] >= shape[0]):

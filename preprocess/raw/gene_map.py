@@ -19,8 +19,12 @@ from utils.untrusted.text import cells_of, text_of
 
 _ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}(\.\d+)?$")
 _AT_A_TIME = 1 << 24  # counts
-_SYMBOL_COLUMNS = (
+SYMBOL_COLUMNS = (
     "symbol",
+    "symbols",
+    "gene_symbols",
+    "gene_names",
+    "feature_name",
     "gene_symbol",
     "gene symbol",
     "gene_name",
@@ -61,7 +65,7 @@ def read_gene_map(path: str | Path) -> dict[str, str]:
             f"{path}: no column holds Ensembl ids; the first row is {some(table.iloc[0].tolist())}. Expected {WHERE}."
         )
     header = [] if is_ensembl(table.loc[0, ids]) else [str(name).strip().lower() for name in table.iloc[0]]
-    symbols = next((i for i, name in enumerate(header) if name in _SYMBOL_COLUMNS), ids + 1)
+    symbols = next((i for i, name in enumerate(header) if name in SYMBOL_COLUMNS), ids + 1)
     if symbols not in table:
         raise ValueError(f"{path}: no column of symbols follows the Ensembl ids. Expected {WHERE}.")
     rows = table.loc[table[ids].map(is_ensembl) & (table[symbols] != "")]

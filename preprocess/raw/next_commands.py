@@ -21,7 +21,7 @@ def say_next_of_training(layout: Layout, num_genes: int) -> None:
     if not path.is_file():
         write_text(
             path,
-            "# What is not here has its default, of HER2ST (docs/configuration.md). This file is yours to change.\n"
+            "# What is not here has its default, of HER2ST (docs/commands.md). This file is yours to change.\n"
             f"DATA:\n  type: {layout.name}\n  data_dir: {layout.data_dir}\n"
             f"  num_genes: {min(Data.num_genes, num_genes)}\n",
         )
@@ -46,7 +46,8 @@ def say_next_of_training(layout: Layout, num_genes: int) -> None:
     train = f"python main.py --config_name {path} --mode train --use_kmeans"
     if len(patients) == 2:
         say(
-            "Two patients leave none to choose the number of epochs, so it is set beforehand; 50 is a number to start from."
+            "Two patients leave none to choose the number of epochs, so it is set beforehand; 50 is a number to start from "
+            "(docs/first_run.md)."
         )
         train += " --fixed_epochs 50"
     say(f"Then: {train}")

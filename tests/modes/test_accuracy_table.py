@@ -6,7 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from benchmarks import accuracy_search, table
+from benchmarks import accuracy_search, learning_curve, table
 from benchmarks.accuracy import DATA_SETS, ENSEMBLES, METHODS, DataSet, main
 from benchmarks.learning_curve import TESTED, link_set, scores_of
 from datasets.known_sets import get_spec
@@ -160,3 +160,28 @@ def test_the_learning_curve_means_over_slides_then_seeds(tmp_path):
         pd.DataFrame(rows).to_csv(folder / "per_gene_slide.csv", index=False)
     found = scores_of([tmp_path / "seed_0", tmp_path / "seed_1"]).set_index("patient")["pcc_all"]
     assert found.to_dict() == pytest.approx({"Q": 0.3, "R": 0.7})
+
+
+def test_a_learning_curve_is_drawn_beside_the_page(tmp_path):
+    """The table says means of the rows, and its command; the page shows both and the figure."""
+    rows = pd.DataFrame(
+        {"patients": count, "method": method, "metric": metric, "mean": mean, "low": mean - 0.01, "high": mean + 0.01}
+        for method, start in (("gene_dml", 0.3), ("ridge_neighbor", 0.4))
+        for metric in ("pcc_all", "mse")
+        for count, mean in ((2, start), (4, start + 0.05))
+    )
+    curve, pages = tmp_path / "accuracy" / "learning_curve", tmp_path / "docs"
+    about = {"command": "python benchmarks/learning_curve.py --seeds 0", "seeds": [0]}
+    text = learning_curve.write_curve(curve, rows, about).read_text()
+    (line,) = [line for line in text.splitlines() if "Gene-DML" in line and "PCC(A)" in line]
+    assert [cell.strip() for cell in line.split("|")[3:5]] == ["0.300", "0.350"]
+    assert "`python benchmarks/learning_curve.py --seeds 0`" in text and "(seeds 0)" in text
+    (part,) = table.further_parts(tmp_path, pages / "images")
+    assert text.strip() in part and "](images/learning_curve.svg)" in part
+    assert "training patients" in (pages / "images" / "learning_curve.svg").read_text()
+
+
+def test_the_learning_curve_has_patients_of_its_own_for_the_test():
+    assert not set(learning_curve.TRAIN) & set(learning_curve.TEST) and len(learning_curve.TRAIN) == 16
+    with pytest.raises(ValueError, match="from 1 to 16"):
+        learning_curve.main(["--counts", "2,17"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import sys
@@ -101,6 +102,52 @@ def test_tables_hold_every_predictor_scale_and_truth(tested):
     assert set(genes["scale"]) == {"fused", "target", "neighbor", "global", "training_mean"}
     assert set(genes["truth"]) == {"smoothed", "unsmoothed"} and set(slides["slide"]) == {"X1"}
     assert (folder / "summary.md").read_text().count("| mean of folds") == 1
+
+
+def test_the_verdict_the_figures_and_the_report_are_of_the_mean_of_the_folds(tested, tmp_path):
+    data_dir, folder = tested
+    summary = json.loads((folder / "summary.json").read_text())
+    row, verdict = summary["headline"], summary["verdict"]
+    assert f"MSE {row['mse']:.3f} against {row['training_mean_mse']:.3f}" in verdict[0]
+    assert verdict[0].startswith("Better" if row["mse"] < row["training_mean_mse"] else "Worse")
+    assert "One patient stands behind this" in verdict[1] and f"{row['pcc_all']:.3f}" in verdict[1]
+    assert f"- {verdict[0]}" in (folder / "summary.md").read_text()
+    page = (folder / "report.html").read_text()
+    assert html.escape(verdict[0]) in page and page.count("<img") >= 7
+    shown = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert {"patients", "pcc_distribution", "gene_bars"} < shown and len(
+        [n for n in shown if n.startswith("map_")]
+    ) == 4
+    # Chosen genes; without a report there is nothing to draw them in.
+    run = shutil.copytree(folder.parents[1], tmp_path / "run", ignore=shutil.ignore_patterns("external"))
+    words = ["--mode", "external_test", "--test_name", "demo_external", "--model_path", str(run), "--device", "cpu"]
+    words += ["--data_dir", str(data_dir), "--fold", "0"]
+    gene = summary["genes"][3]
+    assert call_main(*words, "--genes", gene).status == 0
+    drawn = run / "fold_0" / "external" / "demo_external"
+    assert (drawn / "figures" / f"map_chosen_{gene}_X1.png").is_file()
+    assert f"Measured, predicted and error of {gene} on slide X1" in (drawn / "report.html").read_text()
+    assert "--genes draws genes in the report" in call_main(*words, "--no_report", "--genes", gene).said
+    wrong = call_main(*words, "--genes", "NOPE").said
+    assert "--genes NOPE: not among the" in wrong and "the run predicts and demo_external has measured" in wrong
+    shutil.rmtree(drawn)
+    assert call_main(*words, "--no_report").status == 0
+    assert {path.name for path in drawn.iterdir()} == {
+        "summary.json", "summary.md", "per_gene.csv", "per_slide.csv", "predictions",
+    }  # fmt: skip
+
+
+def test_test_draws_chosen_genes(tiny_run, tmp_path):
+    run = tiny_run.copy(tmp_path)
+    genes = load_checkpoint(run / "fold_0" / "best.pt").genes
+    words = ["--mode", "test", "--model_path", str(run), "--device", "cpu", "--data_dir", str(tiny_run.data_dir)]
+    wrong = call_main(*words, "--genes", f"{genes[0]}X")
+    assert (
+        wrong.status == 2 and f"--genes {genes[0]}X: not among the" in wrong.said and f"near: {genes[0]}" in wrong.said
+    )
+    assert call_main(*words, "--fold", "0", "--genes", genes[5]).status == 0
+    assert "Chosen genes" in (run / "report.html").read_text()
+    assert list((run / "fold_0" / "figures").glob(f"map_chosen_{genes[5]}_*.png"))
 
 
 def test_pcc_h_is_over_the_list_of_the_training_run(tested):

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import anndata
@@ -27,6 +28,7 @@ from tests.space_ranger import write_outs
 from utils.files import load_names
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "your_data.md"
+RECIPE = PAGE.parents[1] / "config" / "small.yaml"
 PROGRAMS = {
     "main.py": main.main,
     "preprocess/extract_features_uni.py": extract_features_uni.main,
@@ -48,9 +50,27 @@ def commands_of_page() -> list[str]:
 
 
 def run_line(line: str) -> Left:
+    if line.startswith(("mkdir ", "cp ")):
+        subprocess.run(shlex.split(line), check=True)
+        if line.startswith("cp "):
+            change_as_the_page_says(Path(shlex.split(line)[-1]))
+        return Left(0, "")
     python, script, *arguments = shlex.split(line)
     assert python == "python" and script in PROGRAMS, f"the page shows a command that is not tested: {line}"
     return call(PROGRAMS[script], *arguments)
+
+
+def change_as_the_page_says(config: Path) -> None:
+    """The three lines that are about the data; these slides are tiny, and the encoder that the recipe names is the test's."""
+    text = config.read_text()
+    for line, own in (
+        ("type: mine", "type: mine"),
+        ("patch_size: 224", "patch_size: 64"),
+        ("num_genes: 250", "num_genes: 20"),
+    ):
+        assert line in text and f"`{line.partition(':')[0]}" in PAGE.read_text()
+        text = text.replace(line, own)
+    config.write_text(text)
 
 
 @pytest.fixture
@@ -69,14 +89,16 @@ def folder(tiny_data, tmp_path, monkeypatch) -> Path:
             image.save(root / "ST-imgs" / f"{slide}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("utils.config.CONFIG_DIR", tmp_path / "config")
+    (tmp_path / "config").mkdir()
+    shutil.copy(RECIPE, tmp_path / "config")
     for path, content in files_of_page().items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(content)
     return tmp_path
 
 
-def test_the_page_names_its_two_files_and_the_layout_that_the_program_reads():
-    assert list(files_of_page()) == ["data/mine/dataset.yaml", "config/mine/dml.yaml"]
+def test_the_page_names_its_file_and_the_layout_that_the_program_reads():
+    assert list(files_of_page()) == ["data/mine/dataset.yaml"]
     layout = Layout("data", get_spec("demo"))
     text = PAGE.read_text()
     for place in (layout.counts_dir, layout.spots_path("P1_s1"), layout.images_dir):
@@ -85,11 +107,12 @@ def test_the_page_names_its_two_files_and_the_layout_that_the_program_reads():
 
 def test_the_page_step_by_step(folder):
     doctor = "python main.py --mode doctor --config_name mine/dml"
-    too_early = run_line(doctor)
-    assert too_early.status == 2 and "have no target features" in too_early.said, "step 5 before step 4"
     commands = commands_of_page()
-    assert doctor in commands and len(commands) == 5
+    assert doctor in commands and len(commands) == 7
     for line in commands:
+        if "extract_features" in line:
+            too_early = run_line(doctor)
+            assert too_early.status == 2 and "have no target features" in too_early.said, "step 5 before step 4"
         left = run_line(line)
         assert left.status == 0, f"{line}\n{left.said}"
     run = folder / "logs" / "mine" / "dml" / "exp_0"
@@ -168,9 +191,9 @@ def test_an_external_set_that_is_neither_is_read_as_the_page_says(folder):
     (folder / "data" / "test").mkdir()
     shutil.copytree(PAGE.parents[1] / "config" / "her2st", folder / "config" / "her2st")
     shutil.copytree(folder / "data" / "mine", folder / "data" / "test" / "my_set")
-    (description,) = blocks("external.md", "yaml")
+    (description,) = blocks("predict.md", "yaml")
     (folder / "data" / "test" / "my_set" / "dataset.yaml").write_text(description)
-    given = extract_features_uni.COMMAND_LINE.parse(command_with("external.md", "target --test_name my_set"))
+    given = extract_features_uni.COMMAND_LINE.parse(command_with("predict.md", "target --test_name my_set"))
     config, spec = extract_features_uni.resolve(given)  # no --config: dataset.yaml says for whose models it is
     layout = Layout("data", spec)
     assert spec.external and config.DATA.type == spec.training_type == "her2st"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,24 @@ def config(fabricated_data, tmp_path):
     return load_config(
         tmp_path / "tiny.yaml", [f"DATA.data_dir={fabricated_data}", f"GENERAL.log_path={tmp_path / 'logs'}"]
     )
+
+
+def test_the_summary_gives_the_command_of_a_ridge_and_then_compares_with_it(config, tmp_path):
+    config = with_(config, TRAINING={"epochs": 1}, DATA={"num_neighbors": 3})
+    asked = options(config_file=str(tmp_path / "tiny.yaml"))
+    run = train(config, asked)
+    before = json.loads((run / "summary.json").read_text())["verdict"]
+    assert "no such run lies beside it" in before[0]
+    said, command = before[1].split(": python main.py ")
+    assert said.endswith("repeat this training with --resume")
+    main.main([*shlex.split(command), "--device", "cpu", "--no_report"])
+    assert (run.parent / "ridge_neighbor" / "summary.json").is_file(), "it lies beside the run"
+    train(config, replace(asked, resume=True))
+    after = json.loads((run / "summary.json").read_text())["verdict"]
+    assert " than ridge on the same features (ridge_neighbor), PCC(A)" in after[0] or after[0].startswith(
+        "About as good"
+    )
+    assert not any("main.py" in sentence for sentence in after)
 
 
 def log(run: Path, fold: int) -> str:

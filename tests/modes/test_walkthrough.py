@@ -42,7 +42,7 @@ def test_the_walkthrough_runs(tiny_run: TinyRun, tmp_path: Path, monkeypatch: py
 
 
 def test_what_may_be_imported_is_there() -> None:
-    page = (ROOT / "docs" / "outputs.md").read_text(encoding="utf-8").split("## As a library")[1]
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8").split("## As a library")[1]
     listed = re.findall(r"^\| `([\w.]+)` \| (.*?) \|", page, flags=re.MULTILINE)
     assert len(listed) >= 6
     for module, names in listed:

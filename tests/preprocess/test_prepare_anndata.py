@@ -136,6 +136,17 @@ def test_spots_off_the_tissue_and_symbols_of_a_column(tmp_path, image):
     assert table.n_obs == 26 and set(table.var_names) == set(GENES)
 
 
+@pytest.mark.parametrize("column", ["feature_name", "Gene_Symbols"])
+def test_symbols_beside_ensembl_ids_are_taken_without_being_asked(tmp_path, image, column):
+    adata = slide(1)
+    adata.var[column] = adata.var_names
+    adata.var_names = [f"ENSG{i:011d}" for i in range(4)]
+    assert set(prepared(adata, tmp_path, image).var_names) == set(GENES)
+    adata.var_names = [f"name {i}" for i in range(4)]  # names of the file's own choice stay
+    (tmp_path / "own").mkdir()
+    assert set(prepared(adata, tmp_path / "own", image).var_names) == set(adata.var_names)
+
+
 @pytest.mark.parametrize(
     ("factors", "flags", "microns"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from evaluation.fold_files import write_fold
 from evaluation.intervals import bootstrap_interval, gene_effect, paired_wilcoxon
 from evaluation.protocol import score_fold
 from evaluation.slide_result import SlideResult
+from modes.compare import compare
 
 # --- bootstrap ---
 
@@ -305,3 +307,32 @@ def test_paper_lists_are_said_to_differ(tmp_path):
 def test_names_tell_runs_apart(tmp_path):
     runs = [write_run(tmp_path / name / "run", BASE) for name in ("one", "two")]
     assert compare_runs(runs, metrics=["mse"])["method"].tolist() == ["one/run", "two/run"]
+
+
+# --- the mode ---
+
+
+def test_the_mode_says_what_its_files_say_and_leaves_out_what_is_not_finished(make_run, tmp_path, capsys):
+    runs = [make_run(tmp_path / name, signal=signal, predictions=False) for name, signal in (("a", 0.6), ("b", 0.3))]
+    halfway = make_run(tmp_path / "c", predictions=False)
+    (halfway / "fold_2" / "result.json").unlink()
+    (tmp_path / "d" / "fold_0").mkdir(parents=True)
+    compare([str(path) for path in sorted(tmp_path.iterdir())], None, intersect=False)
+    said = capsys.readouterr().out
+    written = (tmp_path / "comparison" / "comparison.md").read_text()
+    for line in written.splitlines():
+        if line.startswith("| ") and "---" not in line:
+            assert [cell.strip() for cell in line.strip("| ").split(" | ")] in [
+                [cell.strip() for cell in re.split(r"\s{2,}", shown.strip())] for shown in said.splitlines()
+            ]
+    for heading in re.findall(r"^## (.*)$", written, flags=re.MULTILINE)[:4]:
+        assert heading in said
+    assert "wilcoxon_p" not in said and "All tests: 3 pairs are too few for a test." in said
+    assert f"{tmp_path / 'c'}: Not complete, left out: fold 2." in said
+    assert f"{tmp_path / 'd'}: holds 1 fold folders and none is complete" in said
+    compare([str(runs[0]), str(halfway)], None, intersect=True)
+    assert "Left out" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"needs two finished runs, found 1:\n.*d: holds 1 fold folders"):
+        compare([str(runs[0]), str(tmp_path / "d")], None, intersect=False)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        compare([str(runs[0]), str(tmp_path / "nowhere")], None, intersect=False)

@@ -185,7 +185,7 @@ def test_figures_are_made_again_only_when_something_changed(reported: Path, tmp_
 
 
 def test_unknown_gene_is_an_error(finished_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"genes NOPE are not in the panel of .*fold_0 \(10 genes"):
+    with pytest.raises(ValueError, match=r"--genes NOPE: not among the 10 genes that .*fold_0 predicts"):
         write_figures(finished_run / "fold_0", genes=["NOPE"])
 
 
