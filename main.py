@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import utils.interrupts  # noqa: F401  first: the rest takes seconds
 from utils.cli import going_on_by, run, say
 from utils.config import LARGE, Config, config_label, load_config
 from utils.files import safe_name
@@ -60,7 +59,7 @@ def models() -> str:
 # fmt: off
 RUN = (
     Flag("config_name", (*START, "test", "import_reference"), "configuration below config/, e.g. her2st/dml, or a YAML file",
-         needed_by=(*START, "import_reference"),
+         needed_by=(*START, "import_reference"), also="config",
          instead={**IN_CHECKPOINT, "compare": "finds the configurations in the runs"}),
     Flag("set", CONFIG, "any configuration key", is_repeated=True, metavar="SECTION.key=value"),
     Flag("data_dir", CONFIG, "folder of the data sets", "DATA.data_dir"),

@@ -20,14 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so tha
 
 import argparse
 import json
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 
-from benchmarks.accuracy import DATA_SETS, SEARCH, prepare, searched
+from benchmarks.accuracy import DATA_SETS, SEARCH, prepare, searched, shown_flags
 from benchmarks.common import RESULTS, machine, software
 from datasets.batches import SpotBatch
 from datasets.spots import SlideRecord
@@ -109,15 +110,19 @@ def measure(
     ]
 
 
-def groups_by_epoch(run_data: RunData, split: Split, labels: dict[str, np.ndarray], every: int) -> pd.DataFrame:
-    """Train, and measure before the first epoch, after the first, and after each `every`-th and the last."""
+def groups_by_epoch(
+    run_data: RunData, split: Split, labels: dict[str, np.ndarray], every: int
+) -> Iterator[list[dict[str, object]]]:
+    """Train, and measure before the first epoch, after the first, and after each `every`-th and the last.
+
+    Yields the rows of every measurement: epoch, modality, label, nmi, chance.
+    """
     config = run_data.config
     epochs = config.EVALUATION.fixed_epochs
     assert epochs is not None, "accuracy_search.py chose it"
     model = new_model(run_data, split)
     optimization = Optimization.of(model, config, run_data.precision)
     step, expression = make_step(model, config, run_data.encode), split.targets.to(run_data.device)
-    rows: list[dict[str, object]] = []
     for epoch in range(epochs + 1):
         if epoch > 0:
             model.train()
@@ -126,10 +131,9 @@ def groups_by_epoch(run_data: RunData, split: Split, labels: dict[str, np.ndarra
             optimization.scheduler.step()
         if epoch in (0, 1, epochs) or epoch % every == 0:
             measured = measure(run_data, model, epoch_batches(run_data, split, expression, epoch), labels)
-            rows += [{"epoch": epoch, **row} for row in measured]
             shown = ", ".join(f"{row['modality']} with {row['label']} {row['nmi']:.3f}" for row in measured)
             say(f"Epoch {epoch} of {epochs}: {shown}")
-    return pd.DataFrame(rows)
+            yield [{"epoch": epoch, **row} for row in measured]
 
 
 def groups_table(rows: pd.DataFrame) -> Table:
@@ -165,14 +169,23 @@ def main(argv: list[str] | None = None) -> Path:
     shared = prepare(data, work, arguments.raw)
     config = load_config(data.config, [*shared, *searched("gene_dml", found), *arguments.set])
     run_data, split = open_all_patients(config, data.config)
-    rows = groups_by_epoch(run_data, split, labels_of(run_data), arguments.every)
-    out = arguments.out or RESULTS / "groups" / data.name
-    about = {"command": f"python benchmarks/groups.py --data {data.name}", "settings": searched("gene_dml", found)}
+    given = shown_flags(sys.argv[1:] if argv is None else argv)
+    about: dict[str, object] = {"command": shlex.join(["python", "benchmarks/groups.py", *given])}
+    about |= {"settings": [*searched("gene_dml", found), *arguments.set]}
     about |= {"machine": machine(run_data.device), "versions": software()}
-    write_json(out / "groups.json", {**about, "rows": rows.to_dict("records")})
-    path = write_text(out / "groups.md", groups_table(rows).to_markdown() + f"\n\n`{about['command']}`\n")
+    out, rows = arguments.out or RESULTS / "groups" / data.name, list[dict[str, object]]()
+    for measured in groups_by_epoch(run_data, split, labels_of(run_data), arguments.every):
+        rows += measured
+        path = write_groups(out, rows, about)  # after every measurement, so that an interruption leaves a table
     say(path.read_text(encoding="utf-8"))
     return path
+
+
+def write_groups(out: Path, rows: list[dict[str, object]], about: dict[str, object]) -> Path:
+    """Write groups.json and groups.md; returns the latter."""
+    write_json(out / "groups.json", {**about, "rows": rows})
+    text = groups_table(pd.DataFrame(rows)).to_markdown()
+    return write_text(out / "groups.md", f"{text}\n\n`{about['command']}`\n")
 
 
 def open_all_patients(config: Config, config_name: str) -> tuple[RunData, Split]:

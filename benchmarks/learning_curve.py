@@ -154,7 +154,7 @@ def write_curve(out: Path, rows: pd.DataFrame, about: dict) -> Path:
         for (method, metric), values in zip(shown.index, np.asarray(shown))
     ]
     caption = (
-        f"`{about['command']}`: means over the same {len(TEST)} simulated test patients, two slides each (seeds "
+        f"`{about['command']}`: means over the same {len(TEST)} simulated test patients, two slides each (seeds: "
         f"{', '.join(map(str, about['seeds']))}); the bands of the figure are bootstrap intervals over these patients."
     )
     path = write_text(out / "learning_curve.md", f"{Table(header, tuple(cells)).to_markdown()}\n\n{caption}\n")

@@ -12,10 +12,9 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from datasets.tables.summary import CountSummary, summarise
-
 if TYPE_CHECKING:
     from datasets.features.neighbor_files import NeighborFiles
+    from datasets.tables.summary import CountSummary
 
 _NUMPY_TYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
@@ -32,7 +31,7 @@ class EncoderIdentity:
 class SlideRecord:
     """One slide: its checked table, where its spots lie in the flat arrays of a SpotStore, and its image.
 
-    The table has all genes, or, where there is a summary of these, those of them that somebody asked for.
+    The table has the genes that were asked for, the summary is of all that were read.
     """
 
     table: AnnData
@@ -56,8 +55,9 @@ class SlideRecord:
 
     @property
     def counts(self) -> CountSummary:
-        """What the counts of all genes come to, also of those that the table does not hold."""
-        return self.summary or summarise(self.table)
+        """What the counts come to of all genes that were read, also of those that the table does not hold."""
+        assert self.summary is not None, "whoever reads counts sums them up"
+        return self.summary
 
     @property
     def rows(self) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so that `python preprocess/x.py` works
 
-import utils.interrupts  # noqa: F401, I001  first: the rest takes seconds
+import preprocess._interrupts  # noqa: F401, I001  first: the rest takes seconds
 
 import argparse
 import shlex
@@ -68,7 +68,8 @@ MODES = {"internal": "a data set for training and its test", "external": "an ext
 BOTH = tuple(MODES)
 # fmt: off
 SLIDES = (
-    Flag("config", BOTH, "configuration below config/, e.g. her2st/dml, or a YAML file", needed_by=("internal",)),
+    Flag("config", BOTH, "configuration below config/, e.g. her2st/dml, or a YAML file", needed_by=("internal",),
+         also="config_name"),
     Flag("extract_mode", BOTH, "what to make; all: target, neighbor and token", choices=tuple(KINDS_OF_MODE),
          needed_by=BOTH),
     Flag("test_name", ("external",), "external test set, a folder below <data_dir>/test", needed_by=("external",)),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import utils.interrupts  # noqa: F401, I001  first: the rest takes seconds
+import preprocess._interrupts  # noqa: F401, I001  first: the rest takes seconds
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -38,13 +38,14 @@ from datasets.tables.spot_table import read_spots
 from utils.cli import run, say
 from utils.config import load_config
 from utils.flags import parse_names
-from utils.text import checked_names, some
+from utils.text import brief, checked_names, some
 from utils.untrusted.hdf5 import opened_hdf5
 from utils.untrusted.tensors import check_tensors, load_tensors
 
 FORMATS = ("trident", "clam", "hest")
 SMALL_SHARE = 0.02  # of a slide's spots that may take the nearest patch although they lie in none
 FITTING_SHARE = 0.5  # of a slide's spots; with fewer in a patch, the file is of another slide
+_WIDEST = 1_000_000  # level-0 px of a patch
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def read_patches(files: SlideFiles, kind: str) -> Patches:
     features = features[0] if features.ndim == 3 and len(features) == 1 else features
     if features.ndim != 2 or coords.shape != (len(features), 2) or not len(features) or not np.isfinite(coords).all():
         raise ValueError(f"{path} holds features {features.shape} and coords {coords.shape}; expected N x D and N x 2.")
+    if not np.isfinite(features).all():
+        raise ValueError(f"{path}: some numbers of its features are not finite. Make them again with {kind}.")
     covered = None if kind == "hest" else _covered_px(attributes, kind, files.coords)
     if barcodes is not None and (len(barcodes) != len(features) or len(set(barcodes)) != len(barcodes)):
         raise ValueError(f"{path} holds {len(set(barcodes))} different barcodes for {len(features)} patches.")
@@ -124,7 +127,7 @@ def _read_tensor(path: Path, what: str) -> np.ndarray:
 def _covered_px(attributes: Mapping[str, Any], kind: str, path: Path) -> int:
     """Level-0 px that a patch covers, from the attributes of `coords`, which of these tools are its top left corner."""
     if "patch_size_level0" in attributes:
-        return int(attributes["patch_size_level0"])
+        return _width(attributes["patch_size_level0"], path)
     downsample = np.ravel(attributes.get("downsample", attributes.get("downsample_level", 1)))[0]
     if "patch_size" not in attributes or (kind == "trident" and "patch_level" not in attributes):
         remedy = (
@@ -134,7 +137,13 @@ def _covered_px(attributes: Mapping[str, Any], kind: str, path: Path) -> int:
             f"{path}: its coords do not say how wide a patch is; their attributes are {some(sorted(attributes)) or 'none'}."
             f"{remedy}"
         )
-    return round(float(attributes["patch_size"]) * float(downsample))
+    return _width(float(attributes["patch_size"]) * float(downsample), path)
+
+
+def _width(value: Any, path: Path) -> int:
+    if not np.isscalar(value) or not 1 <= value <= _WIDEST:
+        raise ValueError(f"{path}: the width of a patch is {brief(value)} px, expected a length from 1 to {_WIDEST:,}.")
+    return round(float(value))
 
 
 def match(

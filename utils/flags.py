@@ -39,6 +39,7 @@ class Flag:
     presets: value -> what it sets in the configuration, each SECTION.key=value.
     instead: mode that does not read the flag -> what it has in its place.
     is_repeated: it may be given several times; the value is a list.  nargs, metavar: as in argparse.
+    also: a second name, that of the same flag in another program.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Flag:
     is_repeated: bool = False
     nargs: str | None = None
     metavar: str | None = None
+    also: str | None = None
 
     def value_of(self, text: str, wrong: dict[str, str]) -> object:
         """Return the value that the text means; where it means none, None, and a message in `wrong`."""
@@ -91,7 +93,8 @@ class Flag:
             group.add_argument(name, action="store_true", help=text)
             return
         group.add_argument(
-            name,
+            *(name, f"--{self.also}")[: 1 if self.also is None else 2],
+            dest=self.name,
             action="append" if self.is_repeated else "store",
             nargs=self.nargs,
             metavar=self.metavar or (f"{{{','.join(map(str, self.choices))}}}" if self.choices else None),

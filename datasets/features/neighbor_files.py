@@ -15,6 +15,7 @@ from datasets.features.published import map_published
 from utils.cli import say
 from utils.devices import available_memory
 from utils.parallel.team import place_of_this_process
+from utils.untrusted.tensors import check_tensors
 
 PUBLISHED = ".pt"  # ending of published files, which are no caches
 USED_SHARE = 0.9  # of the memory that is free beside the reserve: the system needs some for the files it reads
@@ -88,6 +89,15 @@ class NeighborFiles:
             )
         self.shape = (int(self._starts[-1]), *next(iter(shapes)))
         self.nbytes = int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def check(self) -> NeighborFiles:
+        """Compare published files with their checksums, which they have for all of a file; caches have one for each spot.
+
+        Raises ValueError naming the file.
+        """
+        for published in self._published.values():
+            check_tensors(published.path, {})
+        return self
 
     def read(self, rows: Tensor) -> Tensor:
         """(B, M, D): the features of the spots `rows` (B,), in that order, in host memory.

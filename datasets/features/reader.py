@@ -67,8 +67,8 @@ class FeatureReader:
     ) -> list[SlideRecord]:
         """Read the tables of the slides and verify every cache, before any feature is read.
 
-        genes: read only their counts; None = all.  keep: sum up the counts of all genes, slide by slide, and hold only those
-        of these genes (as far as the slide has them), so that memory does not grow with all genes; None = hold all.
+        genes: read only their counts; None = all.  keep: of these hold only the counts of these genes, as far as the slide
+        has them, so that memory does not grow with all genes; None = all.
         Raises ValueError listing every slide that cannot be used and the command that repairs it.
         """
         records: list[SlideRecord] = []
@@ -80,9 +80,8 @@ class FeatureReader:
             except (ValueError, FileNotFoundError) as error:
                 problems.append(str(error))
                 continue
-            summary = None
-            if keep is not None:
-                summary, table = self._pooled(summarise(table)), with_genes(table, keep)
+            summary = self._pooled(summarise(table))
+            table = table if keep is None else with_genes(table, keep)
             records.append(SlideRecord(table, start, start + table.n_obs, **vars(seen), summary=summary))
             start += table.n_obs
         if problems:
@@ -93,7 +92,7 @@ class FeatureReader:
     def read_genes(self, records: Sequence[SlideRecord], genes: Collection[str]) -> list[SlideRecord]:
         """Read the counts of these genes, as far as the slides have them, in place of those that the tables hold.
 
-        records: with summaries.  Raises ValueError for a slide whose files have changed since.
+        Raises ValueError for a slide whose files have changed since.
         """
         found = []
         for record in records:
@@ -208,7 +207,7 @@ class FeatureReader:
             slides = [(self._path("neighbor", record), len(record.rows)) for record in records]
             files = NeighborFiles(slides, residence)
             if not residence.holds(files.nbytes):
-                return files
+                return files.check()
         return self._read_kind("neighbor", records)
 
     def _path(self, kind: str, record: SlideRecord) -> Path:

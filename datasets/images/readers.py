@@ -8,6 +8,7 @@ them may be read from several threads. Errors of the libraries come out as Value
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 import openslide
 import tifffile
 from PIL import Image, UnidentifiedImageError
-from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFrame, TiffPage
+from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffPage
 
 from datasets.images.pixel_size import microns_of_properties
 from datasets.images.plain_reader import PlainReader, naming_the_file, over_white
@@ -23,6 +24,7 @@ from datasets.images.tiff_pages import TiffImage, check_scanner_tiff, inspect_ti
 from utils.files import UnreadableFile
 
 _DECODED_WITHOUT_A_CODEC = (1, 8, 32773, 32946)  # TIFF compression: none, deflate, PackBits, old deflate
+_DECODED_BYTES = 1 << 25  # of tiles that a reader keeps, as OpenSlide does
 _GENERIC_TIFF = "generic-tiff"  # OpenSlide's name for a tiled TIFF of no scanner
 
 
@@ -54,6 +56,9 @@ class TiledTiffReader:
             except BaseException:
                 self._file.close()
                 raise
+        # The regions asked for are often smaller than the tiles of the file, and lie beside each other.
+        largest = max(3 * level.page.tilewidth * level.page.tilelength for level in self._levels)
+        self._tile = lru_cache(maxsize=max(1, _DECODED_BYTES // largest))(self._decoded_tile)
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         page, planes = self._levels[level].page, self._levels[level].planes
@@ -61,33 +66,39 @@ class TiledTiffReader:
         with naming_the_file(self._path):
             for row in range(y // page.tilelength, (y + height - 1) // page.tilelength + 1):
                 for column in range(x // page.tilewidth, (x + width - 1) // page.tilewidth + 1):
-                    for channel, plane in enumerate(planes):
+                    for channel in range(len(planes)):
                         part = out if len(planes) == 1 else out[:, :, channel : channel + 1]
-                        self._paste(page, plane, row, column, part, x, y)
+                        self._paste(level, channel, row, column, part, x, y)
         return out
 
     def close(self) -> None:
+        self._tile.cache_clear()
         self._file.close()
 
-    def _paste(
-        self, page: TiffPage, plane: TiffPage | TiffFrame, row: int, column: int, out: np.ndarray, x: int, y: int
-    ) -> None:
+    def _paste(self, level: int, channel: int, row: int, column: int, out: np.ndarray, x: int, y: int) -> None:
         """Copy the part of a tile that lies in the rectangle `out` at (x, y); of a plane into its one channel."""
-        tiles_across = -(-page.imagewidth // page.tilewidth)
-        index = row * tiles_across + column
+        page = self._levels[level].page
+        tile = self._tile(level, channel, row * -(-page.imagewidth // page.tilewidth) + column)
+        if tile is None:
+            return
+        left, top = column * page.tilewidth, row * page.tilelength
+        first_x, first_y = max(left, x), max(top, y)
+        part = tile[first_y - top : y + out.shape[0] - top, first_x - left : x + out.shape[1] - left]
+        rgb = _rgb_of(part, page)[:, :, : out.shape[2]]
+        out[first_y - y : first_y - y + len(rgb), first_x - x : first_x - x + rgb.shape[1]] = rgb
+
+    def _decoded_tile(self, level: int, channel: int, index: int) -> np.ndarray | None:
+        """(height, width, samples) of a tile; None where a sparse file leaves it out, which is background."""
+        page, plane = self._levels[level].page, self._levels[level].planes[channel]
         length = plane.databytecounts[index]
         if length == 0:
-            return  # a sparse file leaves empty tiles out: background
+            return None
         raw = os.pread(self._file.filehandle.fileno(), length, plane.dataoffsets[index])
         if len(raw) < length:
             raise EOFError(f"tile {index} of {len(plane.dataoffsets)} ends early")
         tile = page.decode(raw, index, jpegtables=page.jpegtables)[0]
         assert tile is not None
-        left, top = column * page.tilewidth, row * page.tilelength
-        first_x, first_y = max(left, x), max(top, y)
-        part = tile[0, first_y - top : y + out.shape[0] - top, first_x - left : x + out.shape[1] - left]
-        rgb = _rgb_of(part, page)[:, :, : out.shape[2]]
-        out[first_y - y : first_y - y + len(rgb), first_x - x : first_x - x + rgb.shape[1]] = rgb
+        return tile[0]
 
 
 class OpenSlideReader:

@@ -52,7 +52,7 @@ def write_external_report(
         html.Section("caveats", "Caveats", html.note_list(summary["notes"])),
         html.Section("scores", "Scores", told + table),
         html.Section("charts", "Patients and genes", "".join(charts)),
-        html.Section("maps", "Genes on the tissue", gene_part(folder, pictures)),
+        html.Section("maps", "Genes on the tissue", gene_part(folder, pictures, "this test")),
     ]
     page = html.page(
         title=f"Gene-DML: {summary['run']} on {summary['test_name']}",

@@ -230,11 +230,11 @@ def _fold_part(record: FoldRecord, genes: Sequence[str], count: int) -> str:
         for picture in pictures
         if picture.kind == kind
     ]
-    return "\n".join([told, *charts, gene_part(record.path, pictures)])
+    return "\n".join([told, *charts, gene_part(record.path, pictures, "this fold")])
 
 
-def gene_part(folder: Path, pictures: Sequence[Picture]) -> str:
-    """Show the maps of chosen, best and worst genes with their scatter plots; says so where there are none."""
+def gene_part(folder: Path, pictures: Sequence[Picture], what: str) -> str:
+    """Show the maps of chosen, best and worst genes with their scatter plots, or say that there are none. what: "this fold"."""
     parts = []
     for group, heading in (("chosen", "Chosen genes"), ("best", "Best genes"), ("worst", "Worst genes")):
         maps, points = ([p for p in pictures if (p.group, p.kind) == (group, kind)] for kind in ("map", "scatter"))
@@ -242,7 +242,9 @@ def gene_part(folder: Path, pictures: Sequence[Picture]) -> str:
             row = "".join(embedded(folder, shown) for shown in points)
             parts.append(f"<h3>{heading}</h3>" + "".join(embedded(folder, shown) for shown in maps))
             parts.append(f'<div class="row">{row}</div>')
-    return "\n".join(parts) or html.paragraph("No maps: there are no prediction files, or no gene with a defined PCC.")
+    return "\n".join(parts) or html.paragraph(
+        f"No maps: {what} holds no prediction files, or no gene with a defined PCC."
+    )
 
 
 def embedded(folder: Path, shown: Picture) -> str:

@@ -15,7 +15,6 @@ from datasets.images.slides import Slide
 from datasets.images.spots_on_tissue import TissuePicture, check_spots_on_tissue, spacing
 from datasets.images.tissue import MIN_TISSUE, TissueMask, find_tissue, tissue_grid
 from datasets.tables.array_grid import grid_of_pixels
-from datasets.tables.positions import read_positions
 from datasets.tables.spot_table import check_inside, spot_ids
 
 if TYPE_CHECKING:  # most predictions are of the whole slide
@@ -92,6 +91,8 @@ def spots_of_file(slide: Slide, path: Path, covered_px: int, exchanged_pixels: b
     Raises FileNotFoundError, or ValueError for a file that is no table of positions, for spots outside the image, on its
     glass, or far closer than a patch is wide.
     """
+    from datasets.tables.positions import read_positions  # most predictions lay a grid
+
     positions = read_positions(path)
     if exchanged_pixels:
         positions = positions.exchanged()

@@ -92,15 +92,15 @@ def open_run_data(
     folds: Sequence[SplitRecord] = (),
     team: Team = ALONE,
     *,
-    genes: Sequence[str] = (),
+    genes: Sequence[str] | None = None,
     is_rehearsal: bool = False,
 ) -> RunData:
     """Read and verify tables, features and tokens of the slides; nothing is read from disk again but tokens, and neighbor
     features that do not fit into memory.
 
     folds: those that will be trained; k and the gene panel are checked against them, and the counts of their panels are
-    held, beside those of `genes`. The cheap comes first: the encoder and its weights, then tables and headers of caches,
-    then k and panel, and only then the features are read.
+    held, beside those of `genes`; without folds and genes those of all genes. The cheap comes first: the encoder and its
+    weights, then tables and headers of caches, then k and panel, and only then the features are read.
     is_rehearsal: no step will be made, so patches for the encoder are not cut; everything is checked all the same.
     Raises ValueError or FileNotFoundError for whatever cannot be used, with the command that repairs it.
     """
@@ -110,14 +110,15 @@ def open_run_data(
         _check_encoder_can_run(config)
     panel = fixed_panel(config, layout) if folds else None
     reader = FeatureReader(layout, config.DATA.encoder, with_neighbors=needs.neighbors)
-    records = reader.read_tables(slides, keep=[*genes, *(panel or ())])
+    is_whole = genes is None and not folds
+    records = reader.read_tables(slides, keep=None if is_whole else [*(genes or ()), *(panel or ())])
     if (note := note_on_counts(records)) and not is_rehearsal:
         say(note)
     check_clusters(config, records, folds)
     check_fixed_panel(config, records, panel or [])
     if folds and panel is None:
         panels = [choose_panel(config, layout, named(records, fold.fitted_slides)) for fold in folds]
-        records = reader.read_genes(records, set(genes).union(*panels))
+        records = reader.read_genes(records, set(genes or ()).union(*panels))
     need = _demand(config, layout, spec, records, device)
     reserve = need.on_device if device.type == "cuda" else 0
     store = reader.read_features(records, _residence(config, need, device))
@@ -193,7 +194,7 @@ def _demand(
         slide_sizes=[record.stop - record.start for record in records],
         online=needs_of(config).tokens and runs_encoder(config, layout, slides),
         half=Precision(config.TRAINING.precision, device).dtype != torch.float32,
-        num_tokens=tokens_of_spot(layout, slides, spec),
+        num_tokens=tokens_of_spot(layout, slides, spec) if device.type == "cuda" else None,
     )
 
 

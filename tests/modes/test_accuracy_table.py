@@ -175,7 +175,7 @@ def test_a_learning_curve_is_drawn_beside_the_page(tmp_path):
     text = learning_curve.write_curve(curve, rows, about).read_text()
     (line,) = [line for line in text.splitlines() if "Gene-DML" in line and "PCC(A)" in line]
     assert [cell.strip() for cell in line.split("|")[3:5]] == ["0.300", "0.350"]
-    assert "`python benchmarks/learning_curve.py --seeds 0`" in text and "(seeds 0)" in text
+    assert "`python benchmarks/learning_curve.py --seeds 0`" in text and "(seeds: 0)" in text
     (part,) = table.further_parts(tmp_path, pages / "images")
     assert text.strip() in part and "](images/learning_curve.svg)" in part
     assert "training patients" in (pages / "images" / "learning_curve.svg").read_text()

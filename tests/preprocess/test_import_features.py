@@ -19,6 +19,7 @@ from datasets.tables.slide_table import load_slide
 from modes.test import test as run_test
 from modes.train import TrainOptions, train
 from preprocess.import_features import main
+from tests.soak import user_readers
 from utils.config import load_config
 
 ENCODER, SIDE = "efficientnet-lite0", 64
@@ -168,3 +169,21 @@ def test_import_train_and_test(layout, config, tmp_path):
     assert json.loads((run / "fold_0" / "split.json").read_text())["tokens"] == {"source": "pooled"}
     run_test(run, None, [], torch.device("cpu"), None, False)
     assert np.isfinite(json.loads((run / "fold_0" / "result.json").read_text())["mse"])
+
+
+@pytest.mark.parametrize("width", [0, -64, float("nan"), float("inf"), 1e9])
+@pytest.mark.parametrize("kind", ["trident", "clam"])
+def test_a_width_that_is_none_and_features_that_are_not_finite(tmp_path, kind, width):
+    path = user_readers.features_of_a_tool(tmp_path, kind=kind)
+    with h5py.File(path, "r+") as file:
+        file["coords"].attrs["patch_size_level0" if kind == "trident" else "patch_size"] = width
+    with pytest.raises(
+        ValueError, match=r"S1\.h5: the width of a patch is .* px, expected a length from 1 to 1,000,000"
+    ):
+        user_readers.patches_of_a_tool(path, kind=kind)
+    with h5py.File(path, "r+") as file:
+        file["features"][2, 3] = np.nan
+    with pytest.raises(
+        ValueError, match=rf"S1\.h5: some numbers of its features are not finite\. Make them again with {kind}"
+    ):
+        user_readers.patches_of_a_tool(path, kind=kind)

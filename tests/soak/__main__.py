@@ -30,7 +30,7 @@ def run_fuzz(folder: Path, seed: int, files: int) -> list[str]:
     total = [sum(counter[name] for counter in report.counts.values()) for name in columns]
     for name, numbers in [*((n, [c[k] for k in columns]) for n, c in report.counts.items()), ("all", total)]:
         say(f"| {name} | {' | '.join(map(str, numbers))} |")
-    say(f"\nslowest file: {report.slowest:.1f} s")
+    say(f"\nslowest file: {report.slowest:.1f} s of the processor")
     return report.findings
 
 

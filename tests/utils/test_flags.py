@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import main
+from preprocess import extract_features_uni
 from utils.flags import CommandLine, Flag, one_of, parse_names, parse_numbers
 
 FLAGS = (
@@ -14,7 +16,7 @@ FLAGS = (
     Flag("size", ("one", "two"), "how large", choices=("base", "large"), presets={"large": ("LOSS.k=9", "LOSS.a=1")}),
     Flag("views", ("two",), "how many", kind=int, choices=(1, 2, 8)),
     Flag("folds", ("two",), "folds", kind=parse_numbers, instead={"one": "takes --number"}),
-    Flag("genes", ("two",), "genes", kind=parse_names),
+    Flag("genes", ("two",), "genes", kind=parse_names, also="names"),
     Flag("runs", ("two",), "runs", nargs="+"),
     Flag("set", ("one", "two"), "any key", is_repeated=True, metavar="SECTION.key=value"),
 )
@@ -42,6 +44,19 @@ def test_values():
     )
     assert (found.share, found.views, found.folds, found.genes, found.runs) == (-0.5, 8, [0, 2], ["A", "B"], ["a", "b"])
     assert (found.plain, found.number, found.switch, found.set) == (None, None, False, None)
+
+
+def test_a_second_name_means_the_same_flag():
+    assert command_line().parse(["--mode", "two", "--names", "A,B"]).genes == ["A", "B"]
+    assert command_line().parse(["--mode", "two", "--genes", "A,B"]).genes == ["A", "B"]
+
+
+def test_both_programs_take_both_names_of_the_configuration():
+    given = ["--config", "demo/dml"], ["--config_name", "demo/dml"]
+    assert {main.COMMAND_LINE.parse(["--mode", "train", *words]).config_name for words in given} == {"demo/dml"}
+    extraction = extract_features_uni.COMMAND_LINE
+    words = ["--mode", "internal", "--extract_mode", "target"]
+    assert {extraction.parse([*words, *flag]).config for flag in given} == {"demo/dml"}
 
 
 def test_zero_is_given():

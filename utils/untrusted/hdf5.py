@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ import h5py
 from utils.files import IF_DAMAGED, UnreadableFile, reading
 
 _SCRIPT = Path(__file__).with_name("walk_hdf5.py")
-_SECONDS = 6.0
+_SECONDS = 6.0  # of the processor; on a busy machine, or a slow disk, a whole file takes longer than that
+_WAITING = 20  # so many times longer at most
 
 
 class _Walker:
@@ -61,10 +63,26 @@ def _started() -> subprocess.Popen[str]:
 def _answer(process: subprocess.Popen[str], path: Path, seconds: float | None = None) -> str | None:
     """The line with which the process answers; None if it died or gave none in time."""
     assert process.stdin is not None and process.stdout is not None
+    seconds = _SECONDS if seconds is None else seconds
+    began, until = cpu_seconds(process.pid), time.monotonic() + _WAITING * seconds
     process.stdin.write(json.dumps(str(path.absolute())) + "\n")
     process.stdin.flush()
-    readable, _, _ = select.select([process.stdout], [], [], _SECONDS if seconds is None else seconds)
-    return (process.stdout.readline() or None) if readable else None
+    left = seconds
+    while left > 0 and time.monotonic() < until:
+        if select.select([process.stdout], [], [], left)[0]:
+            return process.stdout.readline() or None
+        used = cpu_seconds(process.pid)
+        left = 0.0 if began is None or used is None else max(seconds - (used - began), 0.0)
+    return None
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Return the seconds of the processor that a process has used; None where the system does not tell."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 _WALKER = _Walker()
