@@ -47,7 +47,7 @@ FLOAT, HALF = 4, 2  # bytes
 class Scale:
     """Of the data. slide: its spots. spots: of the data sets. genes: measured, and of the panel."""
 
-    slide: int = 2000
+    slide: int = 1000
     spots: tuple[int, ...] = (10_000, 40_000, 160_000)
     genes: int = 1000
     panel: int = 250

@@ -19,7 +19,8 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
         _others(kind, error, trace)
         return
     if multiprocessing.parent_process() is None:  # the others keep silent
-        print("\ninterrupted: nothing was begun; run the same command again.", file=sys.stderr, flush=True)
+        sys.stderr.write("\ninterrupted: nothing was begun; run the same command again.\n")
+        sys.stderr.flush()
     os._exit(_INTERRUPTED)  # Python itself would end by the signal, and some libraries do not end well half imported
 
 

@@ -141,9 +141,10 @@ def _covered_px(attributes: Mapping[str, Any], kind: str, path: Path) -> int:
 
 
 def _width(value: Any, path: Path) -> int:
-    if not np.isscalar(value) or not 1 <= value <= _WIDEST:
+    width = float(value) if isinstance(value, int | float | np.integer | np.floating) else np.nan
+    if not 1 <= width <= _WIDEST:
         raise ValueError(f"{path}: the width of a patch is {brief(value)} px, expected a length from 1 to {_WIDEST:,}.")
-    return round(float(value))
+    return round(width)
 
 
 def match(

@@ -50,11 +50,11 @@ def test_a_flag_that_a_mode_does_not_read_is_refused(flag):
 
 
 def test_all_unread_flags_are_named_at_once():
-    message = refused("test", "--model_path", "nowhere", "--folds", "0,2", "--out", "x", "--genes", "ERBB2")
+    message = refused("test", "--model_path", "nowhere", "--folds", "0,2", "--out", "x", "--pitch_um", "100")
     assert message.splitlines() == [
         "--folds is for --mode train; --mode test takes --fold N or tests all folds.",
         "--out is for --mode predict, compare or import_reference; --mode test writes beside the checkpoint.",
-        "--genes is for --mode train, doctor or predict.",
+        "--pitch_um is for --mode predict.",
     ]
     message = refused("predict", "--model_path", "nowhere", *SLIDE, "--config_name", "her2st/dml", "--test_name", "a")
     assert "--mode predict finds the configuration in the checkpoint.\n--test_name is for" in message

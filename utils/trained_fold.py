@@ -123,7 +123,7 @@ class SplitRecord:
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ValueError(f"{source}: {entry.name} should be a {kind.__name__}, found {brief(value)}.")
             if entry.name.endswith(("_patients", "_slides")):
-                checked_names(value, entry.name.replace("_", " "), source)
+                checked_names(getattr(record, entry.name), entry.name.replace("_", " "), source)
         return record
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from datasets.features.patch_encoder import BatchedPatchEncoder, pool_tokens
-from datasets.features.tiles import Band, Schedule, Step, index_tiles
 from datasets.images.geometry import dihedral_views
+from datasets.images.tiles import Band, Schedule, Step, index_tiles
 from utils.devices import granted_cpus
 
 KINDS = ("target", "neighbor", "token", "patch")
@@ -116,7 +116,7 @@ def encode_slide(
 ) -> Iterator[EncodedSpots]:
     """Yield the features of the spots at `centers` (N, 2) level-0 px (x, y), batch by batch, in their order.
 
-    A tile that several spots look at is encoded once (`datasets.features.tiles`). Invalid neighbor tiles are zero and not
+    A tile that several spots look at is encoded once (`datasets.images.tiles`). Invalid neighbor tiles are zero and not
     encoded. The next batch is cropped by `num_workers` threads, and on CUDA encoded, while the caller deals with the one
     before.
     Raises ValueError naming the image if it cannot be decoded, or if a feature is not finite.

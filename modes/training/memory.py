@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from datasets.features.cache import read_identity
-from datasets.features.patch_encoder import pooled_grid_side
+from datasets.features.cache import opened
 from datasets.features.places import find_cache
 from datasets.layout import Layout
 from models.patch_encoders.build import PatchEncoderSpec
@@ -86,11 +85,12 @@ def demand(
 
 
 def tokens_of_spot(layout: Layout, slides: Sequence[str], spec: PatchEncoderSpec) -> int:
-    """Tokens of a target patch: of the token cache, which may be pooled, or of the encoder where there is none."""
-    num_tokens, prefix = spec.num_tokens(layout.patch_size), spec.prefix_tokens
-    paths = [find_cache(layout, "token", slide) for slide in slides]
-    pool = next((read_identity(path).token_pool for path in paths if path.is_file()), 1)
-    return num_tokens if pool == 1 else prefix + pooled_grid_side(num_tokens, prefix, pool) ** 2
+    """Tokens of a target patch: as the token cache holds them, or of the encoder where there is none."""
+    for path in (find_cache(layout, "token", slide) for slide in slides):
+        if path.is_file():
+            with opened(path) as cache:
+                return int(cache.numbers.shape[-2])
+    return spec.num_tokens(layout.patch_size)
 
 
 def activations(config: Config, spec: PatchEncoderSpec, num_tokens: int, slide_sizes: Sequence[int]) -> int:

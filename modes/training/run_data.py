@@ -194,7 +194,7 @@ def _demand(
         slide_sizes=[record.stop - record.start for record in records],
         online=needs_of(config).tokens and runs_encoder(config, layout, slides),
         half=Precision(config.TRAINING.precision, device).dtype != torch.float32,
-        num_tokens=tokens_of_spot(layout, slides, spec) if device.type == "cuda" else None,
+        num_tokens=tokens_of_spot(layout, slides, spec) if needs_of(config).tokens else None,
     )
 
 

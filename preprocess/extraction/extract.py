@@ -34,7 +34,7 @@ from models.patch_encoders.build import PatchEncoder
 from preprocess.extraction.patch_slide import PatchSlide
 from preprocess.extraction.pixels import has_image, open_pixels
 from preprocess.extraction.prefetch import opened_in_turn
-from preprocess.extraction.writers import CacheWriters, check_nobody_makes, locked, sweep_folders
+from preprocess.extraction.writers import CacheWriters, check_nobody_makes, locked, sweep_folders, sweep_locks
 from utils.cli import progress, say
 from utils.files import check_writable
 from utils.locks import Held
@@ -107,6 +107,8 @@ def extract(
     check_num_neighbors(layout.num_neighbors)
     shapes = cache_shapes(layout, patch_encoder, settings)
     work = plan(layout, slides, patch_encoder, encoder, settings)
+    complete = sorted(set(slides) - {item.slide for item in work})
+    sweep_locks([find_cache(layout, kind, slide) for slide in complete for kind in settings.kinds])
     if not work:
         say(f"Nothing to do: all caches are there and valid ({', '.join(settings.kinds)}).")
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from datasets.features.cache import write_cache
 from datasets.features.encoding import EncodedSpots
 from datasets.features.identity import CacheIdentity
-from utils.locks import check_free, lock, sweep
+from utils.locks import Held, check_free, lock, sweep
 
 _BLOCKS_AHEAD = 2  # of each cache that wait for the disk: they bound the memory when it is slower than the encoder
 _POLL_SECONDS = 0.2
@@ -114,6 +114,13 @@ def sweep_folders(caches: Collection[Path]) -> None:
     """Remove what ended processes left half written in the folders of caches."""
     for folder in sorted({path.parent for path in caches}):
         sweep(folder)
+
+
+def sweep_locks(caches: Iterable[Path]) -> None:
+    """Remove the locks that a killed process has left of caches that it had completed: nobody will take them over."""
+    for path in caches:
+        with suppress(Held):
+            check_free(*_lock_of(path))
 
 
 def locked(caches: Iterable[Path]) -> ExitStack:

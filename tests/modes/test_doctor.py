@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from datasets.features.cache import opened, write_cache
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
@@ -290,8 +291,15 @@ def test_tokens_of_a_spot_are_those_of_the_cache(layout):
     spec = patch_encoder_spec("efficientnet-lite0")
     assert tokens_of_spot(layout, ["no such slide"], spec) == spec.num_tokens(64) == 16
     slide = layout.slides_on_disk()[0]
-    with edited(layout.cache_path("token", slide)) as file:
-        file.attrs["token_pool"] = 2
+    path = layout.cache_path("token", slide)
+    with opened(path) as cache:
+        identity, ids, centers, tokens = (
+            replace(cache.identity, token_pool=2),
+            cache.spot_ids,
+            cache.centers,
+            cache.read(),
+        )
+    write_cache(path, identity, ids, centers, [tokens[:, :, :4]])
     assert tokens_of_spot(layout, [slide], spec) == 4
 
 

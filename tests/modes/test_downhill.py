@@ -85,7 +85,9 @@ def test_an_external_test_lists_its_folder_before_its_store_is_open_and_then_no_
     assert listings(after, data_dir) == []
 
 
-def test_nothing_reads_the_configuration_again(tiny_run, tmp_path):
+def test_nothing_reads_the_configuration_again(tiny_run, tmp_path, monkeypatch):
+    """But the command that the summary advises, which looks up what the command line had changed."""
+    monkeypatch.setattr("modes.prediction.summary._ridge_command", lambda *_: "")
     config = settings(tiny_run, tmp_path)
     options = TrainOptions("tiny", "again", CPU, [0], False, 0.0, with_report=False, config_file=tiny_run.config_name)
     with watched() as events:

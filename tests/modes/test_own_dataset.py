@@ -125,9 +125,9 @@ def test_the_page_step_by_step(folder):
 def run_external_set_of_page(folder: Path) -> None:
     """The set of docs/external.md that is neither Visium nor published, through to its scores, for the run of `mine`."""
     shutil.copytree(folder / "data" / "mine", folder / "data" / "test" / "my_set", ignore=features)
-    (description,) = blocks("data.md", "yaml")
+    (description,) = blocks("predict.md", "yaml")
     (folder / "data/test/my_set/dataset.yaml").write_text(description.replace("her2st", "mine"))
-    lines = [line for block in blocks("data.md", "bash") for line in block.splitlines() if "my_set" in line]
+    lines = [line for block in blocks("predict.md", "bash") for line in block.splitlines() if "my_set" in line]
     assert len(lines) == 3
     for line in lines:
         left = run_line(line.replace("her2st", "mine"))

@@ -450,3 +450,12 @@ def test_a_slide_that_another_process_makes_is_left_to_it(data_dir, capsys):
     assert not path.exists() and find_cache(_layout(data_dir), "target", "B1").exists()
     with pytest.raises(ValueError, match="--overwrite with --parallel"):
         _run(data_dir, "target", "--parallel", "--overwrite")
+
+
+def test_locks_that_a_killed_process_has_left_of_complete_slides_go(data_dir):
+    _run(data_dir, "target")
+    path = find_cache(_layout(data_dir), "target", "A1")
+    left = path.with_name(".A1.lock")
+    left.touch()
+    _run(data_dir, "target")
+    assert path.exists() and not left.exists()

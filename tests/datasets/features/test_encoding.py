@@ -13,9 +13,9 @@ from torch import Tensor
 
 from datasets.features.encoding import EncodingPlan, encode_slide
 from datasets.features.patch_encoder import BatchedPatchEncoder, pool_tokens
-from datasets.features.tiles import Band
 from datasets.images.geometry import dihedral_view, neighbor_corners, neighbor_validity
 from datasets.images.slides import open_slide
+from datasets.images.tiles import Band
 
 CPU = torch.device("cpu")
 SIZE, WIDTH, HEIGHT = 16, 230, 210

@@ -43,10 +43,10 @@ def test_a_test_on_other_counts_names_the_slide(run, data_dir):
         run_test(str(run), 0, [f"DATA.data_dir={data_dir}"], torch.device("cpu"), with_report=False)
 
 
-@pytest.mark.parametrize(("kind", "what"), [("gt", "features"), ("n", "features"), ("token", "tokens")])
-def test_a_test_on_other_features_or_tokens_names_the_slide(run, data_dir, kind, what):
+@pytest.mark.parametrize(("folder", "what"), [("gt", "features"), ("n", "features"), ("token", "tokens")])
+def test_a_test_on_other_features_or_tokens_names_the_slide(run, data_dir, folder, what):
     slide = json.loads((run / "fold_0" / "split.json").read_text())["test_slides"][0]
-    (path,) = data_dir.glob(f"demo/{kind}_features*/{slide}.h5")
+    (path,) = data_dir.glob(f"demo/{folder}_features*/{slide}.h5")
     with opened(path) as cache:
         identity, ids, centers, values = cache.identity, cache.spot_ids, cache.centers, cache.read()
     values.reshape(-1)[0] += 1
