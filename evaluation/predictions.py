@@ -36,7 +36,7 @@ _MEASURE_AGAIN = "Make it again: python main.py --mode test --model_path RUN"
 class Trust:
     """What is known of how far a prediction of N spots and G genes can be trusted; None where it is not known.
 
-    std (N, G): over the models that were averaged.  novelty (N,): see `datasets.features.novelty`.  pcc_cv, pcc_cv_std (G,): of
+    std (N, G): over the models that were averaged.  novelty (N,): see `datasets.novelty`.  pcc_cv, pcc_cv_std (G,): of
     the gene on held-out patients, NaN where not known.  half_width (G,): of the interval, in the unit of the predictions, NaN
     where not known.
     """

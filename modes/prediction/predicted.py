@@ -14,10 +14,10 @@ from torch import Tensor
 
 from datasets.batches import SlideBatch
 from datasets.features.encoding import default_workers
-from datasets.features.novelty import novelty
 from datasets.features.patch_encoder import BatchedPatchEncoder
 from datasets.images.geometry import neighbor_validity
 from datasets.images.slides import Slide
+from datasets.novelty import novelty
 from evaluation.predictions import HeldOut, Trust, read_held_out
 from modes.prediction.encode import encode_whole, plan_for, whole_slide
 from modes.prediction.ensemble import (
@@ -39,7 +39,7 @@ STD = "std"  # beside the scales of `predict_mean`
 class Predicted:
     """N spots as predicted. scales: {scale: (N, G) float32}.  std (N, G): over folds and runs; None of one model.
 
-    novelty (N,): see `datasets.features.novelty`; None where it is not known.
+    novelty (N,): see `datasets.novelty`; None where it is not known.
     """
 
     scales: Scales

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datasets.features.novelty import sample_training_spots
 from datasets.field_of_view import field_of_view
+from datasets.novelty import sample_training_spots
 from models.baselines.fitted_model import ClosedForm
 from models.contract import ExpressionModel, ModelInputs
 from modes.prediction.model import make_model

@@ -107,8 +107,9 @@ def extract(
     check_num_neighbors(layout.num_neighbors)
     shapes = cache_shapes(layout, patch_encoder, settings)
     work = plan(layout, slides, patch_encoder, encoder, settings)
-    complete = sorted(set(slides) - {item.slide for item in work})
-    sweep_locks([find_cache(layout, kind, slide) for slide in complete for kind in settings.kinds])
+    to_do = {(item.slide, kind) for item in work for kind in item.identities}
+    complete = sorted({(slide, kind) for slide in slides for kind in settings.kinds} - to_do)
+    sweep_locks([find_cache(layout, kind, slide) for slide, kind in complete])
     if not work:
         say(f"Nothing to do: all caches are there and valid ({', '.join(settings.kinds)}).")
         return

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from datasets.features.novelty import novelty, sample_training_spots
+from datasets.novelty import novelty, sample_training_spots
 from evaluation.predictions import read_held_out
 from tests.checkpoints import edit
 from tests.command_line import Left, call_main

@@ -108,7 +108,7 @@ def kills(folder: Path, seed: int, chains: int, events: int, say: Say, names: Se
         at = (
             range(1, whole.events + 1)
             if events == 0
-            else np.linspace(1, whole.events, events).round().astype(int).tolist()
+            else np.linspace(1, whole.events, events + 2)[1:-1].round().astype(int).tolist()
         )
         plans = []
         for number, event in enumerate(at, start=1):
