@@ -52,7 +52,7 @@ class Scale:
     genes: int = 1000
     panel: int = 250
     dim: int = 1024
-    narrow: int = 256  # of the greatest data set, resident: this machine has no memory for all of it
+    narrow: int = 256  # of the greatest data set, resident: 24 GB have no room for all of it
 
     @classmethod
     def of(cls, is_quick: bool) -> Scale:

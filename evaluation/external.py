@@ -24,6 +24,7 @@ from evaluation.slide_result import SlideResult
 from evaluation.slide_scores import score_slide, score_training_mean
 from utils.files import write_text
 from utils.runs import plain
+from utils.text import capitalised
 
 SCORES = ("pcc_all", "pcc_h", "pcc_highly_variable", "mse", "mae")
 EXPLANATION = (
@@ -129,8 +130,7 @@ def _verdict(predictor: Predictor) -> list[str]:
     means = aggregation.select(table, "training_mean").set_index("patient")["mse"]
     fused = aggregation.select(table).to_dict("records")
     rows = plain([{**row, "training_mean_mse": means[row["patient"]]} for row in fused])
-    judged = against_mean(rows)
-    return [f"{judged[0].upper()}{judged[1:]}.", support(rows, None)]
+    return [f"{capitalised(against_mean(rows))}.", support(rows, None)]
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:

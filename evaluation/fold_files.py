@@ -131,7 +131,7 @@ def read_fold(fold_dir: str | Path) -> FoldRecord:
         genes=genes,
         result=result,
         per_gene_slide=table,
-        epochs=_epochs(fold_dir / "metrics.jsonl"),
+        epochs=pd.DataFrame(_records(fold_dir / "metrics.jsonl")),
     )
 
 
@@ -183,6 +183,14 @@ def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
     return records, notes
 
 
+def read_histories(run_dir: str | Path) -> dict[int, list[dict[str, float]]]:
+    """Read the epochs of the complete folds of a run, {index: records of metrics.jsonl}, and none of their tables.
+
+    Raises ValueError or FileNotFoundError as `find_folds`, ValueError for a log that is none.
+    """
+    return {int(path.name.removeprefix("fold_")): _records(path / "metrics.jsonl") for path in find_folds(run_dir)[0]}
+
+
 def read_genes(path: Path) -> list[str]:
     """Read a list of one gene a line; FileNotFoundError or ValueError names the file."""
     with reading(require_file(path, _RERUN), "a list of genes", remedy=_RERUN):
@@ -195,9 +203,9 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, float_format="%.10g"))
 
 
-def _epochs(path: Path) -> pd.DataFrame:
-    """metrics.jsonl as a table, one row per epoch; empty when there is no such file (models fitted in one step)."""
-    return pd.DataFrame(read_epochs(path) if path.is_file() else [])
+def _records(path: Path) -> list[dict[str, float]]:
+    """metrics.jsonl, one record per epoch; empty when there is no such file (models fitted in one step)."""
+    return read_epochs(path) if path.is_file() else []
 
 
 def _read_table(path: Path) -> pd.DataFrame:

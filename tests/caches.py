@@ -9,8 +9,21 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from datasets.features.identity import DATASET_OF_KIND
+from datasets.features.identity import DATASET_OF_KIND, CacheIdentity
 from datasets.features.sealed import CHECKSUM, checksums_of, seal
+
+TOKENS_OF_UNI = CacheIdentity(
+    kind="token",
+    encoder="uni",
+    encoder_sha256="ab12",
+    image_size=(900, 800),
+    image_fingerprint="f",
+    patch_size=224,
+    microns_per_pixel=None,
+    num_neighbors=5,
+    views=8,
+    dtype="float16",
+)
 
 
 @contextmanager

@@ -82,9 +82,6 @@ def run(main: Callable[[], None]) -> NoReturn:
 @contextmanager
 def _stopping_on_signals() -> Iterator[None]:
     """Let the signals of a cluster end the block as Ctrl-C would; a process that is forked inside dies of them as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     process = os.getpid()
 
     def stop(number: int, _frame: FrameType | None) -> None:
@@ -93,23 +90,26 @@ def _stopping_on_signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    before = {number: signal.getsignal(number) for number in _STOPPING}
-    for number in (number for number, handler in before.items() if handler is not signal.SIG_IGN):
-        signal.signal(number, stop)
-    try:
+    with _handling_signals(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Let what the first signal of a cluster asks for come to its end, though the cluster repeats it; Ctrl-C still ends it."""
+    with _handling_signals(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handling_signals(handling: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Handle the signals of a cluster so in the block, but for those that are ignored; other threads cannot, and do not."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOPPING}
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    for number in (number for number, handler in before.items() if handler is not signal.SIG_IGN):
+        signal.signal(number, handling)
     try:
         yield
     finally:

@@ -69,6 +69,11 @@ def unknown(what: str, name: str, known: Collection[str]) -> str:
     return f"Unknown {what} '{name}'.{suggestion} Known: {', '.join(known)}"
 
 
+def capitalised(text: str) -> str:
+    """Begin a sentence: its first letter large, the others as they are."""
+    return text[0].upper() + text[1:]
+
+
 def check_genes(wanted: Sequence[str], genes: Collection[str], of_what: str) -> None:
     """Raise ValueError for genes of --genes that are not there, with near ones. of_what: "the run predicts", say."""
     if absent := [gene for gene in wanted if gene not in genes]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from evaluation.comparison.runs import compare_runs, seed_runs
 from evaluation.intervals import LEAST_PATIENTS
-from utils.config import read_config
+from utils.config import Config, read_config
+from utils.text import capitalised
 
 # What every model of images is measured by, the stronger first: it sees patch and neighbors, as Gene-DML does.
 RIDGES = ("ridge_neighbor", "ridge")
@@ -55,12 +56,13 @@ def judge(summary: Mapping[str, Any], about: Circumstances) -> list[str]:
     if about.model == "mean":
         sentences = ["This is the mean of the training spots itself, the least that any model has to beat."]
     elif about.model in RIDGES:
-        sentences = [f"{_upper(of_mean)}. This is a ridge that other methods are measured by."]
+        sentences = [f"{capitalised(of_mean)}. This is a ridge that other methods are measured by."]
     elif about.ridge is not None:
-        sentences = [f"{_upper(_against_ridge(about.ridge))}; {of_mean}."]
+        sentences = [f"{capitalised(_against_ridge(about.ridge))}; {of_mean}."]
     else:
         sentences = [
-            f"{_upper(of_mean)}; whether it is better than ridge on the same features is not known, no such run lies beside it."
+            f"{capitalised(of_mean)}; whether it is better than ridge on the same features is not known, no such run lies "
+            "beside it."
         ]
         if about.to_make_one:
             sentences.append(f"To know, make one, then repeat this training with --resume: {about.to_make_one}")
@@ -101,8 +103,8 @@ def ridge_beside(run_dir: Path, model: str) -> Beside | None:
     found: dict[str, list[Path]] = {}
     for path in sorted(group.parent.iterdir()) if model not in (*RIDGES, "mean") else []:
         run = seed_runs(path)[0] if path.is_dir() and path != group else path
-        if (name := model_of(run)) in RIDGES:
-            found.setdefault(name, []).append(run)
+        if (config := config_of(run)) is not None and config.MODEL.name in RIDGES:
+            found.setdefault(config.MODEL.name, []).append(run)
     for run in (run for name in RIDGES for run in found.get(name, [])):
         try:
             table = compare_runs([run, run_dir], names=["ridge", "own"], metrics=("pcc_all", "mse"), resamples=10)
@@ -116,12 +118,12 @@ def ridge_beside(run_dir: Path, model: str) -> Beside | None:
     return None
 
 
-def model_of(run_dir: Path) -> str:
-    """Read the model that a run folder was started with; "" where it holds no configuration that can be read."""
+def config_of(run_dir: Path) -> Config | None:
+    """Read the configuration that a run folder was started with; None where it holds none that can be read."""
     try:
-        return read_config(run_dir / "config.yaml").MODEL.name
+        return read_config(run_dir / "config.yaml")
     except (ValueError, OSError):
-        return ""
+        return None
 
 
 def _against_ridge(ridge: Beside) -> str:
@@ -220,7 +222,3 @@ def _why_no_list(summary: Mapping[str, Any]) -> str:
 
 def _of(wins: int, count: int) -> str:
     return f"{wins} of {count} patients" if count != 1 else ("the only patient" if wins else "no patient")
-
-
-def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]

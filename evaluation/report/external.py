@@ -12,7 +12,7 @@ from evaluation.external import Predictor, summary_table
 from evaluation.fold_files import FoldRecord
 from evaluation.report import html
 from evaluation.report.fold_figures import draw_figures
-from evaluation.report.write import embedded, gene_part
+from evaluation.report.write import chart_parts, gene_part
 from utils.files import write_text
 
 _CHARTS = {"patients": "Patients", "distribution": "Genes", "bars": "Genes of highest and lowest PCC"}
@@ -39,19 +39,13 @@ def write_external_report(
     )
     pictures = draw_figures(record, record.name, genes, count)
     slides = ", ".join(f"{name} ({spots} spots)" for name, spots in summary["slides"].items())
-    charts = [
-        f"<h3>{heading}</h3>{embedded(folder, shown)}"
-        for kind, heading in _CHARTS.items()
-        for shown in pictures
-        if shown.kind == kind
-    ]
     told = html.paragraph(f"{slides}; {summary['num_genes']} genes. Unit of every error: {summary['unit']}.")
     table = html.scrollable(summary_table(summary).to_html("Every fold, and the mean of their predictions"))
     sections = [
         html.Section("verdict", "In words", html.note_list(summary["verdict"])),
         html.Section("caveats", "Caveats", html.note_list(summary["notes"])),
         html.Section("scores", "Scores", told + table),
-        html.Section("charts", "Patients and genes", "".join(charts)),
+        html.Section("charts", "Patients and genes", "".join(chart_parts(folder, pictures, _CHARTS))),
         html.Section("maps", "Genes on the tissue", gene_part(folder, pictures, "this test")),
     ]
     page = html.page(

@@ -30,7 +30,7 @@ from evaluation.report.tables import (
 from evaluation.summary import choice_of_epoch
 from utils.files import reading, require_file, write_text
 from utils.runs import plain
-from utils.text import UNIT, check_genes
+from utils.text import UNIT, capitalised, check_genes
 
 LEGEND = (
     "PCC(A): over all genes of the panel. PCC(H): over the highly predictive genes; PCC(HVG): over the "
@@ -111,7 +111,7 @@ def _markdown(summary: Mapping[str, Any]) -> str:
     description, verdict = str(summary["protocol_description"]), verdict_of(summary)
     parts = [
         *([f"**{verdict[0]}**", "\n".join(f"- {sentence}" for sentence in verdict[1:])] if verdict else []),
-        f"**{description[0].upper()}{description[1:]}.**",
+        f"**{capitalised(description)}.**",
         f"# {summary['run']}",
         f"{_counts(summary)} Unit of every target, prediction and error: {UNIT}.",
         "## Folds",
@@ -156,7 +156,7 @@ def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int =
     ]
     page = html.page(
         title=f"Gene-DML: {summary['run']}",
-        lead=f"{description[0].upper()}{description[1:]}.",
+        lead=f"{capitalised(description)}.",
         sections=sections,
         footer="Made from the files of the run folder; the figures are there as PNG and SVG, every gene in explorer.html.",
     )
@@ -223,14 +223,18 @@ def _fold_part(record: FoldRecord, genes: Sequence[str], count: int) -> str:
         f"{record.result['num_spots']} spots); trained on {', '.join(split.get('train_patients', [])) or 'unknown'}; "
         f"{choice_of_epoch([record])}{held_out}."
     )
-    shown = ("curves", "Training"), ("clusters", "Clusters of a batch")
-    charts = [
-        f"<h3>{heading}</h3>{embedded(record.path, picture)}"
-        for kind, heading in shown
-        for picture in pictures
-        if picture.kind == kind
-    ]
+    charts = chart_parts(record.path, pictures, {"curves": "Training", "clusters": "Clusters of a batch"})
     return "\n".join([told, *charts, gene_part(record.path, pictures, "this fold")])
+
+
+def chart_parts(folder: Path, pictures: Sequence[Picture], headings: Mapping[str, str]) -> list[str]:
+    """Show the pictures of some kinds, each under the heading of its kind; headings: {kind: heading}, in order."""
+    return [
+        f"<h3>{heading}</h3>{_embedded(folder, shown)}"
+        for kind, heading in headings.items()
+        for shown in pictures
+        if shown.kind == kind
+    ]
 
 
 def gene_part(folder: Path, pictures: Sequence[Picture], what: str) -> str:
@@ -239,15 +243,15 @@ def gene_part(folder: Path, pictures: Sequence[Picture], what: str) -> str:
     for group, heading in (("chosen", "Chosen genes"), ("best", "Best genes"), ("worst", "Worst genes")):
         maps, points = ([p for p in pictures if (p.group, p.kind) == (group, kind)] for kind in ("map", "scatter"))
         if maps:
-            row = "".join(embedded(folder, shown) for shown in points)
-            parts.append(f"<h3>{heading}</h3>" + "".join(embedded(folder, shown) for shown in maps))
+            row = "".join(_embedded(folder, shown) for shown in points)
+            parts.append(f"<h3>{heading}</h3>" + "".join(_embedded(folder, shown) for shown in maps))
             parts.append(f'<div class="row">{row}</div>')
     return "\n".join(parts) or html.paragraph(
         f"No maps: {what} holds no prediction files, or no gene with a defined PCC."
     )
 
 
-def embedded(folder: Path, shown: Picture) -> str:
+def _embedded(folder: Path, shown: Picture) -> str:
     """Embed a picture of `figures/` in the folder."""
     path = folder / "figures" / f"{shown.name}.png"
     return html.picture(path, alt=shown.alt, caption=shown.caption, photograph=shown.kind == "map")

@@ -7,7 +7,7 @@ patients then costs one pass over the features and P eigenvalue problems, not P 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -162,38 +162,26 @@ def alpha_grid(components: PrincipalComponents, ratios: Sequence[float]) -> list
 
 
 @dataclass(frozen=True)
-class HeldOutRidge:
-    """A ridge that has not seen the spots of `rows` (n of them), ready for any penalty.
+class Ridge:
+    """A ridge ready for any penalty.
 
     mean (G,): of the expression of its training spots; components: of their features; products (C, G): see
-    `component_products`; scores (n, C): of the held-out spots.
+    `component_products`.
     """
 
-    rows: Tensor
     mean: Tensor
     components: PrincipalComponents
     products: Tensor
-    scores: Tensor
 
-    def deviation(self, alpha: float) -> Tensor:
-        """Predict by how much the expression of `rows` differs from `mean`, (n, G)."""
-        return self.scores @ (self.products / (self.components.squares + alpha)[:, None])
-
-
-def held_out_ridges(
-    features: Tensor, expression: Tensor, folds: InnerFolds, total: Moments, max_components: int
-) -> Iterator[HeldOutRidge]:
-    """Fit one ridge for each inner fold, to the spots that are not in it.
-
-    features (N, D), expression (N, G), total: their `moments`. Components, means and products of a fold come from its
-    training part alone.
-    """
-    for rows in folds.held_out:
-        held_features = features[rows]
-        sums = total.without(moments(held_features, expression[rows]))
+    @classmethod
+    def of(cls, sums: Moments, max_components: int) -> Ridge:
+        """Fit to the spots in `sums`."""
         components = principal_components(sums, max_components)
-        products = component_products(sums, components)
-        yield HeldOutRidge(rows, sums.expression / sums.count, components, products, components.scores(held_features))
+        return cls(sums.expression / sums.count, components, component_products(sums, components))
+
+    def deviation(self, scores: Tensor, alpha: float) -> Tensor:
+        """Predict by how much the expression of spots with these `scores` (n, C) differs from `mean`, (n, G)."""
+        return scores @ (self.products / (self.components.squares + alpha)[:, None])
 
 
 def ridge_inner_errors(
@@ -204,12 +192,17 @@ def ridge_inner_errors(
     max_components: int,
     alphas: Sequence[float],
 ) -> Tensor:
-    """Return the mean squared error of every held-out part under every penalty, (folds, alphas)."""
+    """Return the mean squared error of every held-out part under every penalty, (folds, alphas).
+
+    features (N, D), expression (N, G), total: their `moments`. Each ridge is fitted to the spots that are not in its part.
+    """
     errors = torch.empty(len(folds.held_out), len(alphas), dtype=torch.float64)
-    for index, ridge in enumerate(held_out_ridges(features, expression, folds, total, max_components)):
-        residual = expression[ridge.rows] - ridge.mean
+    for index, rows in enumerate(folds.held_out):
+        held_features, held_expression = features[rows], expression[rows]
+        ridge = Ridge.of(total.without(moments(held_features, held_expression)), max_components)
+        scores, residual = ridge.components.scores(held_features), held_expression - ridge.mean
         for column, alpha in enumerate(alphas):
-            errors[index, column] = (residual - ridge.deviation(alpha)).square().mean()
+            errors[index, column] = (residual - ridge.deviation(scores, alpha)).square().mean()
     return errors
 
 

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.comparison.verdict import RIDGES, Circumstances, judge, model_of, ridge_beside
-from evaluation.fold_files import find_folds, read_run
+from evaluation.comparison.verdict import RIDGES, Circumstances, config_of, judge, ridge_beside
+from evaluation.fold_files import find_folds, read_histories
 from evaluation.held_out import measure_held_out, write_held_out
 from evaluation.report.explorer import write_explorer
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
 from utils.checkpoint import fold_checkpoints, is_complete, load_checkpoint
-from utils.config import load_config, read_config
+from utils.config import load_config
 from utils.files import reading
 
 # What the features of a run and its folds depend on, and where its runs lie; the model's own settings mean nothing to ridge.
@@ -59,12 +59,11 @@ def _run_notes(run_dir: Path) -> list[str]:
 
 def _circumstances(run_dir: Path) -> Circumstances:
     """What the judgement of a run needs beside its scores; imported runs and means of runs have no configuration."""
-    histories = {record.index: record.epochs.to_dict("records") for record in read_run(run_dir)[0]}
-    model = model_of(run_dir)
+    histories, config = read_histories(run_dir), config_of(run_dir)
+    model = config.MODEL.name if config else ""
     ridge = ridge_beside(run_dir, model)
-    if not model:
+    if config is None:
         return Circumstances(histories=histories, ridge=ridge)
-    config = read_config(run_dir / "config.yaml")
     return Circumstances(
         model=model,
         epochs=config.EVALUATION.fixed_epochs or config.TRAINING.epochs,

@@ -131,19 +131,15 @@ def reference_predictions(
     total = spots.moments(torch.arange(len(patients)))
     names = np.asarray(slides)
     for held_out in closed_form.inner_folds(patients).held_out:
-        sums = total.without(spots.moments(held_out))
-        found = closed_form.principal_components(sums, components)
-        if len(found.squares) == 0:
+        ridge = closed_form.Ridge.of(total.without(spots.moments(held_out)), components)
+        if len(ridge.components.squares) == 0:
             raise ValueError("the target features are the same for every training spot; extract the features again.")
-        products = closed_form.component_products(sums, found)
-        alphas = closed_form.alpha_grid(found, REFERENCE_PENALTIES)
+        alphas = closed_form.alpha_grid(ridge.components, REFERENCE_PENALTIES)
         for slide in sorted(set(names[held_out].tolist())):
             places = held_out[torch.from_numpy(names[held_out] == slide)]
             centred, measured = spots.at(places)
-            ridge = closed_form.HeldOutRidge(
-                places, sums.expression / sums.count, found, products, found.scores(centred)
-            )
-            predicted = torch.stack([ridge.deviation(alpha) + ridge.mean for alpha in alphas])
+            scores = ridge.components.scores(centred)
+            predicted = torch.stack([ridge.deviation(scores, alpha) + ridge.mean for alpha in alphas])
             patient = patients[int(places[0])]
             yield HeldOutPatient(patient, [slide] * len(places), measured.numpy(), predicted.numpy())
 

@@ -9,24 +9,11 @@ import pytest
 
 from datasets.features.block_store import BlockStore
 from datasets.features.cache import write_cache
-from datasets.features.identity import CacheIdentity
-
-IDENTITY = CacheIdentity(
-    kind="token",
-    encoder="uni",
-    encoder_sha256="ab12",
-    image_size=(900, 800),
-    image_fingerprint="f",
-    patch_size=224,
-    microns_per_pixel=None,
-    num_neighbors=5,
-    views=8,
-    dtype="float16",
-)
+from tests.caches import TOKENS_OF_UNI
 
 
 def _digest(path, values: np.ndarray, **changed) -> str | None:
-    identity = dataclasses.replace(IDENTITY, **changed)
+    identity = dataclasses.replace(TOKENS_OF_UNI, **changed)
     ids = [f"{row}x1" for row in range(len(values))]
     write_cache(path, identity, ids, np.zeros((len(values), 2), dtype=int), [values])
     with BlockStore([path], "token") as store:

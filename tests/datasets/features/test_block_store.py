@@ -12,26 +12,13 @@ import torch
 
 from datasets.features.block_store import BlockStore
 from datasets.features.cache import write_cache
-from datasets.features.identity import CacheIdentity
-from tests.caches import as_earlier
+from tests.caches import TOKENS_OF_UNI, as_earlier
 
-IDENTITY = CacheIdentity(
-    kind="token",
-    encoder="uni",
-    encoder_sha256="ab12",
-    image_size=(900, 800),
-    image_fingerprint="f",
-    patch_size=224,
-    microns_per_pixel=None,
-    num_neighbors=5,
-    views=8,
-    dtype="float16",
-)
 TOKENS, DIM = 5, 12
 
 
 def _write(path, rows: int, seed: int, **changed) -> np.ndarray:
-    identity = dataclasses.replace(IDENTITY, **changed)
+    identity = dataclasses.replace(TOKENS_OF_UNI, **changed)
     values = np.random.default_rng(seed).normal(size=(rows, identity.views, TOKENS, DIM)).astype(identity.dtype)
     ids = [f"{row}x1" for row in range(rows)]
     write_cache(path, identity, ids, np.zeros((rows, 2), dtype=int), np.array_split(values, 3))
@@ -62,7 +49,7 @@ def test_random_rows_of_neighbor_features(tmp_path):
     """One view; a slide that an earlier version wrote among them."""
     paths, values = [tmp_path / f"{name}.h5" for name in "ABC"], []
     for path, rows in zip(paths, (7, 1, 11), strict=True):
-        identity = dataclasses.replace(IDENTITY, kind="neighbor", views=1, num_neighbors=3)
+        identity = dataclasses.replace(TOKENS_OF_UNI, kind="neighbor", views=1, num_neighbors=3)
         values.append(np.random.default_rng(rows).normal(size=(rows, 9, DIM)).astype("float16"))
         write_cache(path, identity, [f"{row}x1" for row in range(rows)], np.zeros((rows, 2), dtype=int), [values[-1]])
     as_earlier(paths[2])
@@ -138,7 +125,7 @@ def test_caches_that_differ_are_refused_together(tmp_path):
     ):
         BlockStore(paths, "token")
     patches = np.zeros((3, 8, 8, 3), dtype=np.uint8)
-    identity = dataclasses.replace(IDENTITY, kind="patch", dtype="uint8", patch_size=8)
+    identity = dataclasses.replace(TOKENS_OF_UNI, kind="patch", dtype="uint8", patch_size=8)
     write_cache(paths[1], identity, ["0x1", "1x1", "2x1"], np.zeros((3, 2), dtype=int), [patches])
     with pytest.raises(ValueError, match=r"B\.h5 is a cache of kind 'patch'; expected 'token'"):
         BlockStore(paths[:2], "token")
