@@ -15,6 +15,7 @@ from scipy import sparse
 from utils.grid import steps_within
 
 SCALE = 1e4
+_SPOTS_AT_ONCE = 4096
 
 
 def normalise(counts_panel: np.ndarray | sparse.spmatrix) -> np.ndarray:
@@ -84,6 +85,12 @@ def common_genes(slides: Iterable[AnnData]) -> list[str]:
     for slide in slides:
         shared = set(slide.var_names) if shared is None else shared & set(slide.var_names)
     return sorted(shared or ())
+
+
+def spot_totals(counts: sparse.csr_matrix) -> np.ndarray:
+    """Sum the counts (N, G) of each spot: (N,), some spots at a time, since SciPy widens what it adds up."""
+    parts = [counts[start : start + _SPOTS_AT_ONCE].sum(axis=1) for start in range(0, counts.shape[0], _SPOTS_AT_ONCE)]
+    return np.asarray(np.concatenate(parts)).ravel()
 
 
 def highest_mean_panel(slides: Iterable[AnnData], num_genes: int, measure: str = "log") -> list[str]:

@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from datasets.tables.expression import gene_sums
+from datasets.tables.expression import gene_sums, spot_totals
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CountSummary:
 
 def summarise(table: AnnData) -> CountSummary:
     """Sum up the counts of a slide, as `datasets.tables.slide_table.load_slide` reads them with all genes."""
-    return CountSummary(gene_sums(table), np.asarray(table.X.sum(axis=1)).ravel(), _digest(table))
+    return CountSummary(gene_sums(table), spot_totals(table.X), _digest(table))
 
 
 def with_genes(table: AnnData, genes: Collection[str]) -> AnnData:

@@ -28,6 +28,7 @@ from datasets.images.geometry import check_num_neighbors, check_patch_size
 from datasets.images.overlay import compare_with_image
 from datasets.images.slides import Slide
 from datasets.layout import Layout
+from datasets.tables.expression import spot_totals
 from datasets.tables.slide_table import load_slide
 from datasets.tables.spot_table import check_inside
 from models.patch_encoders.build import PatchEncoder
@@ -177,7 +178,7 @@ def _plan_slide(
     settings: ExtractionSettings,
 ) -> SlideWork:
     table = load_slide(layout, slide)
-    spot_ids, centers, totals = list(table.obs_names), table.obsm["center"], np.asarray(table.X.sum(axis=1)).ravel()
+    spot_ids, centers, totals = list(table.obs_names), table.obsm["center"], spot_totals(table.X)
     with open_pixels(layout, slide, settings.kinds) as image:
         check_inside(table, image.size, image.path)
         common = CacheIdentity(

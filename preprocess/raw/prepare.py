@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from anndata import AnnData
 
 from datasets.images.overlay import compare_with_image
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
-from datasets.tables.expression import empty_spots, highest_mean_panel
+from datasets.tables.expression import empty_spots, highest_mean_panel, spot_totals
 from datasets.tables.slide_table import join, load_slide
 from datasets.tables.spot_table import check_inside
 from preprocess.raw.files import image_size, place_file, write_counts, write_spots
@@ -205,8 +204,7 @@ def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnDat
 
 def compared_with_image(layout: Layout, slide: AnnData) -> list[str]:
     """Write the picture of a slide with its spots; a warning if they do not seem to belong together."""
-    name, step = slide.uns["slide"], 4096  # spots at a time: SciPy widens what it adds up
-    totals = np.concatenate([slide.X[i : i + step].sum(axis=1).A1 for i in range(0, slide.n_obs, step)])
+    name, totals = slide.uns["slide"], spot_totals(slide.X)
     with open_slide(layout.image_path(name)) as image:
         problem = compare_with_image(image, slide.obsm["center"], totals, layout.overlay_path(name))
     return [f"WARNING: {problem}"] if problem else []
