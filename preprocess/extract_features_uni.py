@@ -166,6 +166,7 @@ def main(words: Sequence[str] | None = None) -> None:
         token_pool=_or_default(arguments.token_pool, ExtractionSettings.token_pool),
         token_dtype=_or_default(arguments.dtype, ExtractionSettings.token_dtype),
         is_shared=arguments.parallel,
+        num_processes=place_of_this_process().size,
     )
     extract(layout, slides, patch_encoder, encoder, settings)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,10 +33,11 @@ from datasets.tables.expression import spot_totals
 from datasets.tables.slide_table import load_slide
 from datasets.tables.spot_table import check_inside
 from models.patch_encoders.build import PatchEncoder
+from preprocess.extraction.parts import cut, is_made, join, part_of, remove_parts
 from preprocess.extraction.patch_slide import PatchSlide
 from preprocess.extraction.pixels import has_image, open_pixels
 from preprocess.extraction.prefetch import opened_in_turn
-from preprocess.extraction.writers import CacheWriters, check_nobody_makes, locked, sweep_folders, sweep_locks
+from preprocess.extraction.writers import CacheWriters, check_nobody_makes, locked, sweep_folders, sweep_lock
 from utils.cli import progress, say
 from utils.files import check_writable
 from utils.locks import Held
@@ -61,6 +63,7 @@ class ExtractionSettings:
     kinds: of target, neighbor, token, patch.  views, token_pool, token_dtype: the variant of the token cache.
     command: the program with the flags that all slides and kinds share, for messages.
     is_shared: other processes work at the same slides; each takes those that are free.
+    num_processes: that torchrun has started; a slide with more than its share of all spots is cut for them.
     """
 
     kinds: tuple[str, ...]
@@ -71,6 +74,7 @@ class ExtractionSettings:
     token_pool: int = 1
     token_dtype: str = "float16"
     is_shared: bool = False
+    num_processes: int = 1
 
     def repair(self, kind: str, slide: str) -> str:
         """The command that makes one cache of one slide again, as these settings would."""
@@ -82,13 +86,33 @@ class ExtractionSettings:
 
 @dataclass(frozen=True)
 class SlideWork:
-    """One slide with the caches that have to be made. totals (N,): counts of each spot, to compare with the image."""
+    """One slide with the caches that have to be made, or some of its spots.
+
+    totals (N,): counts of each spot, to compare with the image.  paths, identities: of the slide's caches, per kind.
+    ranges: the parts that the slide is cut into, one for all spots where it is not.  rows: the range that this is.
+    """
 
     slide: str
     spot_ids: list[str]
     centers: np.ndarray
     totals: np.ndarray
+    paths: dict[str, Path]
     identities: dict[str, CacheIdentity]
+    ranges: list[slice]
+    rows: slice
+
+    @property
+    def is_part(self) -> bool:
+        return len(self.ranges) > 1
+
+    @property
+    def made(self) -> dict[str, Path]:
+        """What is written, per kind: the caches, or a part of each."""
+        return {kind: part_of(path, self.rows) for kind, path in self.paths.items()} if self.is_part else self.paths
+
+    @property
+    def title(self) -> str:
+        return f"{self.slide}, spots {self.rows.start} to {self.rows.stop - 1}" if self.is_part else self.slide
 
 
 def extract(
@@ -110,11 +134,13 @@ def extract(
     work = plan(layout, slides, patch_encoder, encoder, settings)
     to_do = {(item.slide, kind) for item in work for kind in item.identities}
     complete = sorted({(slide, kind) for slide in slides for kind in settings.kinds} - to_do)
-    sweep_locks([find_cache(layout, kind, slide) for slide, kind in complete])
+    for cache in (find_cache(layout, kind, slide) for slide, kind in complete):
+        sweep_lock(cache)
+        remove_parts(cache)
     if not work:
         say(f"Nothing to do: all caches are there and valid ({', '.join(settings.kinds)}).")
         return
-    caches = [find_cache(layout, kind, item.slide) for item in work for kind in item.identities]
+    caches = [path for item in work for path in item.paths.values()]
     if not settings.is_shared:
         check_nobody_makes(caches)
     sweep_folders(caches)
@@ -148,14 +174,15 @@ def plan(
     encoder: BatchedPatchEncoder | None,
     settings: ExtractionSettings,
 ) -> list[SlideWork]:
-    """What is left to do for each slide; valid caches are said and kept. One error lists every problem."""
-    work, problems, complete = [], [], []
+    """What is left to do for each slide, or part of one; valid caches are said and kept. One error lists every problem."""
+    work, problems, complete, num_spots = [], [], [], 0
     for slide in progress(slides, description="checking", unit="slide", leave=False):
         try:
             item = _plan_slide(layout, slide, patch_encoder, encoder, settings)
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
             continue
+        num_spots += len(item.spot_ids)
         if item.identities:
             work.append(item)
         else:
@@ -167,7 +194,16 @@ def plan(
         raise ValueError(f"{len(problems)} slides cannot be extracted:\n{listed}")
     if complete:
         say(f"{len(complete)} slides are complete and skipped: {some(complete, 40)}.")
-    return work
+    if settings.num_processes == 1:
+        return work
+    # Of all spots, not of those that are left, so that every process comes to the same parts whenever it starts.
+    share = -(-num_spots // settings.num_processes)
+    return [part for item in work for part in _in_parts(item, share)]
+
+
+def _in_parts(item: SlideWork, most: int) -> list[SlideWork]:
+    ranges = cut(len(item.spot_ids), most)
+    return [replace(item, ranges=ranges, rows=rows) for rows in ranges]
 
 
 def _plan_slide(
@@ -208,7 +244,9 @@ def _plan_slide(
             pending[kind] = identity
     if pending and table.uns["not_selected"]:
         say(f"{slide}: {len(table.uns['not_selected'])} spots are marked selected = 0 and left out.")
-    return SlideWork(slide, spot_ids, centers, totals, pending)
+    paths = {kind: find_cache(layout, kind, slide) for kind in pending}
+    every = slice(0, len(spot_ids))
+    return SlideWork(slide, spot_ids, centers, totals, paths, pending, [every], every)
 
 
 def _of_kind(common: CacheIdentity, kind: str, settings: ExtractionSettings) -> CacheIdentity:
@@ -230,12 +268,14 @@ def _check_disk(
     for item in work:
         for kind, identity in item.identities.items():
             if not sizes[kind]:
-                check_writable(find_cache(layout, kind, item.slide))
-            sizes[kind] += payload_bytes((len(item.spot_ids), *shapes[kind]), identity.dtype)
+                check_writable(item.paths[kind])
+            copies = 2 if item.is_part else 1  # the parts stay until the cache is there
+            sizes[kind] += copies * payload_bytes((_count(item.rows), *shapes[kind]), identity.dtype)
     free = shutil.disk_usage(root).free
-    spots = sum(len(item.spot_ids) for item in work)
+    spots = sum(_count(item.rows) for item in work)
     parts = ", ".join(f"{kind} {size / 1e9:.3g} GB {shapes[kind]}" for kind, size in sizes.items() if size)
-    say(f"{len(work)} slides, {spots} spots to do: {parts}; {free / 1e9:.3g} GB are free in {root}.")
+    slides = len({item.slide for item in work})
+    say(f"{slides} slides, {spots} spots to do: {parts}; {free / 1e9:.3g} GB are free in {root}.")
     if sum(sizes.values()) <= free:
         return
     remedies = ["fewer slides at a time (--slides)", "another disk (--data_dir)"]
@@ -267,7 +307,7 @@ def extract_slides(
 
     def slides() -> Iterator[str]:
         for item in work:
-            locks = _claim(layout, item) if settings.is_shared else None
+            locks = _claim(item) if settings.is_shared else None
             if locks is not None or not settings.is_shared:
                 claimed.append((item, locks))
                 yield item.slide
@@ -291,24 +331,56 @@ def extract_slides(
                     locks.close()
 
 
-def _claim(layout: Layout, item: SlideWork) -> ExitStack | None:
+def _claim(item: SlideWork) -> ExitStack | None:
     """Take the locks of what is to be made of a slide; None where another process makes it, or has made it meanwhile."""
-    paths = [find_cache(layout, kind, item.slide) for kind in item.identities]
     try:
-        locks = locked(paths)
+        locks = locked(item.made.values())
     except Held:
-        say(f"{item.slide}: another process is at it.")
+        say(f"{item.title}: another process is at it.")
         return None
-    if all(path.exists() for path in paths):
+    if item.is_part and _is_made(item):
+        locks.close()
+        _join(item)
+        return None
+    if all(path.exists() for path in item.paths.values()):
         locks.close()
         return None
     return locks
+
+
+def _is_made(item: SlideWork) -> bool:
+    rows = item.rows
+    return all(
+        is_made(item.made[kind], identity, item.spot_ids[rows], item.centers[rows])
+        for kind, identity in item.identities.items()
+    )
+
+
+def _join(item: SlideWork) -> None:
+    """Put the caches of a slide together once all of its parts are there."""
+    if not all(part_of(path, rows).exists() for path in item.paths.values() for rows in item.ranges):
+        return
+    try:
+        with locked(item.paths.values()):
+            joined = [
+                join(path, item.ranges, item.identities[kind], item.spot_ids, item.centers)
+                for kind, path in item.paths.items()
+            ]
+    except Held:  # the process that does it
+        return
+    if all(joined):
+        say(f"{item.slide}: {', '.join(item.paths)} put together of {len(item.ranges)} parts.")
+
+
+def _count(rows: slice) -> int:
+    return rows.stop - rows.start
 
 
 @dataclass(frozen=True)
 class _EncodedSlide:
     """A slide whose blocks are all computed, and perhaps not yet on the disk.  summary: what to say when they are."""
 
+    item: SlideWork
     summary: str
     writers: CacheWriters
 
@@ -319,6 +391,8 @@ def _finish(unfinished: list[_EncodedSlide]) -> None:
         slide = unfinished.pop()
         slide.writers.wait()
         say(slide.summary)
+        if slide.item.is_part:
+            _join(slide.item)
 
 
 def _encode_one(
@@ -330,11 +404,12 @@ def _encode_one(
     before: list[_EncodedSlide],
     locks: ExitStack | None,
 ) -> _EncodedSlide:
-    """Hand all spots of one slide to its writers.
+    """Hand all spots of one slide, or of its part, to its writers.
 
     before: slides whose files have to be there first.  locks: of the caches, where they are held already.
     """
-    if isinstance(image, Slide):
+    rows = item.rows
+    if isinstance(image, Slide) and rows.start == 0:
         problem = compare_with_image(image, item.centers, item.totals, layout.overlay_path(item.slide))
         if problem is not None:
             say(f"WARNING: {item.slide}: {problem}")
@@ -348,17 +423,19 @@ def _encode_one(
         token_pool=settings.token_pool,
         token_dtype=getattr(torch, settings.token_dtype),
     )
-    paths = {kind: find_cache(layout, kind, item.slide) for kind in item.identities}
+    spot_ids, centers = item.spot_ids[rows], item.centers[rows]
     with (
-        progress(total=len(item.spot_ids), description=item.slide, unit="spot", leave=False) as bar,
-        CacheWriters(paths, item.identities, item.spot_ids, item.centers, locks) as writers,
+        progress(total=len(spot_ids), description=item.slide, unit="spot", leave=False) as bar,
+        CacheWriters(item.made, item.identities, spot_ids, centers, locks) as writers,
     ):
-        for spots in encode_slide(image, item.centers, encoder, encoding, num_workers=settings.num_workers):
+        for spots in encode_slide(image, centers, encoder, encoding, num_workers=settings.num_workers):
             writers.put(spots)
-            bar.update(spots.rows.stop - spots.rows.start)
+            bar.update(_count(spots.rows))
         _finish(before)
-    rate = len(item.spot_ids) / (time.perf_counter() - started)
-    return _EncodedSlide(f"{item.slide}: {', '.join(paths)} of {len(item.spot_ids)} spots, {rate:.1f} spots/s", writers)
+    rate = len(spot_ids) / (time.perf_counter() - started)
+    return _EncodedSlide(
+        item, f"{item.title}: {', '.join(item.paths)} of {len(spot_ids)} spots, {rate:.1f} spots/s", writers
+    )
 
 
 def _no_encoder(_images: torch.Tensor) -> Encoded:

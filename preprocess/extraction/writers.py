@@ -116,11 +116,10 @@ def sweep_folders(caches: Collection[Path]) -> None:
         sweep(folder)
 
 
-def sweep_locks(caches: Iterable[Path]) -> None:
-    """Remove the locks that a killed process has left of caches that it had completed: nobody will take them over."""
-    for path in caches:
-        with suppress(Held):
-            check_free(*_lock_of(path))
+def sweep_lock(cache: Path) -> None:
+    """Remove the lock that a killed process has left of a cache that it had completed: nobody will take it over."""
+    with suppress(Held):
+        check_free(*_lock_of(cache))
 
 
 def locked(caches: Iterable[Path]) -> ExitStack:

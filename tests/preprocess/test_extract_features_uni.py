@@ -27,9 +27,11 @@ from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
 from models.patch_encoders.build import build_patch_encoder
 from preprocess.extract_features_uni import main
+from preprocess.extraction import extract as extraction
+from preprocess.extraction import parts
 from preprocess.extraction.extract import ExtractionSettings, extract
 from preprocess.extraction.pixels import choose_slides
-from preprocess.extraction.writers import locked
+from preprocess.extraction.writers import CacheWriters, locked
 from tests.caches import edited
 from tests.team import run_team
 
@@ -422,6 +424,64 @@ def test_processes_that_share_slides_make_the_caches_of_one(extracted, tiny_data
         ours, theirs = (_layout(data).cache_path(kind, "A1") for data in (folder, extracted))
         assert np.array_equal(read_features(ours), read_features(theirs))
         assert read_identity(ours) == read_identity(theirs)
+
+
+def test_a_large_slide_is_shared_by_the_processes_of_torchrun(extracted, tiny_data, tmp_path, monkeypatch):
+    """The caches hold what one process makes of them, but for the batches in which the encoder sees the tiles."""
+    monkeypatch.setattr(parts, "FEWEST", 8)
+    folder = _copy(tiny_data, tmp_path, ("A1",))
+    ended = run_team(2, lambda _rank: _run(folder, "all", "--views", "2"), tmp_path)
+    assert [one.status for one in ended] == [0, 0], ended[0].output + ended[1].output
+    said = "".join(one.output for one in ended)
+    assert said.count("A1, spots ") >= 2 and said.count("A1: target, neighbor, token put together of 2 parts.") == 1
+    assert len(_caches(folder)) == 3, "no part and no lock is left"
+    for kind in ("target", "neighbor", "token"):
+        ours, theirs = (_layout(data).cache_path(kind, "A1") for data in (folder, extracted))
+        assert read_identity(ours) == read_identity(theirs)
+        np.testing.assert_allclose(read_features(ours), read_features(theirs), rtol=1e-3, atol=1e-4)
+        with h5py.File(ours) as one, h5py.File(theirs) as other:
+            assert np.array_equal(one["spot_id"][:], other["spot_id"][:])
+            assert np.array_equal(one["coords"][:], other["coords"][:])
+
+
+def test_parts_of_a_slide_are_kept_when_it_goes_on(data_dir, monkeypatch):
+    """Stopped after two of four parts; one of them is damaged meanwhile, and a part of another cut lies there, too."""
+    monkeypatch.setattr(parts, "FEWEST", 4)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    put, count = CacheWriters.put, iter(range(3))
+
+    def put_or_stop(writers, spots):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        put(writers, spots)
+
+    monkeypatch.setattr(CacheWriters, "put", put_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        _run(data_dir, "target", "--slides", "A1")
+    layout = _layout(data_dir)
+    kept, damaged = (data_dir / "demo" / name for name in _caches(data_dir))
+    assert (kept.suffix, damaged.suffix) == (".part", ".part")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    shutil.copy(kept, kept.with_name("A1.spots_0-3.part"))
+    monkeypatch.setattr(CacheWriters, "put", put)
+    claimed: list[Path] = []
+    monkeypatch.setattr(extraction, "_encode_one", _noting(extraction._encode_one, claimed))
+    _run(data_dir, "target", "--slides", "A1")
+    assert len(claimed) == 3 and kept not in claimed
+    assert _caches(data_dir) == [str(layout.cache_path("target", "A1").relative_to(layout.root))]
+    features = read_features(layout.cache_path("target", "A1"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    _run(data_dir, "target", "--slides", "A1", "--overwrite")
+    np.testing.assert_allclose(features, read_features(layout.cache_path("target", "A1")), rtol=1e-3, atol=1e-4)
+
+
+def _noting(genuine, claimed: list[Path]):
+    def encode_one(layout, item, *others):
+        claimed.extend(item.made.values())
+        return genuine(layout, item, *others)
+
+    return encode_one
 
 
 def test_a_slide_that_another_process_makes_is_left_to_it(data_dir, capsys):
