@@ -28,6 +28,7 @@ EQUALITY = {
     "evaluation": lambda extra: extra["difference"] < 1e-4,
     "kmeans": lambda extra: extra["all_equal"],
     "loading": lambda extra: extra["are_equal"],
+    "prepare": lambda extra: extra["are_kept"],
     "scale": lambda extra: extra["loss_difference"] < 1e-5,
     "cpu_step": lambda extra: len(extra["losses"]) == 1,
 }
