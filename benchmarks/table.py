@@ -2,8 +2,8 @@
 
     python benchmarks/table.py
 
-Reads benchmarks/results/*.json (of `make bench`), accuracy/<data>/ (of `accuracy.py`), accuracy/learning_curve/ and
-groups/<data>/ (of `learning_curve.py` and `groups.py`), and replaces what stands between the two marks of each page. The
+Reads benchmarks/results/*.json (of `make bench`), accuracy/<data>/ (of `accuracy.py`), accuracy/learning_curve/,
+groups/<data>/ and switches/<data>/ (of `learning_curve.py`, `groups.py`, `switches.py`), and replaces what stands between the two marks of each page. The
 README has the real data sets side by side, without ablations. The curve is drawn into images/ beside docs/evaluation.md.
 """
 
@@ -79,7 +79,7 @@ def side_by_side(accuracy: dict[str, pd.DataFrame]) -> str:
 
 
 def further_parts(results: Path, images: Path) -> list[str]:
-    """The learning curve, drawn into `images`, and what the group loss groups, as far as they were measured."""
+    """The learning curve, drawn into `images`, what the group loss groups, and switches, as far as they were measured."""
     parts = []
     curve = results / "accuracy" / "learning_curve"
     if (curve / "learning_curve.json").exists():
@@ -88,8 +88,9 @@ def further_parts(results: Path, images: Path) -> list[str]:
         shown = (curve / "learning_curve.md").read_text(encoding="utf-8").strip()
         figure = "![PCC(A) and MSE against the number of training patients](images/learning_curve.svg)"
         parts.append(f"### Learning curve\n\n{figure}\n\n{shown}")
-    for path in sorted((results / "groups").glob("*/groups.md")):
-        parts.append(f"### Clusters: {path.parent.name}\n\n{path.read_text(encoding='utf-8').strip()}")
+    for title, pattern in (("Clusters", "groups/*/groups.md"), ("Switches", "switches/*/accuracy.md")):
+        for path in sorted(results.glob(pattern)):
+            parts.append(f"### {title}: {path.parent.name}\n\n{path.read_text(encoding='utf-8').strip()}")
     return parts
 
 

@@ -270,7 +270,12 @@ def test_ctrl_c_keeps_the_best_epoch_and_says_from_where_it_goes_on(tiny_run, tm
     """Interrupted in the middle of an epoch, with and without a last.pt; what is said agrees with the files."""
     config = load_config(
         tiny_run.config_name,
-        [f"DATA.data_dir={tiny_run.data_dir}", f"GENERAL.log_path={tmp_path}", "TRAINING.epochs=5000", "TRAINING.patience=4999"],
+        [
+            f"DATA.data_dir={tiny_run.data_dir}",
+            f"GENERAL.log_path={tmp_path}",
+            "TRAINING.epochs=5000",
+            "TRAINING.patience=4999",
+        ],
     )
     folder = tmp_path / "tiny" / "cut" / "fold_0"
 
@@ -280,7 +285,9 @@ def test_ctrl_c_keeps_the_best_epoch_and_says_from_where_it_goes_on(tiny_run, tm
         log = folder / "metrics.jsonl"
         while not (log.exists() and len(log.read_text().splitlines()) >= 3):
             time.sleep(0.02)
-        while not ended.is_set():  # Python drops an interrupt that reaches it in a finaliser: whoever is at the keys repeats it
+        while (
+            not ended.is_set()
+        ):  # Python drops an interrupt that reaches it in a finaliser: whoever is at the keys repeats it
             os.kill(os.getpid(), signal.SIGINT)
             ended.wait(10)
 

@@ -1,0 +1,88 @@
+"""The switches that were tried on the group loss: each changes what it says, and trains through to its table."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import switches
+from benchmarks.accuracy import DATA_SETS, DataSet
+from models.contract import Embeddings
+from models.layers.precision import unit
+from models.losses import GeneDMLLoss
+from utils.config import Loss
+
+
+def embeddings_of(num_spots: int) -> Embeddings:
+    gene, fused, cluster = (torch.randn(num_spots, 6, generator=torch.manual_seed(seed)) for seed in range(3))
+    return Embeddings({"target": unit(fused)}, unit(gene), fused, unit(cluster), unit(gene))
+
+
+def test_one_label_gives_the_group_loss_and_two_give_the_mean_of_both():
+    loss, embeddings = GeneDMLLoss(Loss(k=4, use_kmeans=True, instance_weight=0.0)), embeddings_of(24)
+    whole = loss._alignment(embeddings)["group"]
+    assert torch.equal(switches.grouped_within(loss, embeddings, torch.zeros(24, dtype=torch.long)), whole)
+    labels = torch.tensor([0, 1, 1] * 8)
+    found = switches.grouped_within(loss, embeddings, labels)
+    parts = []
+    for label, k in ((0, 2), (1, 3)):
+        spots = torch.nonzero(labels == label).squeeze(1)
+        alone = GeneDMLLoss(replace(loss.settings, k=k))
+        parts.append(alone._alignment(switches.of_spots(embeddings, spots))["group"])
+    assert found == pytest.approx(float(parts[0] / 3 + 2 * parts[1] / 3))
+
+
+def test_balanced_batches_hold_as_many_spots_of_each_label():
+    labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 4)
+    rows = torch.cat([torch.arange(50), torch.arange(50, 60)])  # label 2 is not of the training
+    batches = switches.balanced_rows(labels, rows, 12, torch.Generator())
+    assert [torch.bincount(labels[batch]).tolist() for batch in batches] == [[6, 6]] * 5
+    assert len(torch.cat(batches).unique()) == 30 + 10, "none of the large group comes twice, all of the small one come"
+
+
+def test_the_switches_train_and_are_compared(tiny_run, tmp_path, monkeypatch):
+    found = {"methods": {"gene_dml": {"learning_rate": "1e-3", "weight_decay": "0", "epochs": 1}}}
+    (tmp_path / "search.json").write_text(json.dumps(found))
+    tiny = DataSet("tiny", tiny_run.config_name, lambda _raw, _data: None, views=1)
+    monkeypatch.setitem(DATA_SETS, "tiny", tiny)
+    (tmp_path / "data").symlink_to(tiny_run.data_dir)
+    arguments = ["--data", "tiny", "--work", str(tmp_path), "--search", str(tmp_path / "search.json"), "--seeds", "0"]
+    names = "within_patient,balanced_slide"
+    path = switches.main([*arguments, "--switches", names, "--device", "cpu", "--out", str(tmp_path / "out")])
+    rows = path.read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:5]] == [
+        "Gene-DML",
+        "clusters within a patient",
+        "batches balanced over slides",
+    ]
+    losses = []
+    for name in ("gene_dml", "within_patient", "balanced_slide"):
+        (log,) = tmp_path.glob(f"accuracy/**/{name}/seed_0/fold_0/metrics.jsonl")
+        losses.append(json.loads(log.read_text().splitlines()[0]))
+    assert len({record["train/group"] for record in losses}) == 3
+
+
+def test_images_are_brought_to_one_stain(tmp_path):
+    pytest.importorskip("torchstain")
+    random = np.random.default_rng(0)
+    colors = {"a": [150, 60, 140], "b": [200, 120, 160]}
+
+    def lay_out(_raw, data_dir):
+        (data_dir / "ST-imgs").mkdir(parents=True)
+        for name, color in colors.items():
+            shades = random.uniform(0.4, 1.6, (64, 64, 1)) * (255 - np.array(color)) + random.normal(0, 6, (64, 64, 3))
+            pixels = np.clip(255 - shades, 1, 254).astype(np.uint8)
+            Image.fromarray(pixels).save(data_dir / "ST-imgs" / f"{name}.png")
+
+    data = switches.normalised(DataSet("stained", "demo/dml", lay_out))
+    for _ in range(2):  # the second time nothing is left to do
+        data.lay_out(tmp_path, tmp_path / "data")
+    before = [np.array(color) for color in colors.values()]
+    means = [
+        np.asarray(Image.open(tmp_path / "data" / "ST-imgs" / f"{name}.png")).reshape(-1, 3).mean(axis=0)
+        for name in colors
+    ]
+    assert np.abs(means[0] - means[1]).max() < np.abs(before[0] - before[1]).max() / 2
