@@ -2,9 +2,9 @@
 
     python benchmarks/table.py
 
-Reads benchmarks/results/*.json (of `make bench`), accuracy/<data>/ (of `accuracy.py`), accuracy/learning_curve/,
-groups/<data>/ and switches/<data>/ (of `learning_curve.py`, `groups.py`, `switches.py`), and replaces what stands between the two marks of each page. The
-README has the real data sets side by side, without ablations. The curve is drawn into images/ beside docs/evaluation.md.
+Reads benchmarks/results/*.json (of `make bench`) and what accuracy.py, learning_curve.py, groups.py and switches.py have
+put into folders there, and replaces what stands between the two marks of each page. The README has the real data sets
+side by side, without ablations. The curve is drawn into images/ beside docs/evaluation.md.
 """
 
 from __future__ import annotations
