@@ -51,11 +51,13 @@ from datasets.features.cache import read_features
 from datasets.features.encoding import default_workers
 from datasets.features.identity import CacheIdentity
 from datasets.features.patch_encoder import BatchedPatchEncoder
+from datasets.features.places import find_cache
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
 from models.patch_encoders.build import PatchEncoder, build_patch_encoder
-from preprocess.extraction.extract import ExtractionSettings, SlideWork, extract_slides
+from preprocess.extraction.extract import extract_slides
+from preprocess.extraction.plan import ExtractionSettings, SlideWork
 from utils.cli import run
 
 TILES = 5  # a side
@@ -122,7 +124,9 @@ def extraction_of(
         )
         for kind in kinds
     }
-    work = SlideWork(slide, [f"{i}x0" for i in range(count)], centers, np.ones(count), identities)
+    spots, every = [f"{i}x0" for i in range(count)], slice(0, count)
+    paths = {kind: find_cache(layout, kind, slide) for kind in kinds}
+    work = SlideWork(slide, spots, centers, np.ones(count), paths, identities, [every], every)
     return layout, work, ExtractionSettings(kinds=kinds, num_workers=default_workers(), command="bench", views=views)
 
 

@@ -30,7 +30,8 @@ from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
 from models.patch_encoders.build import PatchEncoder, build_patch_encoder
-from preprocess.extraction.extract import ExtractionSettings, extract
+from preprocess.extraction.extract import extract
+from preprocess.extraction.plan import ExtractionSettings
 from preprocess.extraction.pixels import choose_slides
 from utils.cli import run, say
 from utils.config import LARGE, Config, Data, load_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from datasets.features.block_store import BlockStore
 from datasets.features.published import map_published
-from utils.cli import say
 from utils.devices import available_memory
 from utils.parallel.team import place_of_this_process
 from utils.untrusted.tensors import check_tensors
@@ -34,8 +33,8 @@ class Residence:
     num_threads: int = 1
     is_pinned: bool = False
 
-    def holds(self, nbytes: int) -> bool:
-        """Decide whether so many bytes are held in memory, and say so where size decides (auto).
+    def holds(self, nbytes: int, tell: Callable[[str], None] | None = None) -> bool:
+        """Decide whether so many bytes are held in memory. tell: takes a sentence about it, where size decides (auto).
 
         The memory of a machine is shared by the processes that torchrun started on it.
         """
@@ -43,8 +42,9 @@ class Residence:
             return self.choice != "disk"
         free = max(0, available_memory() // place_of_this_process().local_size - self.reserve)
         is_held = nbytes <= USED_SHARE * free
-        where = "in memory" if is_held else "stay in their files and are read by row"
-        say(f"neighbor features: {nbytes / 1e9:.2f} GB {where} ({free / 1e9:.1f} GB free beside the training).")
+        if tell is not None:
+            where = "in memory" if is_held else "stay in their files and are read by row"
+            tell(f"neighbor features: {nbytes / 1e9:.2f} GB {where} ({free / 1e9:.1f} GB free beside the training).")
         return is_held
 
 

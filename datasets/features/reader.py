@@ -30,7 +30,7 @@ from datasets.spots import EncoderIdentity, SlideRecord, SpotStore, slide_of_row
 from datasets.tables.slide_table import load_slide
 from datasets.tables.spot_table import check_inside
 from datasets.tables.summary import CountSummary, summarise, with_genes
-from utils.cli import progress
+from utils.cli import progress, say
 
 _SAME_IN_ALL = ("dtype", "precision", "fill")
 
@@ -206,7 +206,7 @@ class FeatureReader:
         if residence.choice in ("auto", "disk"):
             slides = [(self._path("neighbor", record), len(record.rows)) for record in records]
             files = NeighborFiles(slides, residence)
-            if not residence.holds(files.nbytes):
+            if not residence.holds(files.nbytes, say):
                 return files.check()
         return self._read_kind("neighbor", records)
 

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from datasets.features.encoding import VIEW_COUNTS
+from datasets.features.neighbor_files import Residence
 from datasets.layout import Layout
 from models.patch_encoders.build import PatchEncoderSpec, patch_encoder_spec
 from modes.checks.findings import Findings
 from modes.prediction.model import needs_of
 from modes.training.compose import find_patch_encoder_weights
-from modes.training.memory import BATCHES_ON_DEVICE, Demand
+from modes.training.memory import BACKWARD_SHARE, BATCHES_ON_DEVICE, Demand
 from modes.training.run_data import runs_encoder
 from utils.config import Config
 from utils.devices import available_memory, device_from
@@ -88,21 +89,19 @@ def check_memory(need: Demand, device: torch.device, findings: Findings, residen
     """Compare the demand with the free memory of the host and of the device. residence: DATA.residence."""
     on_cuda = device.type == "cuda"
     # Features and patches stay on the host where they do not fit on the device, neighbor features in their files.
-    host = need.features + need.patches + need.encoder + (0 if on_cuda else need.model + need.batch)
-    free_of_host = available_memory()
-    read = need.neighbors if residence == "disk" or (residence == "auto" and host > free_of_host) else 0
-    host -= read
+    is_held = Residence(residence, need.on_host(device)).holds(need.neighbors)
+    host, read = need.on_host(device) + is_held * need.neighbors, (not is_held) * need.neighbors
     parts = {
         "features": need.features - read,
         "neighbor features in their files": read,
         "patches": need.patches,
         "encoder": need.encoder,
         "model with Adam": need.model,
-        "a training step": need.batch,
-        "batches under way": BATCHES_ON_DEVICE * need.inputs if on_cuda else 0,
+        "a training step": round(BACKWARD_SHARE * need.batch),
+        "batches under way": BATCHES_ON_DEVICE * need.inputs,
     }
     listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
-    limits = [("host memory", host, free_of_host)]
+    limits = [("host memory", host, available_memory())]
     if on_cuda:
         limits.append((f"memory of {device}", need.on_device, torch.cuda.mem_get_info(device)[0]))
     for where, needed, free in limits:

@@ -40,6 +40,10 @@ class Demand:
         """What must find room on a GPU whatever else is held there: encoder, model, step, and batches under way."""
         return round(self.encoder + self.model + BACKWARD_SHARE * self.batch + BATCHES_ON_DEVICE * self.inputs)
 
+    def on_host(self, device: torch.device) -> int:
+        """What the host must hold beside the neighbor features, which stay in their files where they find no room."""
+        return self.features - self.neighbors + self.patches + (0 if device.type == "cuda" else self.on_device)
+
     @property
     def total(self) -> int:
         """All of it, where one memory holds everything."""

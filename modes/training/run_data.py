@@ -200,8 +200,8 @@ def _demand(
 
 def _residence(config: Config, need: Demand, device: torch.device) -> Residence:
     """Where neighbor features are held; beside them the host holds all that is read first, and on the CPU the training."""
-    on_host = need.features - need.neighbors + need.patches + (0 if device.type == "cuda" else need.on_device)
-    return Residence(config.DATA.residence, on_host, config.DATA.num_workers, is_pinned=device.type == "cuda")
+    is_pinned = device.type == "cuda"
+    return Residence(config.DATA.residence, need.on_host(device), config.DATA.num_workers, is_pinned)
 
 
 def _online_encoder(config: Config, layout: Layout, store: SpotStore, device: torch.device) -> PatchEncoder | None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from datasets.features import neighbor_files
 from datasets.features.cache import opened, write_cache
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
@@ -252,7 +253,7 @@ def test_what_a_token_cache_would_take(config, layout, ask):
     has(text, "ok", "encoder", r"efficientnet-lite0: .*\(it runs in every step\)")
 
 
-def test_memory_is_counted_from_sizes_alone():
+def test_memory_is_counted_from_sizes_alone(monkeypatch):
     """UNI, HER2ST, batch 512: the parts that can be counted by hand; more than there is, is a problem."""
     large = with_overrides(load_config("her2st/dml"), [])
     need = demand(large, patch_encoder_spec("uni"), spots=13620, slide_sizes=[378] * 36, online=False, half=False)
@@ -266,11 +267,17 @@ def test_memory_is_counted_from_sizes_alone():
     assert demand(few, patch_encoder_spec("uni"), 13620, [378] * 36, False, False).batch < need.batch
     findings = Findings()
     check_memory(Demand(0, 0, 0, 0, batch=10**15), torch.device("cpu"), findings)
-    has(str(findings.found[0]), "problem", "memory", r"1e\+06 GB of host memory are needed", "--batch_size")
+    has(str(findings.found[0]), "problem", "memory", r"1.3e\+06 GB of host memory are needed", "--batch_size")
     large = Demand(10**15, 0, 0, 0, batch=0, neighbors=10**15 - 1)
     for residence, kind in (("auto", "ok"), ("disk", "ok"), ("host", "problem")):
         check_memory(large, torch.device("cpu"), findings, residence)
         has(str(findings.found[-1]), kind, "memory", "in their files" if kind == "ok" else "are needed")
+    near = Demand(need.features, 0, 0, 0, batch=0, neighbors=need.neighbors)
+    for share in (1.0, 0.8):  # of the free memory; as the training decides, a tenth of it stays free
+        free = round(near.features - near.neighbors + near.neighbors / share)
+        monkeypatch.setattr(neighbor_files, "available_memory", lambda free=free: free)
+        check_memory(near, torch.device("cpu"), findings)
+        assert ("in their files" in str(findings.found[-1])) == (share == 1.0)
     assert 1e8 < available_memory() < 1e14
 
 

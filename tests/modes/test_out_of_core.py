@@ -119,7 +119,7 @@ def test_size_decides_where_it_is_left_to_it_and_that_is_said(config, held, monk
     for free, processes, expected in ((10 * nbytes, "1", True), (10 * nbytes, "20", False), (nbytes, "1", False)):
         monkeypatch.setattr(neighbor_files, "available_memory", lambda free=free: free)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        assert Residence("auto").holds(nbytes) is expected
+        assert Residence("auto").holds(nbytes, print) is expected
         assert ("in memory" if expected else "stay in their files") in capsys.readouterr().out
     assert Residence("host").holds(10**18) and not Residence("disk").holds(1)
     monkeypatch.setattr(neighbor_files, "available_memory", lambda: 0)

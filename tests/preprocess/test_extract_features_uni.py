@@ -29,8 +29,9 @@ from models.patch_encoders.build import build_patch_encoder
 from preprocess.extract_features_uni import main
 from preprocess.extraction import extract as extraction
 from preprocess.extraction import parts
-from preprocess.extraction.extract import ExtractionSettings, extract
+from preprocess.extraction.extract import extract
 from preprocess.extraction.pixels import choose_slides
+from preprocess.extraction.plan import ExtractionSettings
 from preprocess.extraction.writers import CacheWriters, locked
 from tests.caches import edited
 from tests.team import run_team
