@@ -103,7 +103,7 @@ def test_test_external_test_and_prediction_use_the_bank(run, tiny_run, tmp_path)
     flags = ["--config", tiny_run.config_name, "--mode", "external", "--test_name", "demo_external"]
     flags += ["--extract_mode", "target", "--data_dir", str(data_dir), "--device", "cpu", "--num_workers", "1"]
     extract(flags)
-    folder = external_test(copy, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU)
+    folder = external_test(copy, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
     tested = anndata.read_h5ad(folder / "predictions" / "X1.h5ad")
     root = tiny_run.data_dir / "test" / "demo_external"
     spots = root / "ST-spotfiles/X1_selection.tsv"

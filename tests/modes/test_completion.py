@@ -84,7 +84,7 @@ class TestTest:
         folder = unfinish(run, 1)
         for path, fold in ((run, 1), (folder, None), (folder / "best.pt", None)):
             with pytest.raises(ValueError, match=r"has not ended.*--resume"):
-                run_test(str(path), fold, [], CPU, with_report=False)
+                run_test(str(path), fold, [], CPU)
         assert not (folder / "result.json").exists()
 
     def test_of_a_run_the_finished_folds_are_tested(self, tiny_run, tmp_path, capsys):
@@ -95,7 +95,7 @@ class TestTest:
         assert [row["fold"] for row in read(run / "summary.json")["folds"]] == [0]
         unfinish(run, 0)
         with pytest.raises(ValueError, match=r"no fold has ended its training \(fold_0, fold_1\).*--resume"):
-            run_test(str(run), None, [], CPU, with_report=False)
+            run_test(str(run), None, [], CPU)
 
     def test_another_file_than_best_is_scored_apart(self, tiny_run, tmp_path):
         run = tiny_run.copy(tmp_path)
@@ -115,9 +115,9 @@ class TestTest:
         run = tiny_run.copy(tmp_path)
         edit(run / "fold_0" / "best.pt", lambda content: content["encoder"].update(token_pool=4))
         with pytest.raises(ValueError, match=r"tokens pooled by 4, those at hand .* by 1 \(cache\).*--token_pool 4"):
-            run_test(str(run), 0, [], CPU, with_report=False)
+            run_test(str(run), 0, [], CPU)
         with pytest.raises(ValueError, match=r"tokens pooled by 4, those at hand .* by 1 \(encoder\)"):
-            run_test(str(run), 0, ["DATA.tokens=online"], CPU, with_report=False)
+            run_test(str(run), 0, ["DATA.tokens=online"], CPU)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ class TestExternal:
         run = tiny_run.copy(tmp_path)
         folder = unfinish(run, 1)
         overrides = [f"DATA.data_dir={external_data}"]
-        summary = read(external_test(run, "demo_external", None, overrides, CPU) / "summary.json")
+        summary = read(external_test(run, "demo_external", None, overrides, CPU, with_report=False) / "summary.json")
         assert [row["predictor"] for row in summary["predictors"]] == ["fold_0"]
         note = "Left out of run: fold_1, whose training has not ended"
         assert any(note in text for text in summary["notes"]) and note in capsys.readouterr().out
@@ -146,18 +146,20 @@ class TestExternal:
         assert note in about["folds"] and list(about["checkpoints"]) == ["fold_0/best.pt"]
         with pytest.raises(ValueError, match=r"training of this fold has not ended.*--model_path .*best\.pt"):
             external_test(run, "demo_external", 1, overrides, CPU)
-        named = external_test(folder / "best.pt", "demo_external", None, overrides, CPU)
+        named = external_test(folder / "best.pt", "demo_external", None, overrides, CPU, with_report=False)
         assert any(
             "has not ended" in text and "taken as named" in text for text in read(named / "summary.json")["notes"]
         )
-        last = external_test(folder / "last.pt", "demo_external", None, overrides, CPU)
+        last = external_test(folder / "last.pt", "demo_external", None, overrides, CPU, with_report=False)
         assert last == folder / "test_last" / "external" / "demo_external", "the fold's own result stays"
         assert any("the last epoch that was saved (2)" in text for text in read(last / "summary.json")["notes"])
 
     def test_a_fold_alone_bears_the_name_of_its_run(self, tiny_run, external_data, tmp_path):
         run = tiny_run.copy(tmp_path)
         for path, fold in ((run, 0), (run / "fold_0", None), (run, None)):
-            folder = external_test(path, "demo_external", fold, [f"DATA.data_dir={external_data}"], CPU)
+            folder = external_test(
+                path, "demo_external", fold, [f"DATA.data_dir={external_data}"], CPU, with_report=False
+            )
             assert read(folder / "summary.json")["run"] == "run"
             assert (folder / "summary.md").read_text().startswith("# run on demo_external")
 
@@ -165,7 +167,9 @@ class TestExternal:
         data_dir = Path(shutil.copytree(external_data, tmp_path / "data"))
         counts = data_dir / "test" / "demo_external" / "ST-cnts"
         shutil.copy(counts / "X1_sub.parquet", counts / "X2_sub.parquet")
-        folder = external_test(tiny_run.copy(tmp_path), "demo_external", 0, [f"DATA.data_dir={data_dir}"], CPU)
+        folder = external_test(
+            tiny_run.copy(tmp_path), "demo_external", 0, [f"DATA.data_dir={data_dir}"], CPU, with_report=False
+        )
         notes = read(folder / "summary.json")["notes"]
         assert any("1 slides cannot be used and are left out: X2. X2: no spot table" in note for note in notes)
 
@@ -181,7 +185,7 @@ class TestExternal:
             folder.mkdir(exist_ok=True)
             shutil.copy(path, folder / path.name.replace("X1", "X2"))
         overrides = [f"DATA.data_dir={data_dir}", f"DATA.tokens={tokens}"]
-        folder = external_test(run, "demo_external", None, overrides, CPU)
+        folder = external_test(run, "demo_external", None, overrides, CPU, with_report=False)
         of_two = anndata.read_h5ad(folder / "predictions" / "X1.h5ad")
         for fold in (0, 1):
             shutil.copytree(run / f"fold_{fold}", run / f"fold_{fold + 2}")
@@ -198,7 +202,7 @@ class TestExternal:
             return model
 
         monkeypatch.setattr(ensemble, "restored_model", counted)
-        folder = external_test(run, "demo_external", None, overrides, CPU)
+        folder = external_test(run, "demo_external", None, overrides, CPU, with_report=False)
         assert (greatest, len(alive)) == (held, 4)
         of_four = anndata.read_h5ad(folder / "predictions" / "X1.h5ad")
         assert list(of_four.var_names) == list(of_two.var_names)
@@ -295,7 +299,7 @@ def test_ctrl_c_keeps_the_best_epoch_and_says_from_where_it_goes_on(tiny_run, tm
     try:
         with pytest.raises(KeyboardInterrupt):
             threading.Thread(target=interrupt, daemon=True).start()
-            train(config, TrainOptions("tiny", "cut", CPU, [0], False, checkpoint_seconds, with_report=False))
+            train(config, TrainOptions("tiny", "cut", CPU, [0], False, checkpoint_seconds))
     finally:
         ended.set()
         signal.signal(signal.SIGINT, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def follow(config: Config) -> dict[str, torch.Tensor]:
     expression = split.targets.to(CUDA)
     batches = epoch_batches(run_data, split, expression, 1)
     assert isinstance(batches, TrainingBatches) and len(batches) > 1
-    for batch in batches:
+    for batch in islice(batches, 2):
         with precision.autocast():
             terms = step(batch)
         precision.scaler.scale(terms["total"])

@@ -182,11 +182,11 @@ def test_paper_run_takes_its_list_from_its_own_summary(tested, tmp_path):
         edit(run / f"fold_{fold}" / "best.pt", lambda content: content["fold"].update(protocol="paper"))
         edit(run / f"fold_{fold}" / "best.pt", lambda content: content["gene_lists"].pop("highly_predictive"))
     ranked = json.loads((run / "summary.json").read_text())["pcc_h"]["paper"]["genes"]
-    again = external_test(run, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU)
+    again = external_test(run, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
     summary = json.loads((again / "summary.json").read_text())
     assert summary["gene_lists"]["fold_0"]["h"] == [gene for gene in ranked if gene in summary["genes"]] != []
     (run / "summary.json").unlink()
-    external_test(run, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU)
+    external_test(run, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
     summary = json.loads((again / "summary.json").read_text())
     assert summary["headline"]["pcc_h"] is None and any("PCC(H) is undefined" in note for note in summary["notes"])
 
@@ -194,11 +194,16 @@ def test_paper_run_takes_its_list_from_its_own_summary(tested, tmp_path):
 def test_one_fold_alone_goes_into_its_own_folder_and_without_token_caches_gives_the_same(tested, tiny_run, tmp_path):
     data_dir, folder = tested
     run = tiny_run.copy(tmp_path)
-    cached = external_test(run, "demo_external", 1, [f"DATA.data_dir={data_dir}"], CPU)
+    cached = external_test(run, "demo_external", 1, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
     assert cached == run / "fold_1" / "external" / "demo_external"
     first = anndata.read_h5ad(cached / "predictions" / "X1.h5ad")
     online = external_test(
-        run / "fold_1", "demo_external", None, [f"DATA.data_dir={data_dir}", "DATA.tokens=online"], CPU
+        run / "fold_1",
+        "demo_external",
+        None,
+        [f"DATA.data_dir={data_dir}", "DATA.tokens=online"],
+        CPU,
+        with_report=False,
     )
     second = anndata.read_h5ad(online / "predictions" / "X1.h5ad")
     np.testing.assert_allclose(first.X, second.X, atol=0.02)  # the cache holds tokens in float16
@@ -220,7 +225,7 @@ def test_an_imported_checkpoint_without_means_or_lists_is_scored_all_the_same(te
         content["encoder"].pop("token_pool", None)
 
     edit(run / "fold_0" / "best.pt", as_imported)
-    folder = external_test(run, "demo_external", None, [f"DATA.data_dir={tested[0]}"], CPU)
+    folder = external_test(run, "demo_external", None, [f"DATA.data_dir={tested[0]}"], CPU, with_report=False)
     assert folder == run / "external" / "demo_external"
     headline = json.loads((folder / "summary.json").read_text())["headline"]
     assert headline["predictor"] == "fold_0" and headline["mse"] > 0 and np.isfinite(headline["pcc_all"])
@@ -232,7 +237,7 @@ def test_chunks_do_not_change_a_prediction(tested, tiny_run, tmp_path):
     run, found = tiny_run.copy(tmp_path), []
     for size in (1024, 7):
         overrides = [f"DATA.data_dir={data_dir}", f"EVALUATION.chunk_size={size}"]
-        folder = external_test(run, "demo_external", 0, overrides, CPU)
+        folder = external_test(run, "demo_external", 0, overrides, CPU, with_report=False)
         found.append(anndata.read_h5ad(folder / "predictions" / "X1.h5ad").X)
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
 
@@ -279,7 +284,7 @@ def test_every_feature_stays_with_its_spot(tiny_run, tmp_path, exchanged):
     colours = _beacon_slide(layout, exchanged, genes)
     write_spec(layout.spec_path, spec)
     _extract(tiny_run, data_dir, "beacons")
-    folder = external_test(tiny_run.copy(tmp_path), "beacons", 0, [f"DATA.data_dir={data_dir}"], CPU)
+    folder = external_test(tiny_run.copy(tmp_path), "beacons", 0, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
 
     table = load_slide(layout, "S")
     patches = np.stack([np.full((64, 64, 3), colours[spot], dtype=np.uint8) for spot in table.obs_names])
@@ -355,7 +360,7 @@ def test_space_ranger_folder_goes_through_and_is_plotted(tiny_run, tiny_data, tm
     assert get_spec("mine", data_dir).training_type == "demo"
     for kind in ("target", "neighbor"):
         _extract(tiny_run, data_dir, "mine", kind)
-    folder = external_test(run, "mine", None, [f"DATA.data_dir={data_dir}"], CPU)
+    folder = external_test(run, "mine", None, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
     adata = scanpy.read_h5ad(folder / "predictions" / "mine.h5ad")
     assert set(adata.var_names) <= set(load_names(data_dir / "test/mine/genes_mine.npy"))
     pixels = {f"{c}x{r}": xy for c, r, xy in zip(outs.array_col, outs.array_row, outs.pixels)}
@@ -396,7 +401,7 @@ def test_leakage_is_loud_in_the_output_and_the_summary(tested, tiny_run, tmp_pat
     run = tiny_run.copy(tmp_path)
     edit(run / "fold_1" / "best.pt", lambda content: content["config"]["DATA"].update(type="her2st"))
     edit(run / "fold_1" / "best.pt", lambda content: content["fold"].update(train_patients=["E"]))
-    folder = external_test(run, "demo_external", 1, [f"DATA.data_dir={data_dir}"], CPU)
+    folder = external_test(run, "demo_external", 1, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
     said = capsys.readouterr().out
     assert "LEAKAGE: the run has been trained on the tissue of 1 of 1 slides" in said
     assert "is meant for models of demo; this run was trained on her2st" in said
@@ -407,7 +412,7 @@ def test_fields_of_view_that_differ_are_told(tested, tiny_run, tmp_path, capsys)
     data_dir = Path(shutil.copytree(tested[0] / "test", tmp_path / "data" / "test")).parent
     path = data_dir / "test" / "demo_external" / "dataset.yaml"
     path.write_text(path.read_text().replace("microns_per_pixel: 1.6", "microns_per_pixel: 0.4"))
-    external_test(tiny_run.copy(tmp_path), "demo_external", 0, [f"DATA.data_dir={data_dir}"], CPU)
+    external_test(tiny_run.copy(tmp_path), "demo_external", 0, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
     assert (
         "WARNING: A patch is 26 um wide on X1 and was 102 um wide in training, a factor of 0.25"
         in capsys.readouterr().out

@@ -88,7 +88,9 @@ def test_spots_of_a_table_get_what_the_external_test_gives_them(tiny_run, extern
         "1",
     ]
     extract([*flags, "--extract_mode", "all", "--views", "1", "--data_dir", str(data_dir), "--device", "cpu"])
-    folder = external_test(tiny_run.copy(tmp_path), "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU)
+    folder = external_test(
+        tiny_run.copy(tmp_path), "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU, with_report=False
+    )
     tested = anndata.read_h5ad(folder / "predictions" / "X1.h5ad")
     table = pd.read_csv(external[1], sep="\t")  # lists spots beside the tissue too, which have no counts
     table = table[[f"{x}x{y}" in tested.obs_names for x, y in zip(table["x"], table["y"])]]

@@ -113,7 +113,7 @@ def test_an_external_test_matches_the_training(tiny_run, tmp_path):
     shared = ("--mode", "external", "--test_name", "demo_external", "--match_mpp", "102.4")
     for kind in ("target", "neighbor"):
         _extract(tiny_run, data_dir, *shared, "--extract_mode", kind)
-    folder = external_test(run, "demo_external", None, overrides, CPU, match_mpp=True)
+    folder = external_test(run, "demo_external", None, overrides, CPU, match_mpp=True, with_report=False)
     notes = " ".join(json.loads((folder / "summary.json").read_text())["notes"])
     assert "A patch is 102 um wide on X1 and was 102 um wide in training." in notes
     (cache,) = data_dir.glob("test/demo_external/gt_features_*_102.4um/X1.h5")
@@ -151,7 +151,7 @@ class TestPooled:
         flags = ("--mode", "external", "--test_name", "demo_external")
         for kind in ("target", "neighbor"):
             _extract(tiny_run, data_dir, *flags, "--extract_mode", kind)
-        folder = external_test(run, "demo_external", None, [], CPU)
+        folder = external_test(run, "demo_external", None, [], CPU, with_report=False)
         image = next(data_dir.glob("test/demo_external/ST-imgs/*/*/X1.*"))
         spots = data_dir / "test/demo_external/ST-spotfiles/X1_selection.tsv"
         out = predict(run, PredictOptions(image, tmp_path / "x.h5ad", spots=spots), None, [], CPU)
