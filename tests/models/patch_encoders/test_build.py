@@ -40,6 +40,7 @@ PUBLISHED = {
     "kaiko-vitl14": (1024, 1024, 261, 304, (1, 1369, 1024)),
     "resnet50": (1024, 1024, 196, 26, None),
     "efficientnet-lite0": (112, 112, 196, 5, None),
+    "efficientnet-lite2": (120, 120, 196, 6, None),
 }
 
 
