@@ -129,10 +129,11 @@ def _covered_px(attributes: Mapping[str, Any], kind: str, path: Path) -> int:
     if "patch_size_level0" in attributes:
         return _width(attributes["patch_size_level0"], path)
     downsample = np.ravel(attributes.get("downsample", attributes.get("downsample_level", 1)))[0]
-    if "patch_size" not in attributes or (kind == "trident" and "patch_level" not in attributes):
-        remedy = (
-            " Give the folder that holds CLAM's h5_files and patches, too: those know it." if kind == "clam" else ""
-        )
+    if "patch_size" not in attributes or kind == "trident":
+        remedy = {
+            "clam": " Give the folder that holds CLAM's h5_files and patches, too: those know it.",
+            "trident": " TRIDENT says it as patch_size_level0; coordinates in CLAM's form are read with --format clam.",
+        }[kind]
         raise ValueError(
             f"{path}: its coords do not say how wide a patch is; their attributes are {some(sorted(attributes)) or 'none'}."
             f"{remedy}"

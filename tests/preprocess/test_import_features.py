@@ -187,3 +187,14 @@ def test_a_width_that_is_none_and_features_that_are_not_finite(tmp_path, kind, w
         ValueError, match=rf"S1\.h5: some numbers of its features are not finite\. Make them again with {kind}"
     ):
         user_readers.patches_of_a_tool(path, kind=kind)
+
+
+def test_a_width_at_another_level_is_not_taken_for_that_of_the_image(tmp_path):
+    """TRIDENT's patch_size is in px of the level that the encoder sees."""
+    path = user_readers.features_of_a_tool(tmp_path, kind="trident")
+    with h5py.File(path, "r+") as file:
+        del file["coords"].attrs["patch_size_level0"]
+    with pytest.raises(
+        ValueError, match=r"S1\.h5: its coords do not say how wide .* patch_size_level0; .*--format clam"
+    ):
+        user_readers.patches_of_a_tool(path, kind="trident")
