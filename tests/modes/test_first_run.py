@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shlex
@@ -39,27 +40,33 @@ def test_the_recipe_of_the_page_is_that_of_the_file():
 
 def test_the_page_word_by_word_on_the_olfactory_bulb(mob_raw, tmp_path, monkeypatch):
     (tmp_path / "config").symlink_to(ROOT / "config")
-    lay_out, train = blocks(section("From ST"), "bash")
+    lay_out, train, compare = blocks(section("From ST"), "bash")
     (spec,) = blocks(section("From ST"), "yaml")
-    raw = tmp_path / "raw"
+    raw = tmp_path / "mob_raw"
     raw.mkdir()
-    for path in mob_raw.glob("MOB*"):
-        (raw / path.name).symlink_to(path)
-    for path in raw.glob("*_spots.tsv"):  # a fifth of the spots on tissue, those of some rows
-        spots = pd.read_csv(path, sep="\t")
-        path.unlink()
-        spots[(spots["selected"] == 1) & (spots["y"] % 10 < 2)].to_csv(path, sep="\t", index=False)
-    subprocess.run(["bash", "-e", "-c", lay_out.replace("RAW/", f"{raw}/")], cwd=tmp_path, check=True)
+    for number in range(1, 5):  # as they are called where they are public; of the spots on tissue a fifth, some rows
+        (raw / f"MOB{number}.jpg").symlink_to(mob_raw / f"MOB{number}.jpg")
+        (raw / f"MOB{number}.tsv").write_bytes(gzip.decompress((mob_raw / f"MOB{number}_counts.tsv.gz").read_bytes()))
+        spots = pd.read_csv(mob_raw / f"MOB{number}_spots.tsv", sep="\t")
+        spots = spots[(spots["selected"] == 1) & (spots["y"] % 10 < 2)]
+        spots.to_csv(raw / f"alignment_table_MOB{number}.tsv", sep="\t", index=False)
+    assert lay_out.count("curl") == 1
+    subprocess.run(["bash", "-e", "-c", f"curl() {{ :; }}\n{lay_out}"], cwd=tmp_path, check=True)
     (tmp_path / "data" / "mob" / "dataset.yaml").write_text(spec)
     config = tmp_path / "data" / "mob" / "mob.yaml"
     text = config.read_text().replace("type: mine", "type: mob").replace("patch_size: 224", "patch_size: 32")
     config.chmod(0o644)
     config.write_text(text)
     monkeypatch.chdir(tmp_path)
-    for line in train.replace("--fixed_epochs 28", "--fixed_epochs 1 --no_report").splitlines():
+    (predict,) = blocks(section("From an image"), "bash")
+    shown = (
+        train.replace("--mode train --fixed_epochs 28", "--mode train --fixed_epochs 1 --no_report") + compare + predict
+    )
+    for line in shown.splitlines():
         _, script, *words = shlex.split(line)
         left = call(PROGRAMS[script], *words)
         assert left.status == 0, f"{line}\n{left.said}"
     summary = json.loads((tmp_path / "logs" / "mob" / "exp_0" / "summary.json").read_text())
     assert "ridge on the same features (ridge_neighbor), PCC(A)" in summary["verdict"][0]
     assert "2 patients stand behind this" in " ".join(summary["verdict"])
+    assert (tmp_path / "predicted" / "mob1_explorer.html").is_file()

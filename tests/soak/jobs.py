@@ -160,7 +160,8 @@ def contents(folder: Path) -> dict[str, str]:
         name = str(path.relative_to(folder))
         if "tfevents" in name:
             name = str(Path(name).parent / "tfevents")
-        found[name] = "" if "tfevents" in name or name.endswith(_UNEQUAL) else _digest_of(path)
+        is_temporary = path.name.startswith(".")  # perhaps half written: its being there is what counts
+        found[name] = "" if is_temporary or "tfevents" in name or name.endswith(_UNEQUAL) else _digest_of(path)
     return found
 
 
