@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation import aggregation
-from evaluation.comparison.verdict import against_mean, support
+from evaluation.comparison.verdict import against_mean, on_single_spots, support
 from evaluation.fold_files import write_table
 from evaluation.report.tables import Table, label, number
 from evaluation.slide_result import SlideResult
@@ -130,7 +130,8 @@ def _verdict(predictor: Predictor) -> list[str]:
     means = aggregation.select(table, "training_mean").set_index("patient")["mse"]
     fused = aggregation.select(table).to_dict("records")
     rows = plain([{**row, "training_mean_mse": means[row["patient"]]} for row in fused])
-    return [f"{capitalised(against_mean(rows))}.", support(rows, None)]
+    (single,) = plain([aggregation.select(table, truth="unsmoothed")["pcc_all"].mean()])
+    return [f"{capitalised(against_mean(rows))}.", on_single_spots(single), support(rows, None)]
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:

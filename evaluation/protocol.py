@@ -34,6 +34,9 @@ PCC_H_NOTES = {
     "clean": "the genes were fixed from training data of a reference model",
 }
 
+# Of a fold; where no fold of a run has such a list, the first sentences of its summary say why.
+NO_LIST = "No highly predictive list was fixed from training data: pcc_h is undefined."
+
 
 def score_fold(
     results: Sequence[SlideResult],
@@ -157,7 +160,7 @@ def _fold_notes(
     notes = []
     fused_rows = aggregation.select(per_gene_slide)
     if protocol == "clean" and not lists.get("highly_predictive"):
-        notes.append("No highly predictive list was fixed from training data: pcc_h is undefined.")
+        notes.append(NO_LIST)
     if undefined := int(fused_rows["pearson"].isna().sum()):
         notes.append(
             f"PCC undefined for {undefined} of {len(fused_rows)} (slide, gene) pairs, where the measured or the "

@@ -12,6 +12,7 @@ import pandas as pd
 from evaluation import aggregation
 from evaluation.fold_files import FoldRecord, read_run
 from evaluation.intervals import bootstrap_interval
+from evaluation.protocol import NO_LIST
 from utils.runs import plain
 
 HEADLINE = ("pcc_all", "pcc_h", "mse", "mae")
@@ -295,7 +296,8 @@ def _notes(
     if len(records) == 1:
         notes.append("One fold only: no standard deviation over folds.")
     notes += found
+    are_without_list = all(NO_LIST in record.result["notes"] for record in records)
     for record in records:
         extra = [*record.split.get("notes", []), *record.result["notes"]]
-        notes += [f"Fold {record.name}: {note}" for note in extra]
+        notes += [f"Fold {record.name}: {note}" for note in extra if not (are_without_list and note == NO_LIST)]
     return list(dict.fromkeys(notes))

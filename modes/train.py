@@ -24,7 +24,7 @@ from modes.parallel.data import shared_step
 from modes.parallel.folds import check_nobody_works_on, claimed_folds, finish, in_turn
 from modes.prediction.slide import Encode, predict_slide, slide_result
 from modes.telling.board import Board, check_wandb
-from modes.telling.epoch_line import EpochLine
+from modes.telling.epoch_line import EpochLine, word_on_test_scores
 from modes.training.checkpoints import FoldCheckpoints
 from modes.training.clusters import write_clusters
 from modes.training.compose import Optimization, forward, groups_spots, is_closed_form, open_layout
@@ -107,6 +107,8 @@ def train(config: Config, options: TrainOptions) -> Path:
         say(f"Run folder: {run_dir}")
         if not is_closed_form(config):
             say(f"Curves while it trains: tensorboard --logdir {shlex.quote(str(run_dir))}")
+        if word := word_on_test_scores(folds):
+            say(word)
         for record in own_folds:
             folder = run_dir / record.folder
             if is_complete(folder):

@@ -13,17 +13,24 @@ from evaluation.intervals import LEAST_PATIENTS
 from utils.config import Config, read_config
 from utils.text import capitalised
 
-# What every model of images is measured by, the stronger first: it sees patch and neighbors, as Gene-DML does.
-RIDGES = ("ridge_neighbor", "ridge")
+# What every model of images is measured by, the stronger first, and what each sees of the features; Gene-DML sees tokens of
+# the patch and whole slides besides.
+RIDGES = {"ridge_neighbor": "patch and neighbor mean", "ridge": "patch alone"}
+STRONGER = next(iter(RIDGES))
+SINGLE_SPOTS = "pcc_all, unsmoothed"
 _ALIKE = 0.005  # of PCC: a smaller difference is called none
 _FALLING = 0.02  # share of the training loss in the last fifth of the epochs
 
 
 @dataclass(frozen=True)
 class Beside:
-    """A run that another is held against: its name, and the scores of both by patient, {metric: {patient: value}}."""
+    """A ridge that a run is held against. name: of its folder; sees: what of the features it learns from.
+
+    own, other: scores of the run and of the ridge, {metric: {patient: value}}; SINGLE_SPOTS among them where it is known.
+    """
 
     name: str
+    sees: str
     own: Mapping[str, Mapping[str, float]]
     other: Mapping[str, Mapping[str, float]]
 
@@ -49,7 +56,7 @@ def judge(summary: Mapping[str, Any], about: Circumstances) -> list[str]:
 
     summary: as `evaluation.summary.summarise` makes it, undefined values as None.
     The first sentence compares with ridge on the same features and with the mean of the training spots; a run of ridge itself,
-    or of the mean, with the mean alone.
+    or of the mean, with the mean alone. The next one that is not about making a ridge says that targets are smoothed.
     """
     patients = summary["patients"]
     of_mean = against_mean(patients)
@@ -61,11 +68,12 @@ def judge(summary: Mapping[str, Any], about: Circumstances) -> list[str]:
         sentences = [f"{capitalised(_against_ridge(about.ridge))}; {of_mean}."]
     else:
         sentences = [
-            f"{capitalised(of_mean)}; whether it is better than ridge on the same features is not known, no such run lies "
-            "beside it."
+            f"{capitalised(of_mean)}; whether it is better than ridge on the same features ({RIDGES[STRONGER]}) is not known, "
+            "no such run lies beside it."
         ]
         if about.to_make_one:
             sentences.append(f"To know, make one, then repeat this training with --resume: {about.to_make_one}")
+    sentences.append(_smoothing(summary, about.ridge))
     pcc = summary["headline"]["pcc_all"]["mean"]
     if pcc is not None and pcc < 0.05:
         sentences.append(f"PCC(A) is {pcc:.3f}, about zero: within a slide the predictions do not follow the tissue.")
@@ -105,17 +113,24 @@ def ridge_beside(run_dir: Path, model: str) -> Beside | None:
         run = seed_runs(path)[0] if path.is_dir() and path != group else path
         if (config := config_of(run)) is not None and config.MODEL.name in RIDGES:
             found.setdefault(config.MODEL.name, []).append(run)
-    for run in (run for name in RIDGES for run in found.get(name, [])):
+    for run, sees in ((run, sees) for kind, sees in RIDGES.items() for run in found.get(kind, [])):
         try:
-            table = compare_runs([run, run_dir], names=["ridge", "own"], metrics=("pcc_all", "mse"), resamples=10)
+            ridge, own = _scores([run, run_dir])
         except (ValueError, FileNotFoundError):  # of other folds or features, or not finished
             continue
-        scores = {
-            method: {row["metric"]: row["by_patient"] for row in rows.to_dict("records")}
-            for method, rows in table.groupby("method")
-        }
-        return Beside(run.parent.name if run.name.startswith("seed_") else run.name, scores["own"], scores["ridge"])
+        return Beside(run.parent.name if run.name.startswith("seed_") else run.name, sees, own, ridge)
     return None
+
+
+def _scores(runs: Sequence[Path]) -> list[dict[str, dict[str, float]]]:
+    """What `Beside` holds of each run; raises what `compare_runs` does."""
+    scores: list[dict[str, dict[str, float]]] = [{} for _ in runs]
+    names = [str(number) for number in range(len(runs))]
+    for truth, metrics in (("smoothed", ("pcc_all", "mse")), ("unsmoothed", ("pcc_all",))):
+        table = compare_runs(runs, names=names, metrics=metrics, truth=truth, resamples=10)
+        for method, metric, values in table[["method", "metric", "by_patient"]].itertuples(index=False):
+            scores[int(method)][metric if truth == "smoothed" else SINGLE_SPOTS] = values
+    return scores
 
 
 def config_of(run_dir: Path) -> Config | None:
@@ -127,18 +142,45 @@ def config_of(run_dir: Path) -> Config | None:
 
 
 def _against_ridge(ridge: Beside) -> str:
-    own, other = ridge.own["pcc_all"], ridge.other["pcc_all"]
-    both = [patient for patient in own if patient in other]
+    name = f"ridge on the same features ({ridge.name}: {ridge.sees})"
+    both = _of_both(ridge, "pcc_all")
     if not both:
-        return f"not comparable with ridge on the same features ({ridge.name}), whose PCC(A) or own is undefined"
-    mine, its = (sum(values[patient] for patient in both) / len(both) for values in (own, other))
-    wins = sum(own[patient] > other[patient] for patient in both)
+        return f"not comparable with {name}, whose PCC(A) or own is undefined"
+    mine, its = _means(both)
+    wins = sum(own > other for own, other in both)
     word = "about as good as" if abs(mine - its) < _ALIKE else "better than" if mine > its else "worse than"
     errors = [sum(values["mse"].values()) / len(values["mse"]) for values in (ridge.own, ridge.other)]
     return (
-        f"{word} ridge on the same features ({ridge.name}), PCC(A) {mine:.3f} against {its:.3f} (better for "
-        f"{_of(wins, len(both))}), MSE {errors[0]:.3f} against {errors[1]:.3f}"
+        f"{word} {name}, PCC(A) {mine:.3f} against {its:.3f} (better for {_of(wins, len(both))}), "
+        f"MSE {errors[0]:.3f} against {errors[1]:.3f}"
     )
+
+
+def _of_both(ridge: Beside, metric: str) -> list[tuple[float, float]]:
+    """A score of the run and of the ridge, of each patient for whom both are defined."""
+    own, other = (scores.get(metric, {}) for scores in (ridge.own, ridge.other))
+    return [(own[patient], other[patient]) for patient in own if patient in other]
+
+
+def _means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    own, other = zip(*pairs)
+    return sum(own) / len(pairs), sum(other) / len(pairs)
+
+
+def _smoothing(summary: Mapping[str, Any], ridge: Beside | None) -> str:
+    if ridge is not None and (both := _of_both(ridge, SINGLE_SPOTS)):
+        return on_single_spots(*_means(both))
+    of_fused = (row for row in summary.get("scales") or [] if (row["truth"], row["scale"]) == ("unsmoothed", "fused"))
+    return on_single_spots(next((row["pcc_all"] for row in of_fused), None))
+
+
+def on_single_spots(own: float | None, ridge: float | None = None) -> str:
+    """Say what the targets are, and what PCC(A) is without smoothing, where it is defined: own, and of ridge."""
+    text = "Targets are smoothed (means over 3 x 3 spots)"
+    if own is not None:
+        text += f"; on the counts of single spots PCC(A) is {own:.3f}"
+        text += f", that of ridge {ridge:.3f}" if ridge is not None else ""
+    return f"{text}."
 
 
 def _learning(folds: Sequence[Mapping[str, Any]], about: Circumstances) -> list[str]:

@@ -19,12 +19,6 @@ _COLUMNS = (
     "metric", "method", "num_seeds", "num_patients", "mean", "low", "high", "by_patient", "seed_std", "difference",
     "difference_low", "difference_high", "wilcoxon_p", "wilcoxon_note", "genes_improved", "gene_difference_median",
 )  # fmt: skip
-_EXPLANATION = (
-    "Mean over patients with bootstrap 95 % interval (with fewer than four patients their values, no interval and no "
-    "test); std over seeds; difference from the first method, paired over patients, with its interval; two-sided Wilcoxon "
-    "signed-rank test over patients; share of genes predicted better than by the first method, and the median difference "
-    "of a gene."
-)
 
 
 def write_comparison(table: pd.DataFrame, out_dir: str | Path) -> tuple[Path, Path, Path]:
@@ -42,9 +36,13 @@ def write_comparison(table: pd.DataFrame, out_dir: str | Path) -> tuple[Path, Pa
     out_dir = Path(out_dir)
     notes = [str(note) for note in table.attrs.get("notes", [])]
     first = str(table["method"].iloc[0])
-    tables = {str(metric): _metric_table(rows) for metric, rows in table.groupby("metric", sort=False)}
+    tables = {str(metric): _metric_table(rows, first) for metric, rows in table.groupby("metric", sort=False)}
     remarks = _remarks(table)
-    markdown = [f"# Comparison with {first}", _EXPLANATION, "\n".join(f"- {note}" for note in notes)]
+    markdown = [
+        f"# Comparison with {first}",
+        _explanation(first),
+        "\n".join(f"- {note}" for note in notes),
+    ]
     for metric, cells in tables.items():
         markdown += [f"## {_heading(metric)}", cells.to_markdown()]
     if remarks:
@@ -62,11 +60,12 @@ def comparison_text(table: pd.DataFrame) -> str:
 
     table: as in `write_comparison`.
     """
+    first = str(table["method"].iloc[0])
     parts = []
     for metric, rows in table.groupby("metric", sort=False):
-        parts += ["", _heading(str(metric)), _metric_table(rows).to_text()]
+        parts += ["", _heading(str(metric)), _metric_table(rows, first).to_text()]
     said = [*map(str, table.attrs.get("notes", [])), *_remarks(table)]
-    return "\n".join([*parts, "", _EXPLANATION, *(f"Note: {text}" for text in said)])
+    return "\n".join([*parts, "", _explanation(first), *(f"Note: {text}" for text in said)])
 
 
 def comparison_intervals(table: pd.DataFrame) -> Figure:
@@ -92,15 +91,24 @@ def comparison_intervals(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def _explanation(first: str) -> str:
+    return (
+        "Mean over patients with bootstrap 95 % interval (with fewer than four patients their values, no interval and no "
+        f"test); std over seeds; the mean of the row minus that of {first}, paired over patients, with its interval; "
+        "two-sided Wilcoxon signed-rank test over patients; share of the genes that the row predicts better than "
+        f"{first}, and the median over the genes of row minus {first}."
+    )
+
+
 def _heading(metric: str) -> str:
     return f"{label(metric)}, lower is better" if metric in ("mse", "mse_centered", "mae") else label(metric)
 
 
-def _metric_table(rows: pd.DataFrame) -> Table:
+def _metric_table(rows: pd.DataFrame, first: str) -> Table:
     patients = patients_shown(rows)
     columns = (
-        "method", "mean", *patients, "95 %", "std (seeds)", "patients", "difference", "95 %", "p", "genes better",
-        "median of genes",
+        "method", "mean", *patients, "95 %", "std (seeds)", "patients", f"row minus {first}", "95 %", "p",
+        f"genes better than {first}", f"median gene, row minus {first}",
     )  # fmt: skip
     cells = []
     for row in rows.to_dict("records"):
@@ -152,7 +160,11 @@ def _remarks(table: pd.DataFrame) -> list[str]:
 
 def _page(first: str, notes: list[str], remarks: list[str], tables: dict[str, Table], picture: Path) -> str:
     sections = [
-        html.Section("reading", "How to read it", html.note_list([*notes, *remarks]) + html.paragraph(_EXPLANATION)),
+        html.Section(
+            "reading",
+            "How to read it",
+            html.note_list([*notes, *remarks]) + html.paragraph(_explanation(first)),
+        ),
         html.Section(
             "means",
             "Means over patients",
@@ -164,11 +176,11 @@ def _page(first: str, notes: list[str], remarks: list[str], tables: dict[str, Ta
         ),
         *(
             html.Section(
-                f"metric-{index}", _heading(metric), html.scrollable(cells.to_html(f"Differences are from {first}"))
+                f"metric-{index}", _heading(metric), html.scrollable(cells.to_html(f"Differences: row minus {first}"))
             )
             for index, (metric, cells) in enumerate(tables.items())
         ),
     ]
     names = list(dict.fromkeys(row[0] for cells in tables.values() for row in cells.rows))
-    lead = f"{len(names)} methods on the same folds, slides and genes; differences are from {first}."
+    lead = f"{len(names)} methods on the same folds, slides and genes; differences are row minus {first}."
     return html.page(f"Comparison with {first}", lead, sections, "The same numbers are in comparison.csv.")

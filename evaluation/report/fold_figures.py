@@ -24,6 +24,7 @@ from utils.text import check_genes, some
 from utils.untrusted.text import cells_of, text_of
 
 INDEX = "index.json"
+_DRAWING = 2  # counted up whenever the same results come to be drawn otherwise
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _state(fold_dir: Path, genes: Sequence[str], count: int) -> dict[str, object
     hashes = {name: sha256(fold_dir / name) for name in sources if (fold_dir / name).is_file()}
     # The predictions are written before result.json by the same evaluation; their sizes tell a lost or replaced file.
     predictions = {path.name: path.stat().st_size for path in sorted((fold_dir / "predictions").glob("*.h5ad"))}
-    return {"files": hashes, "predictions": predictions, "genes": list(genes), "count": count}
+    return {"drawing": _DRAWING, "files": hashes, "predictions": predictions, "genes": list(genes), "count": count}
 
 
 def _charts(record: FoldRecord, where: str) -> Iterable[tuple[Picture, Figure]]:
@@ -121,12 +122,13 @@ def _charts(record: FoldRecord, where: str) -> Iterable[tuple[Picture, Figure]]:
     )
     if (record.path / "clusters.csv").is_file():
         clusters = read_clusters(record.path / "clusters.csv")
-        figure = figures.cluster_composition(*(clusters[name] for name in ("image_cluster", "gene_cluster", "patient")))
-        alt = f"Patients of which the clusters of a batch are made, image and gene vectors, {where}"
-        yield (
-            Picture("clusters", "clusters", f"{len(clusters)} training spots, clustered by each modality.", alt),
-            figure,
-        )
+        group = "patient" if clusters["patient"].nunique() > 1 else "slide"
+        if clusters[group].nunique() > 1:  # else all of them are of one, and nothing is to be seen
+            alt = f"{group.capitalize()}s of which the clusters of a batch are made, image and gene vectors, {where}"
+            yield (
+                Picture("clusters", "clusters", f"{len(clusters)} training spots, clustered by each modality.", alt),
+                figures.cluster_composition(*(clusters[name] for name in ("image_cluster", "gene_cluster", group))),
+            )
 
 
 def read_clusters(path: Path) -> pd.DataFrame:

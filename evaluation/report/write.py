@@ -7,7 +7,7 @@ any time.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from evaluation.report import figures, html
 from evaluation.report.fold_figures import Picture, figures_of, pcc_by_scale
 from evaluation.report.style import save_figure
 from evaluation.report.tables import (
+    Table,
     check_summary,
     fold_rows,
     interval_rows,
@@ -44,16 +45,23 @@ SECTIONS = (
     ("PCC(H) under the list of either protocol", list_rows),
     ("What choosing the epoch on the test fold would gain", price_rows),
 )
-EXPLANATIONS = {
-    scale_rows: (
-        "R2: 1 - squared error / variance of the measured gene within the slide. 0 is what the gene's own mean on that slide "
-        "would score, which nobody knows beforehand; a wrong level of the whole slide alone makes it negative, so read it "
-        "beside the explained variance, which leaves that out. RVD, relative variance distance: (predicted - measured "
-        "variance)^2 / measured variance^2 of a gene. 0: predictions vary as much as measurements, 1: they do not vary at all, "
-        "above 1: they vary more than twice as much. CCC: PCC lowered by a wrong level or spread; SSIM: likeness of the two "
-        "maps, 1 for equal ones."
-    )
-}
+TARGETS = (
+    "smoothed: each target is the mean over the spot and its neighbors (3 x 3 on the array), as in the paper; these are "
+    "learned and stand in every other table. unsmoothed: the counts of the single spot alone."
+)
+SINGLE_SCALES = (
+    "target, neighbor and global are heads of one model that was trained with all scales together, so these rows do not tell "
+    "what a scale adds. Ablations do: trainings with --set MODEL.use_neighbor=false or --set MODEL.use_global=false "
+    "(docs/evaluation.md, Ablations)."
+)
+METRICS = (
+    "R2: 1 - squared error / variance of the measured gene within the slide. 0 is what the gene's own mean on that slide "
+    "would score, which nobody knows beforehand; a wrong level of the whole slide alone makes it negative, so read it "
+    "beside the explained variance, which leaves that out. RVD, relative variance distance: (predicted - measured "
+    "variance)^2 / measured variance^2 of a gene. 0: predictions vary as much as measurements, 1: they do not vary at all, "
+    "above 1: they vary more than twice as much. CCC: PCC lowered by a wrong level or spread; SSIM: likeness of the two "
+    "maps, 1 for equal ones."
+)
 
 
 def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> tuple[Path, Path]:
@@ -120,11 +128,22 @@ def _markdown(summary: Mapping[str, Any]) -> str:
     ]
     if summary["notes"]:
         parts += ["## Notes", "\n".join(f"- {note}" for note in summary["notes"])]
+    for heading, table, explanations in _tables(summary):
+        parts += [f"## {heading}", table.to_markdown(), *explanations]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(summary: Mapping[str, Any]) -> Iterator[tuple[str, Table, list[str]]]:
+    """The tables that a summary has beside that of its folds: heading, cells, and the paragraphs below."""
     for heading, rows in SECTIONS:
         table = rows(summary)
         if table is not None:
-            parts += [f"## {heading}", table.to_markdown(), *([EXPLANATIONS[rows]] if rows in EXPLANATIONS else [])]
-    return "\n\n".join(parts) + "\n"
+            yield heading, table, _explanations(summary) if rows is scale_rows else []
+
+
+def _explanations(summary: Mapping[str, Any]) -> list[str]:
+    scales = {row["scale"] for row in summary["scales"]}
+    return [TARGETS, *([SINGLE_SCALES] if scales & {"target", "neighbor", "global"} else []), METRICS]
 
 
 def _counts(summary: Mapping[str, Any]) -> str:
@@ -171,11 +190,8 @@ def _protocol_part(summary: Mapping[str, Any]) -> str:
 
 def _scores_part(summary: Mapping[str, Any]) -> str:
     parts = [html.scrollable(fold_rows(summary).to_html("Folds")), html.paragraph(LEGEND)]
-    for heading, rows in SECTIONS:
-        table = rows(summary)
-        if table is not None:
-            parts.append(html.scrollable(table.to_html(heading)))
-            parts += [html.paragraph(EXPLANATIONS[rows])] if rows in EXPLANATIONS else []
+    for heading, table, explanations in _tables(summary):
+        parts += [html.scrollable(table.to_html(heading)), *map(html.paragraph, explanations)]
     return "\n".join(parts)
 
 
@@ -195,11 +211,12 @@ def _run_parts(run_dir: Path, records: Sequence[FoldRecord], summary: Mapping[st
     spread = aggregation.select(scores).groupby("gene")["pearson"].std().reindex(fused["gene"])
     bars = figures.gene_bars(list(fused["gene"]), fused["pearson"].to_numpy(), spread=spread.to_numpy())
     save_figure(bars, folder / "gene_bars")
+    with_interval = " with its bootstrap interval" if low == low else ""
     patients = html.picture(
         folder / "patients.png",
         alt="PCC(A) of every slide and patient",
         caption="PCC(A) of the fused prediction. Small dots: slides; large dots: means of a patient; "
-        "diamond: mean over patients with its bootstrap interval.",
+        f"diamond: mean over patients{with_interval}.",
     )
     genes = html.picture(
         folder / "pcc_distribution.png",

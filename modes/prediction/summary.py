@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.comparison.verdict import RIDGES, Circumstances, config_of, judge, ridge_beside
+from evaluation.comparison.verdict import STRONGER, Circumstances, config_of, judge, ridge_beside
 from evaluation.fold_files import find_folds, read_histories
 from evaluation.held_out import measure_held_out, write_held_out
 from evaluation.report.explorer import write_explorer
@@ -93,9 +93,9 @@ def _ridge_command(run_dir: Path, own: Mapping[str, Mapping[str, Any]]) -> str:
         "--mode",
         "train",
         "--model",
-        RIDGES[0],
+        STRONGER,
         "--run_name",
-        RIDGES[0],
+        STRONGER,
     ]
     return shlex.join([*words, *(word for setting in changed for word in ("--set", setting))])
 

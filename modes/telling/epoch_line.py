@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from utils.config import Config
 from utils.trained_fold import Progress, SplitRecord
 
 _SCORES = {"pcc_all": "PCC", "mse": "MSE"}
+_ONLY_SHOWN = (
+    "Test scores in the lines below are only shown: the number of epochs is fixed, nothing is chosen by them, and the last "
+    "epoch counts."
+)
+
+
+def word_on_test_scores(splits: Sequence[SplitRecord]) -> str:
+    """Say that test scores choose nothing where the lines of a fold show them and its epochs are fixed; else ""."""
+    return _ONLY_SHOWN if any(split.selection == "fixed" and split.test_slides for split in splits) else ""
 
 
 @dataclass
