@@ -68,12 +68,15 @@ def write_explorer(
         unit = str(adata.uns["unit"])
     images = [_image_entry(view.tissue) for view in views]
     kept, known = _kept_genes(views, genes, max_bytes - sum(len(json.dumps(image)) for image in images))
+    smoothed = (
+        " Measured ones are smoothed (means over 3 x 3 spots)." if any(MEASURED in view.codes for view in views) else ""
+    )
     left_out = f" Of {known} genes the {len(kept)} that vary most are here." if len(kept) < known else ""
     return write_text(
         path,
         explorer_page(
             title=title,
-            lead=f"Values are in {unit}, rounded to 8 bits.{left_out}",
+            lead=f"Values are in {unit}, rounded to 8 bits.{smoothed}{left_out}",
             slides=[_slide_entry(view, kept, image) for view, image in zip(views, images)],
         ),
     )

@@ -55,7 +55,7 @@ def scatter(gene: str, *, measured: np.ndarray, predicted: np.ndarray, unit: str
             cmap="viridis", linewidths=0, zorder=2,
         )  # fmt: skip
     axes.set(xlim=limits, ylim=limits, aspect="equal")
-    title(axes, f"{gene}   PCC {score_text(pearson)}   {known.sum():,} spots".replace(",", " "))
+    title(axes, f"{gene}\nPCC {score_text(pearson)}   {known.sum():,} spots".replace(",", " "))
     return figure
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 
 # Twice the width at which the page shows a picture at most, for sharp screens and print.
 MAX_PIXELS = 1800
+_WIDE = 800  # of a page: panels beside each other, whose words cannot be read at half the size
 STYLE = """
 :root { color-scheme: light; --ink: #222; --muted: #666; --rule: #d9d9d9; --accent: #0072b2; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.5rem 4rem; background: #fff; color: var(--ink);
+body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1.5rem 4rem; background: #fff; color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.35rem; margin: 3rem 0 .8rem; padding-top: .8rem; border-top: 1px solid var(--rule); }
@@ -28,14 +29,17 @@ nav ul { list-style: none; padding: 0; margin: 1.2rem 0 0; display: flex; flex-w
 .lead { font-size: 1.1rem; }
 .notes { border-left: 3px solid #e69f00; background: #fdf8ee; padding: .6rem 1rem .6rem 2rem; margin: 1rem 0; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+table { width: max-content; border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: 0 0 .4rem; }
-th, td { text-align: right; padding: .28rem .55rem; white-space: nowrap; border-bottom: 1px solid #eee; }
-th { border-bottom: 1px solid var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal; }
-th.text, td.text { text-align: left; padding-left: 0; }
+th, td { text-align: right; padding: .28rem .45rem; white-space: nowrap; border-bottom: 1px solid #eee; }
+th { border-bottom: 1px solid var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal;
+  max-width: 7rem; }
+th.text, td.text { text-align: left; padding-left: 0; max-width: none; }
 tr.sum td { font-weight: 600; background: #f7f7f7; }
 figure { margin: 1rem 0 1.4rem; }
 figure img { display: block; max-width: 100%; height: auto; }
+.wide { overflow-x: auto; }
+.wide img { max-width: max(100%, 44rem); }
 figcaption { color: var(--muted); font-size: .875rem; margin-top: .3rem; max-width: 48rem; }
 .row { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: flex-start; }
 .row figure { flex: 0 1 19rem; margin-top: 0; }
@@ -47,8 +51,9 @@ footer { color: var(--muted); font-size: .875rem; margin-top: 3rem; }
   figure, tr, .notes { break-inside: avoid; }
   h2, h3, h4 { break-after: avoid; }
   pre { white-space: pre-wrap; }
-  .scroll { overflow: visible; }
-  table { font-size: 7.5pt; }
+  .scroll, .wide { overflow: visible; }
+  .wide img { max-width: 100%; }
+  table { width: auto; font-size: 7.5pt; }
   th, td { padding: .15rem .35rem; }
 }
 """
@@ -103,6 +108,7 @@ def scrollable(table: str) -> str:
 def picture(path: Path, *, alt: str, caption: str, photograph: bool = False) -> str:
     """Make a <figure> with the image at `path` inside it as a data URI.
 
+    A wide one is never shown so small that it cannot be read; on a narrow screen it scrolls by itself.
     photograph: pictures with tissue are embedded as JPEG, charts as PNG of few colors: a page of many stays small.
     """
     with Image.open(path) as opened:
@@ -118,7 +124,8 @@ def picture(path: Path, *, alt: str, caption: str, photograph: bool = False) -> 
     # Shown at 60 % of its pixels: the figures are drawn at 160 dots per inch, a page has 96.
     width, height = round(image.width * 0.6), round(image.height * 0.6)
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    opening = '<figure class="wide" tabindex="0">' if width > _WIDE else "<figure>"
     return (
-        f'<figure><img src="data:image/{kind};base64,{data}" alt="{escape(alt)}" width="{width}" height="{height}">'
+        f'{opening}<img src="data:image/{kind};base64,{data}" alt="{escape(alt)}" width="{width}" height="{height}">'
         f"{below}</figure>"
     )

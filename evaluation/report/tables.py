@@ -150,11 +150,11 @@ def interval_rows(summary: Mapping[str, Any]) -> Table | None:
 
 
 def scale_rows(summary: Mapping[str, Any]) -> Table | None:
-    """Show every score of the fused prediction, of each scale and of the training mean, against each truth."""
+    """Show every defined score of the fused prediction, of each scale and of the training mean, against each truth."""
     scales = summary.get("scales") or []
     if not scales:
         return None
-    names = [name for name in _ORDER if name in scales[0]]
+    names = [name for name in _ORDER if any(row.get(name) is not None for row in scales)]
     ordered = sorted(scales, key=lambda row: (row["truth"], _PREDICTIONS.index(row["scale"])))
     rows = [(row["truth"], label(row["scale"]), *(number(row.get(name), 3) for name in names)) for row in ordered]
     return Table(("target", "prediction", *(label(name) for name in names)), tuple(rows), left=2)

@@ -51,7 +51,7 @@ TARGETS = (
 )
 SINGLE_SCALES = (
     "target, neighbor and global are heads of one model that was trained with all scales together, so these rows do not tell "
-    "what a scale adds. Ablations do: trainings with --set MODEL.use_neighbor=false or --set MODEL.use_global=false "
+    "what a scale adds. Ablations do: trainings with MODEL.use_neighbor=false or MODEL.use_global=false "
     "(docs/evaluation.md, Ablations)."
 )
 METRICS = (
@@ -221,7 +221,7 @@ def _run_parts(run_dir: Path, records: Sequence[FoldRecord], summary: Mapping[st
     genes = html.picture(
         folder / "pcc_distribution.png",
         alt="PCC of every gene by scale",
-        caption="PCC of every gene, by scale. Bar: the middle half of the genes; line and number: median.",
+        caption="PCC of every gene that a fold predicts, by scale. Bar: the middle half of the genes; line and number: median.",
     ) + html.picture(
         folder / "gene_bars.png",
         alt="The genes of highest and lowest PCC",
