@@ -19,7 +19,7 @@ from evaluation.gene_lists import (
     ranked_on_test_list,
 )
 from evaluation.metrics import METRIC_NAMES
-from evaluation.protocol import epoch_scores, score_fold
+from evaluation.protocol import NO_LIST, epoch_scores, score_fold
 from evaluation.slide_result import SlideResult
 from evaluation.slide_scores import score_slide
 from evaluation.summary import summarise
@@ -460,6 +460,16 @@ def test_summary_names_what_is_missing(tmp_path):
     assert "Not complete, left out: fold 2" in text
     assert "Not in this run (skipped or not asked for): fold 0" in text
     assert summary["selection_price"] is None
+
+
+def test_that_no_fold_has_a_list_is_left_to_the_verdict_and_one_that_lacks_it_is_named(tmp_path):
+    folds = {0: [slide("A1", [0.5] * 6)], 1: [slide("B1", [0.5] * 6)]}
+    none = summarise(write_run(tmp_path / "none", folds, lists={0: {}, 1: {}}))
+    assert none["headline"]["pcc_h"]["mean"] is None
+    assert not any("No highly predictive list" in note for note in none["notes"])
+    one = summarise(write_run(tmp_path / "one", folds, lists={0: {}, 1: {"highly_predictive": ["b"]}}))
+    name = read_run(tmp_path / "one")[0][0].name
+    assert [note for note in one["notes"] if "No highly predictive list" in note] == [f"Fold {name}: {NO_LIST}"]
 
 
 def test_summary_with_a_panel_per_fold(tmp_path):

@@ -110,7 +110,13 @@ def test_the_verdict_the_figures_and_the_report_are_of_the_mean_of_the_folds(tes
     row, verdict = summary["headline"], summary["verdict"]
     assert f"MSE {row['mse']:.3f} against {row['training_mean_mse']:.3f}" in verdict[0]
     assert verdict[0].startswith("Better" if row["mse"] < row["training_mean_mse"] else "Worse")
-    assert "One patient stands behind this" in verdict[1] and f"{row['pcc_all']:.3f}" in verdict[1]
+    (single,) = (
+        each["pcc_all"]
+        for each in summary["scales"]
+        if (each["predictor"], each["scale"], each["truth"]) == (row["predictor"], "fused", "unsmoothed")
+    )
+    assert verdict[1].endswith(f"(means over 3 x 3 spots); on the counts of single spots PCC(A) is {single:.3f}.")
+    assert "One patient stands behind this" in verdict[2] and f"{row['pcc_all']:.3f}" in verdict[2]
     assert f"- {verdict[0]}" in (folder / "summary.md").read_text()
     page = (folder / "report.html").read_text()
     assert html.escape(verdict[0]) in page and page.count("<img") >= 7

@@ -67,6 +67,7 @@ def test_the_page_word_by_word_on_the_olfactory_bulb(mob_raw, tmp_path, monkeypa
         left = call(PROGRAMS[script], *words)
         assert left.status == 0, f"{line}\n{left.said}"
     summary = json.loads((tmp_path / "logs" / "mob" / "exp_0" / "summary.json").read_text())
-    assert "ridge on the same features (ridge_neighbor), PCC(A)" in summary["verdict"][0]
+    assert "ridge on the same features (ridge_neighbor: patch and neighbor mean), PCC(A)" in summary["verdict"][0]
+    assert re.search(r"on the counts of single spots PCC\(A\) is 0\.\d+, that of ridge 0\.\d+\.", summary["verdict"][1])
     assert "2 patients stand behind this" in " ".join(summary["verdict"])
     assert (tmp_path / "predicted" / "mob1_explorer.html").is_file()

@@ -50,9 +50,9 @@ def test_the_summary_gives_the_command_of_a_ridge_and_then_compares_with_it(conf
     assert (run.parent / "ridge_neighbor" / "summary.json").is_file(), "it lies beside the run"
     train(config, replace(asked, resume=True))
     after = json.loads((run / "summary.json").read_text())["verdict"]
-    assert " than ridge on the same features (ridge_neighbor), PCC(A)" in after[0] or after[0].startswith(
-        "About as good"
-    )
+    assert " than ridge on the same features (ridge_neighbor: patch and neighbor mean), PCC(A)" in after[0] or after[
+        0
+    ].startswith("About as good")
     assert not any("main.py" in sentence for sentence in after)
 
 
@@ -292,7 +292,10 @@ def test_two_patients_train_a_fixed_number_of_epochs_and_say_so(config, fabricat
     for path in [*few.glob("demo/ST-cnts/[CD]*"), *few.glob("demo/ST-spotfiles/[CD]*")]:
         path.unlink()
     run = train(with_(config, DATA={"data_dir": str(few)}), options())
-    assert "with one training patient none can be held out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "with one training patient none can be held out" in said
+    assert said.count("Test scores in the lines below are only shown") == 1
+    assert said.index("Test scores in the lines") < said.index(" epoch 1/4 ")
     assert json.loads((run / "fold_0/split.json").read_text())["selection"] == "fixed"
     assert json.loads((run / "summary.json").read_text())["folds"][0]["epoch"] == 4
 

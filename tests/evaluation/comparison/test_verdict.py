@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from evaluation.comparison.verdict import Beside, Circumstances, against_mean, judge, ridge_beside
+from evaluation.comparison.runs import compare_runs
+from evaluation.comparison.verdict import (
+    SINGLE_SPOTS,
+    Beside,
+    Circumstances,
+    against_mean,
+    judge,
+    on_single_spots,
+    ridge_beside,
+)
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
 
@@ -38,7 +48,8 @@ def history(losses) -> list[dict[str, float]]:
 
 
 def beside(own: dict[str, float], other: dict[str, float]) -> Beside:
-    return Beside("ridge_neighbor", {"pcc_all": own, "mse": {"P0": 0.1}}, {"pcc_all": other, "mse": {"P0": 0.12}})
+    scores = ({"pcc_all": values, "mse": {"P0": mse}} for values, mse in ((own, 0.1), (other, 0.12)))
+    return Beside("ridge_neighbor", "patch and neighbor mean", *scores)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +63,39 @@ def beside(own: dict[str, float], other: dict[str, float]) -> Beside:
 def test_the_first_sentence_compares_with_ridge_and_with_the_mean(own, other, begins):
     ridge = beside(dict(zip(("P0", "P1"), own)), dict(zip(("P0", "P1"), other)))
     first = judge(summary(), Circumstances(model="gene_dml", ridge=ridge, to_make_one="never said"))[0]
-    assert first.startswith(begins.replace("RIDGE", "ridge on the same features (ridge_neighbor)"))
+    assert first.startswith(
+        begins.replace("RIDGE", "ridge on the same features (ridge_neighbor: patch and neighbor mean)")
+    )
     assert first.endswith(
         "MSE 0.100 against 0.120; better than the mean of the training spots, MSE 0.150 against 0.250 (better for 2 of 2 "
         "patients)."
     )
+
+
+UNSMOOTHED = [
+    {"truth": "smoothed", "scale": "fused", "pcc_all": 0.45},
+    {"truth": "unsmoothed", "scale": "target", "pcc_all": 0.2},
+    {"truth": "unsmoothed", "scale": "fused", "pcc_all": 0.31},
+]
+
+
+def test_smoothing_is_said_with_what_is_left_on_single_spots():
+    alone = judge({**summary(), "scales": UNSMOOTHED}, Circumstances(to_make_one="python main.py"))
+    assert alone[2] == "Targets are smoothed (means over 3 x 3 spots); on the counts of single spots PCC(A) is 0.310."
+    ridge = beside({"P0": 0.5, "P1": 0.4}, {"P0": 0.4, "P1": 0.3})
+    assert judge({**summary(), "scales": UNSMOOTHED}, Circumstances(ridge=ridge))[1] == alone[2], (
+        "ridge was not scored so"
+    )
+    # Of the patients for whom both are defined.
+    both = replace(
+        ridge,
+        own={**ridge.own, SINGLE_SPOTS: {"P0": 0.3, "P1": 0.9}},
+        other={**ridge.other, SINGLE_SPOTS: {"P0": 0.25}},
+    )
+    assert judge({**summary(), "scales": UNSMOOTHED}, Circumstances(ridge=both))[1].endswith(
+        "on the counts of single spots PCC(A) is 0.300, that of ridge 0.250."
+    )
+    assert on_single_spots(None) == "Targets are smoothed (means over 3 x 3 spots)."
 
 
 def test_without_ridge_it_says_so_and_how_to_make_one():
@@ -64,6 +103,7 @@ def test_without_ridge_it_says_so_and_how_to_make_one():
         summary(), Circumstances(model="gene_dml", to_make_one="python main.py --model ridge_neighbor")
     )
     assert first.startswith("Better than the mean of the training spots") and "no such run lies beside it" in first
+    assert "whether it is better than ridge on the same features (patch and neighbor mean) is not known" in first
     assert second.endswith("--resume: python main.py --model ridge_neighbor")
     assert "main.py" not in " ".join(judge(summary(), Circumstances(model="gene_dml")))
 
@@ -72,7 +112,7 @@ def test_ridge_and_the_mean_themselves_are_not_told_to_make_a_ridge():
     assert "no such run" not in " ".join(judge(summary(), Circumstances(model="ridge")))
     undefined = summary(pcc=(None, None), mse=(0.2, 0.3), pcc_h=None)
     said = judge(undefined, Circumstances(model="mean"))
-    assert said[0].startswith("This is the mean of the training spots itself") and len(said) == 2
+    assert said[0].startswith("This is the mean of the training spots itself") and len(said) == 3
 
 
 def test_a_run_worse_than_the_mean_is_called_so_and_what_can_still_be_read():
@@ -153,12 +193,14 @@ def neighbors(make_run, tmp_path) -> Path:
 
 def test_the_ridge_beside_a_run_is_found_the_stronger_first(neighbors):
     found = ridge_beside(neighbors, "gene_dml")
-    assert found is not None and found.name == "both"
+    assert found is not None and (found.name, found.sees) == ("both", "patch and neighbor mean")
     patients = {row["patient"]: row for row in summarise(neighbors)["patients"]}
     assert found.own["pcc_all"] == pytest.approx({name: row["pcc_all"] for name, row in patients.items()})
+    unsmoothed = compare_runs([neighbors, neighbors.parent / "both"], truth="unsmoothed", metrics=("pcc_all",))
+    assert [found.own[SINGLE_SPOTS], found.other[SINGLE_SPOTS]] == list(unsmoothed["by_patient"])
     assert max(found.other["pcc_all"].values()) < min(found.own["pcc_all"].values())
     shutil.rmtree(neighbors.parent / "both")
-    assert ridge_beside(neighbors, "gene_dml").name == "patch"
+    assert ridge_beside(neighbors, "gene_dml").sees == "patch alone"
     assert ridge_beside(neighbors, "ridge_neighbor") is None
 
 
@@ -183,5 +225,10 @@ def test_the_sentences_stand_first_wherever_a_run_is_shown(neighbors):
     assert (neighbors / "summary.md").read_text().startswith(f"**{said[0]}**")
     page = write_report(neighbors).read_text()
     main = page[page.index("<main>") :]
-    assert main.index("Better than ridge") < main.index("Protocol and caveats") < main.index("<table")
+    assert (
+        main.index("Better than ridge")
+        < main.index("Targets are smoothed")
+        < main.index("Protocol and caveats")
+        < main.index("<table")
+    )
     assert "R2: 1 - squared error" in page and "R2: 1 - squared error" in (neighbors / "summary.md").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.predictions import Trust, read_prediction, write_prediction
+from evaluation.predictions import MEASURED, Trust, read_prediction, write_prediction
 from evaluation.report.explorer import slide_view, write_explorer
 from tests.chromium import NEEDS_CHROMIUM, Browser
 from tests.evaluation.report.test_write import Outline
@@ -80,6 +80,16 @@ def test_page_is_self_contained_and_names_are_no_markup(page: Path) -> None:
     policy = outline.all("meta")[1]["content"]
     assert "default-src 'none'" in policy and "unsafe-inline" not in policy.split("script-src")[1]
     assert "unsafe-eval" not in policy
+
+
+def test_measured_values_are_called_smoothed_where_there_are_any(files: list[Path], page: Path) -> None:
+    words = "rounded to 8 bits. Measured ones are smoothed (means over 3 x 3 spots)."
+    assert words in page.read_text()
+    assert MEASURED not in read_prediction(files[-1]).layers
+    assert (
+        "smoothed"
+        not in write_explorer(page.with_name("one.html"), files[-1:], title="x").read_text().split("<main>")[0]
+    )
 
 
 def test_equal_files_give_equal_pages(files: list[Path], page: Path) -> None:

@@ -69,7 +69,7 @@ def test_scatter_shows_every_known_spot_on_equal_axes() -> None:
     axes = scatter(measured, predicted, 0.98).axes[0]
     np.testing.assert_array_equal(axes.collections[0].get_offsets(), np.stack([measured, predicted], axis=1)[:3])
     assert axes.get_xlim() == axes.get_ylim()
-    assert axes.get_title(loc="left") == "ERBB2   PCC 0.98   3 spots"
+    assert axes.get_title(loc="left") == "ERBB2\nPCC 0.98   3 spots"
     assert UNIT in axes.get_xlabel() and UNIT in axes.get_ylabel()
 
 

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from evaluation.comparison.runs import compare_methods
-from evaluation.comparison.write import write_comparison
-from evaluation.report.fold_figures import figures_of, write_figures
+from evaluation.comparison.write import comparison_text, write_comparison
+from evaluation.report.fold_figures import figures_of, figures_on_disk, write_figures
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
 from utils.text import UNIT
@@ -129,6 +129,46 @@ def test_summary_without_optional_parts_and_with_undefined_scores(finished_run: 
     assert json.loads((tmp_path / "summary.json").read_text())["folds"][1]["pcc_all"] is None
 
 
+def test_an_interval_table_stands_only_where_a_score_has_an_interval(finished_run: Path, tmp_path: Path) -> None:
+    summary = summarise(finished_run)
+    heading = "## Mean over patients with bootstrap 95 % interval"
+    assert heading not in write_summary(tmp_path, summary)[1].read_text(), "three patients have none"
+    summary["intervals"]["mse"] |= {"low": 0.1, "high": 0.3}
+    assert heading in write_summary(tmp_path, summary)[1].read_text()
+
+
+def test_every_scale_is_explained_below_its_table_and_undefined_scores_have_no_column(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    def part(summary) -> str:
+        return (
+            write_summary(tmp_path, summary)[1].read_text().split("## Every scale and every target")[1].split("##")[0]
+        )
+
+    summary = summarise(finished_run)
+    text = part(summary)
+    assert "smoothed: each target is the mean over the spot and its neighbors (3 x 3 on the array)" in text
+    assert "heads of one model that was trained with all scales together" in text and "MODEL.use_global=false" in text
+    assert "| PCC(H) |" in text
+    for row in summary["scales"]:
+        row["pcc_h"] = None
+    summary["scales"] = [row for row in summary["scales"] if row["scale"] in ("fused", "training_mean")]
+    text = part(summary)
+    assert "smoothed: each target" in text and "heads of one model" not in text and "PCC(H)" not in text
+
+
+def test_pcc_h_that_is_chosen_on_the_test_is_marked_in_a_clean_run_alone(
+    finished_run: Path, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    summary = summarise(finished_run)
+    text = write_summary(tmp_path / "clean", summary)[1].read_text()
+    marked = f"{summary['pcc_h']['paper']['mean']:.4f} (chosen on the test, do not report)"
+    rows = [line for line in text.splitlines() if line.startswith(("| paper:", "| clean:"))]
+    assert [marked in row for row in rows] == [True, False, True, False]
+    paper = summarise(make_run(tmp_path / "paper", protocol="paper", predictions=False))
+    assert "do not report" not in write_summary(tmp_path / "paper", paper)[1].read_text()
+
+
 def test_summary_that_lacks_required_keys_is_refused(finished_run: Path, tmp_path: Path) -> None:
     summary = summarise(finished_run)
     del summary["protocol"], summary["folds"][1]["mse"], summary["headline"]["pcc_h"]
@@ -184,6 +224,36 @@ def test_figures_are_made_again_only_when_something_changed(reported: Path, tmp_
     assert png.stat().st_mtime_ns > before and (fold_dir / "figures" / "training_curves.svg").is_file()
 
 
+def test_clusters_are_drawn_by_slide_where_one_patient_trains_and_not_at_all_of_one_slide(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    fold_dir = shutil.copytree(finished_run / "fold_0", tmp_path / "fold_0")
+    path = fold_dir / "clusters.csv"
+    of_all = pd.read_csv(path)
+
+    def shown() -> list[str]:
+        return [picture.alt for picture in figures_of(fold_dir, count=0) if picture.kind == "clusters"]
+
+    assert [alt.split(" of which")[0] for alt in shown()] == ["Patients"]
+    one = of_all[of_all["patient"] == "B"]
+    one.to_csv(path, index=False)
+    assert [alt.split(" of which")[0] for alt in shown()] == ["Slides"]
+    svg = (fold_dir / "figures" / "clusters.svg").read_text()
+    assert ">B1<" in svg and ">B2<" in svg
+    one[one["slide"] == "B1"].to_csv(path, index=False)
+    assert shown() == []
+
+
+def test_figures_of_an_earlier_drawing_are_made_again(finished_run: Path, tmp_path: Path) -> None:
+    fold_dir = shutil.copytree(finished_run / "fold_0", tmp_path / "fold_0")
+    write_figures(fold_dir, count=0)
+    index = json.loads((fold_dir / "figures" / "index.json").read_text())
+    assert figures_on_disk(fold_dir, count=0) is not None
+    del index["made_from"]["drawing"]
+    (fold_dir / "figures" / "index.json").write_text(json.dumps(index))
+    assert figures_on_disk(fold_dir, count=0) is None
+
+
 def test_unknown_gene_is_an_error(finished_run: Path) -> None:
     with pytest.raises(ValueError, match=r"--genes NOPE: not among the 10 genes that .*fold_0 predicts"):
         write_figures(finished_run / "fold_0", genes=["NOPE"])
@@ -199,6 +269,9 @@ def test_report_is_well_formed_and_self_contained(reported: Path) -> None:
     # 3 of the run; of fold 0 curves, clusters and genes: one chosen on two slides, best, worst, each in two pictures.
     assert len(images) == 3 + 2 + 8
     assert all(image["alt"] for image in images)
+    is_wide = {int(image["width"]) > 800 for image in images}
+    scrolling = [figure for figure in outline.all("figure") if figure.get("class") == "wide"]
+    assert is_wide == {True, False} and len(scrolling) == sum(int(image["width"]) > 800 for image in images)
     anchors = {attributes["id"] for _, attributes in outline.tags if attributes.get("id")}
     assert {link["href"][1:] for link in outline.all("a")} <= anchors
 
@@ -241,6 +314,12 @@ def test_comparison(make_run: Callable[..., Path], finished_run: Path, tmp_path:
     assert row["difference"] < 0 and f"{row['difference']:+.4f}" in text
     assert "3 pairs are too few for a test" in text and f"{row['by_patient']['B']:.4f}" in text
     assert f"- All tests: {row['wilcoxon_note']}." in text
+    header = "| row minus gene_dml | 95 % |     p | genes better than gene_dml | median gene, row minus gene_dml |"
+    assert re.sub(" +", " ", text).count(re.sub(" +", " ", header)) == 4
+    assert (
+        re.sub(" +", " ", comparison_text(table)).count("genes better than gene_dml median gene, row minus gene_dml")
+        == 4
+    )
     outline = Outline(page.read_text())
     assert_self_contained(outline)
     assert len(outline.all("table")) == 4 and len(outline.all("img")) == 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from modes.telling.epoch_line import EpochLine
+from modes.telling.epoch_line import EpochLine, word_on_test_scores
 from utils.config import Config
 from utils.trained_fold import Progress, SplitRecord
 
@@ -45,6 +45,25 @@ def test_a_fixed_number_of_epochs_takes_about_so_long_and_shows_the_test_patient
     config = replace(Config(), EVALUATION=replace(Config().EVALUATION, fixed_epochs=3))
     line = line_of(RECORD, config, replace(SPLIT, selection="fixed"))
     assert "epoch 1/3 " in line and "  test PCC .900 MSE .900  " in line and line.endswith("about 1 s left")
+
+
+@pytest.mark.parametrize(
+    ("splits", "is_said"),
+    [
+        ([replace(SPLIT, selection="fixed")], True),
+        ([SPLIT, replace(SPLIT, selection="fixed", validation_slides=[])], True),
+        ([SPLIT], False),
+        ([replace(SPLIT, selection="test")], False),  # there they choose
+        ([replace(SPLIT, selection="none")], False),  # without epochs
+        ([replace(SPLIT, selection="fixed", test_slides=[])], False),  # the model on all patients
+    ],
+)
+def test_test_scores_that_are_only_shown_are_called_so(splits, is_said):
+    expected = (
+        "Test scores in the lines below are only shown: the number of epochs is fixed, nothing is chosen by them, and the "
+        "last epoch counts."
+    )
+    assert word_on_test_scores(splits) == (expected if is_said else "")
 
 
 def test_the_last_epoch_has_nothing_left():
