@@ -34,9 +34,9 @@ def write_comparison(table: pd.DataFrame, out_dir: str | Path) -> tuple[Path, Pa
     if table.empty:
         raise ValueError("the table of a comparison has no row; expected at least one metric of one method.")
     out_dir = Path(out_dir)
-    notes = [str(note) for note in table.attrs.get("notes", [])]
+    notes = _notes(table)
     first = str(table["method"].iloc[0])
-    tables = {str(metric): _metric_table(rows, first) for metric, rows in table.groupby("metric", sort=False)}
+    tables = {metric: _metric_table(rows, first) for metric, rows in _defined(table)}
     remarks = _remarks(table)
     markdown = [
         f"# Comparison with {first}",
@@ -62,20 +62,20 @@ def comparison_text(table: pd.DataFrame) -> str:
     """
     first = str(table["method"].iloc[0])
     parts = []
-    for metric, rows in table.groupby("metric", sort=False):
-        parts += ["", _heading(str(metric)), _metric_table(rows, first).to_text()]
-    said = [*map(str, table.attrs.get("notes", [])), *_remarks(table)]
+    for metric, rows in _defined(table):
+        parts += ["", _heading(metric), _metric_table(rows, first).to_text()]
+    said = [*_notes(table), *_remarks(table)]
     return "\n".join([*parts, "", _explanation(first), *(f"Note: {text}" for text in said)])
 
 
 def comparison_intervals(table: pd.DataFrame) -> Figure:
     """Draw one panel a metric, one row a method: mean over patients and interval; a line: the first method."""
-    groups = list(table.groupby("metric", sort=False))
+    groups = _defined(table)
     methods = list(dict.fromkeys(table["method"].astype(str)))
     figure = new_figure(1.4 + 2.3 * len(groups), 1.0 + 0.3 * len(methods))
     for axes, (metric, rows) in zip(figure.subplots(1, len(groups), squeeze=False, sharey=True)[0], groups):
         plain_axes(axes, grid="x")
-        title(axes, _heading(str(metric)))
+        title(axes, _heading(metric))
         axes.axvline(rows["mean"].iloc[0], color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
         for method, mean, low, high in rows[["method", "mean", "low", "high"]].itertuples(index=False):
             row = methods.index(str(method))
@@ -91,9 +91,22 @@ def comparison_intervals(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def _defined(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each score that at least one method has."""
+    return [(str(metric), rows) for metric, rows in table.groupby("metric", sort=False) if rows["mean"].notna().any()]
+
+
+def _notes(table: pd.DataFrame) -> list[str]:
+    """What is to be known beforehand: the notes of the comparison, and which scores are undefined for all methods."""
+    defined = {metric for metric, _ in _defined(table)}
+    undefined = [label(metric) for metric in dict.fromkeys(table["metric"].astype(str)) if metric not in defined]
+    left_out = [f"Undefined for every method, and left out: {', '.join(undefined)}."] if undefined else []
+    return [*map(str, table.attrs.get("notes", [])), *left_out]
+
+
 def _explanation(first: str) -> str:
     return (
-        "Mean over patients with bootstrap 95 % interval (with fewer than four patients their values, no interval and no "
+        "Targets are smoothed (means over 3 x 3 spots). Mean over patients with bootstrap 95 % interval (with fewer than four patients their values, no interval and no "
         f"test); std over seeds; the mean of the row minus that of {first}, paired over patients, with its interval; "
         "two-sided Wilcoxon signed-rank test over patients; share of the genes that the row predicts better than "
         f"{first}, and the median over the genes of row minus {first}."

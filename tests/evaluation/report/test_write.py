@@ -323,6 +323,12 @@ def test_comparison(make_run: Callable[..., Path], finished_run: Path, tmp_path:
     outline = Outline(page.read_text())
     assert_self_contained(outline)
     assert len(outline.all("table")) == 4 and len(outline.all("img")) == 1
+    table.loc[table["metric"] == "pcc_h", "mean"] = np.nan
+    for text in (write_comparison(table, tmp_path / "out")[0].read_text(), comparison_text(table)):
+        assert (
+            "Undefined for every method, and left out: PCC(H)." in text
+            and text.count("genes better than gene_dml") == 3
+        )
     with pytest.raises(ValueError, match="lacks the columns mean"):
         write_comparison(table.drop(columns="mean"), tmp_path)
     with pytest.raises(ValueError, match="has no row"):
