@@ -106,10 +106,10 @@ def _notes(table: pd.DataFrame) -> list[str]:
 
 def _explanation(first: str) -> str:
     return (
-        "Targets are smoothed (means over 3 x 3 spots). Mean over patients with bootstrap 95 % interval (with fewer than four patients their values, no interval and no "
-        f"test); std over seeds; the mean of the row minus that of {first}, paired over patients, with its interval; "
-        "two-sided Wilcoxon signed-rank test over patients; share of the genes that the row predicts better than "
-        f"{first}, and the median over the genes of row minus {first}."
+        "Targets are smoothed (means over 3 x 3 spots). Mean over patients with bootstrap 95 % interval (with fewer than "
+        "four patients their values, no interval and no test); std over seeds; the mean of the row minus that of "
+        f"{first}, paired over patients, with its interval; two-sided Wilcoxon signed-rank test over patients; share of "
+        f"the genes that the row predicts better than {first}, and the median over the genes of row minus {first}."
     )
 
 
