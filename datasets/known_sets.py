@@ -10,6 +10,7 @@ from pathlib import Path
 from datasets.folds import KFOLD
 from datasets.spec import SPEC_FILE, DatasetSpec, read_spec
 from utils.files import safe_name
+from utils.text import located
 
 _C1_C2_D1, _C2_D1, _D2_E1_E2 = ("C1", "C2", "D1"), ("C2", "D1"), ("D2", "E1", "E2")
 
@@ -113,10 +114,15 @@ def get_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
     A `dataset.yaml` in <data_dir>/<name>/ or <data_dir>/test/<name>/ goes first: whoever prepared the folder described
     it, and a set prepared here follows the internal convention also under a published name. Then the table `SPECS`. An
     external folder without either is read with the internal convention, every slide as its own patient.
-    Raises ValueError with the known names otherwise.
+    Raises FileNotFoundError where there is no folder `data_dir`, ValueError with the known names for any other name.
     """
     name = safe_name(name, "Data set")
     if data_dir is not None:
+        if not Path(data_dir).is_dir():
+            how = f" Or prepare it there: {SPECS[name].preparation(data_dir)}" if name in SPECS else ""
+            raise FileNotFoundError(
+                f"The data folder {located(data_dir)} does not exist. Name the folder of the data sets with --data_dir.{how}"
+            )
         for folder, external in ((Path(data_dir) / name, False), (Path(data_dir) / "test" / name, True)):
             if (folder / SPEC_FILE).is_file():
                 return read_spec(folder / SPEC_FILE, name=name, external=external)
@@ -125,7 +131,9 @@ def get_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
     if data_dir is not None and (Path(data_dir) / "test" / name / "ST-cnts").is_dir():
         return DatasetSpec(name=name, image_pattern="**/{slide}.*", external=True)
     folder = Path("data" if data_dir is None else data_dir)
-    where = f" and {folder / name / SPEC_FILE} does not exist" if data_dir is not None else ""
+    is_there = (folder / name).is_dir()
+    lacking = f"{folder / name / SPEC_FILE} does not exist" if is_there else f"there is no folder {located(folder / name)}"
+    where = f" and {lacking}" if data_dir is not None else ""
     close = difflib.get_close_matches(name, SPECS, n=1)
     raise ValueError(
         f"Unknown data set {name!r}: known are {', '.join(SPECS)}{where}."

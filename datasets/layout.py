@@ -10,7 +10,7 @@ from datasets.spec import SPEC_FILE, DatasetSpec
 from utils.commands import extraction_command
 from utils.config import Data
 from utils.files import safe_name
-from utils.text import some
+from utils.text import located, some
 
 COUNT_SUFFIXES = ("_sub.parquet", ".parquet", ".tsv.gz", ".tsv", ".csv", ".h5ad")  # the first found is read
 SPOT_SUFFIX = "_selection.tsv"
@@ -205,6 +205,10 @@ class Layout:
 
     def slides_with_counts(self) -> list[str]:
         """List the slides that ST-cnts has a file for, sorted. Raises FileNotFoundError if the folder is missing."""
+        if not self.root.is_dir():
+            raise FileNotFoundError(
+                f"The folder of {self.name}, {located(self.root)}, does not exist. {self._prepare_hint()}"
+            )
         if not self.counts_dir.is_dir():
             raise FileNotFoundError(f"{self.counts_dir} does not exist. {self._prepare_hint()}")
         names = set()
@@ -276,8 +280,7 @@ class Layout:
         if not incomplete:
             return None
         example, lacks = next(iter(incomplete.items()))
-        script = self.spec.prepared_by
-        remedy = f" Add them: python preprocess/{script} --data_dir {self.data_dir}" if script else ""
+        remedy = f" Add them: {self.spec.preparation(self.data_dir)}" if self.spec.prepared_by else ""
         return (
             f"{len(incomplete)} slides cannot be used and are left out: {some(list(incomplete), 12)}. {example}: "
             f"{'; '.join(lacks)}.{remedy}"
@@ -299,4 +302,4 @@ class Layout:
     def _prepare_hint(self) -> str:
         if self.spec.prepared_by is None:
             return "See docs/your_data.md for the folders it needs."
-        return f"Prepare it: python preprocess/{self.spec.prepared_by} --data_dir {self.data_dir}"
+        return f"Prepare it: {self.spec.preparation(self.data_dir)}"

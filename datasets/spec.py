@@ -113,6 +113,10 @@ class DatasetSpec:
         """Whether every slide is taken as a patient, because nothing says whose they are."""
         return self.patient_pattern is None and not self.patient_of_slide
 
+    def preparation(self, data_dir: str | Path) -> str:
+        """Spell the command that prepares the set in `data_dir`, of a set that a script prepares."""
+        return f"python preprocess/{self.prepared_by} --data_dir {data_dir}"
+
     def _advice(self) -> str:
         return f"Move the slide out of the data folder, or describe your own data set in a {SPEC_FILE} beside ST-cnts."
 
@@ -138,13 +142,13 @@ def read_spec(path: str | Path, *, name: str, external: bool = False) -> Dataset
     for key in [key for key in values if key not in known]:
         close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-        problems.append(f"unknown key {brief(key)}; {hint}")
+        problems.append(f"unknown key {brief(key)} ({hint})")
     checked = {}
     for key in [key for key in values if key in known]:
         try:
             checked[key] = CHECKS[key](values[key])
         except (TypeError, ValueError) as error:
-            problems.append(f"{key}: {error}")
+            problems.append(f"{key}: {str(error).removesuffix('.')}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}.")
     return DatasetSpec(name=name, external=external, **checked)

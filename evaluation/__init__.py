@@ -15,3 +15,5 @@ The way of a number, and the file that knows each step:
     comparison/   runs beside each other
     report/       tables, figures and the page of a run
 """
+
+import utils._programs  # noqa: F401  whoever runs a part of the room is told what the programs are

@@ -34,6 +34,7 @@ from modes.prediction.ensemble import (
 )
 from modes.prediction.place_spots import THUMBNAIL_PX, SlideSpots, spots_of_file, spots_on_tissue
 from modes.prediction.predicted import evidence_of, predict_spots
+from modes.prediction.seen import note_on_seen_image
 from utils.checkpoint import checkpoints_of_runs
 from utils.cli import say
 from utils.files import check_writable, require_file, safe_name
@@ -93,6 +94,9 @@ def predict(
         say(note)
     image = require_file(options.image, "--image should be the slide to predict.")
     with open_slide(image) as slide:
+        leakage = note_on_seen_image(members, slide.fingerprint())
+        if leakage is not None:
+            say(leakage)
         mpp = options.mpp or slide.microns_per_pixel
         covered_px, view_note = covered_by_patch(members, mpp, options.match_mpp)
         say(view_note)
@@ -120,6 +124,7 @@ def predict(
         unit=UNIT,
         provenance={
             **provenance_of(members, notes),
+            "leakage": leakage,
             "trust": " ".join(evidence.notes) or None,
             "image": image.name,
             "image_size": list(slide.size),

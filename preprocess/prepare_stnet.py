@@ -28,7 +28,7 @@ from datasets.tables.counts import gene_names, read_counts, round_ids
 from datasets.tables.slide_table import read_both
 from datasets.tables.spot_table import check_spots
 from preprocess.raw.files import files_below, find_file, find_optional
-from preprocess.raw.gene_map import WHERE, is_ensembl, read_gene_map, symbols_of, with_genes
+from preprocess.raw.gene_map import WHERE, read_gene_map, symbols_of, with_genes
 from preprocess.raw.prepare import (
     Options,
     Prepared,
@@ -41,7 +41,7 @@ from preprocess.raw.prepare import (
 )
 from utils.cli import run, say
 from utils.files import reading
-from utils.text import some
+from utils.text import is_ensembl, some
 from utils.untrusted.text import cells_of, text_of
 
 CONTENTS = "the files of Mendeley 29ntw7sh4r: BC23287_C1_stdata.tsv.gz, spots_BT23287_C1.csv and HE_BT23287_C1.jpg"

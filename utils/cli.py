@@ -15,7 +15,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from utils.files import reason_of
-from utils.text import shortened
+from utils.text import ended, shortened
 
 _OF_PYTORCH_WITHOUT_MEMORY = ("can't allocate memory", "CUDA out of memory")
 WRONG_USE = 2
@@ -34,11 +34,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def going_on_by(advice: str) -> Iterator[None]:
-    """Say how to go on, should the block be interrupted, in place of "run the same command again"."""
+    """Say how to go on, should the block be interrupted or its reader go, in place of "run the same command again"."""
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        interrupt.add_note(advice)
+    except (KeyboardInterrupt, BrokenPipeError) as end:
+        end.add_note(advice)
         raise
 
 
@@ -59,16 +59,15 @@ def run(main: Callable[[], None]) -> NoReturn:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_USE)
-    except BrokenPipeError:
-        print("stopped: whoever read the output has gone.", file=sys.stderr)
+    except BrokenPipeError as gone:
+        print(f"stopped, for whoever read the output has gone: {_what_is_kept(gone)}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes when it ends
         sys.exit(1)
     except (OSError, MemoryError, RecursionError) as error:
         print(f"error: {_sentence(error)}", file=sys.stderr)
         sys.exit(WRONG_USE)
     except KeyboardInterrupt as interrupt:
-        advice = " ".join(getattr(interrupt, "__notes__", ())) or _GO_ON
-        print(f"\ninterrupted: finished work is kept; {advice}.", file=sys.stderr)
+        print(f"\ninterrupted: {_what_is_kept(interrupt)}", file=sys.stderr)
         sys.exit(128 + getattr(interrupt, "number", signal.SIGINT))
     except Exception as error:
         if any(words in str(error) for words in _OF_PYTORCH_WITHOUT_MEMORY):
@@ -77,6 +76,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         traceback.print_exc()
         sys.exit(1)
     sys.exit(0)
+
+
+def _what_is_kept(end: BaseException) -> str:
+    """Where things stand after an end in order, and how to go on (`going_on_by`)."""
+    return f"finished work is kept; {' '.join(getattr(end, '__notes__', ())) or _GO_ON}."
 
 
 @contextmanager
@@ -123,7 +127,7 @@ def _sentence(error: OSError | MemoryError | RecursionError) -> str:
         return str(error)
     reason, advice = reason_of(error)
     named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-    return f"{named}{reason}. {advice or ''}".rstrip()
+    return f"{named}{ended(reason)} {advice or ''}".rstrip()
 
 
 def be_quiet() -> None:

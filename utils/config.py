@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from utils.files import reading, write_text
-from utils.text import brief, parse_yaml
+from utils.text import brief, located, parse_yaml
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 
@@ -241,14 +241,15 @@ def _read(path: Path) -> Mapping:
 
 
 def _config_path(name_or_path: str | Path) -> Path:
-    candidates = [Path(name_or_path), CONFIG_DIR / f"{name_or_path}.yaml", CONFIG_DIR / str(name_or_path)]
-    for candidate in candidates:
+    named = str(name_or_path) if Path(name_or_path).suffix in (".yaml", ".yml") else f"{name_or_path}.yaml"
+    for candidate in (Path(name_or_path), CONFIG_DIR / named):
         if candidate.is_file():
             return candidate
     known = sorted(str(path.relative_to(CONFIG_DIR).with_suffix("")) for path in CONFIG_DIR.rglob("*.yaml"))
     raise FileNotFoundError(
-        f"There is no configuration {str(name_or_path)!r}: neither a file of that path nor config/{name_or_path}.yaml. "
-        f"Known: {', '.join(known)}."
+        f"There is no configuration {located(name_or_path)}"
+        + ("" if Path(name_or_path).is_absolute() else f": neither a file of that path nor {CONFIG_DIR / named}")
+        + f". Known: {', '.join(known)}."
     )
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.locks import sweep, temporary_prefix
-from utils.text import LONGEST_NAME, brief, checked_names, is_plain, shortened, some
+from utils.text import LONGEST_NAME, brief, checked_names, ended, is_plain, shortened, some
 from utils.untrusted.npy import strings_of_npy
 
 IF_DAMAGED = "It may be damaged, or a file of another kind: compare it with where it came from."
@@ -78,7 +78,7 @@ def reading(path: str | Path, what: str, remedy: str = IF_DAMAGED) -> Iterator[N
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"{error.filename or path} does not exist; expected {what}.") from error
         reason, advice = reason_of(error)
-        raise UnreadableFile(f"{path} cannot be read as {what}: {reason}. {advice or remedy}") from error
+        raise UnreadableFile(f"{path} cannot be read as {what}: {ended(reason)} {advice or remedy}") from error
 
 
 @contextmanager

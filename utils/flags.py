@@ -127,20 +127,22 @@ class CommandLine:
         """Return the values of all flags, of those not given None (of a switch False).
 
         `--help` prints and leaves. Raises ValueError with everything that is wrong: flags that are unknown or that the mode
-        does not read, values, flags that are missing, flags that contradict each other.
+        does not read, values, flags that are missing, flags that contradict each other. What a misspelt flag explains is not
+        said beside it.
         """
         mode = self._mode_of(words)
         wrong: dict[str, str] = {}
         arguments, left_over = self._parser(mode, wrong, _asks_for_help(words)).parse_known_args(words)
         problems = [*self._unknown(left_over), *wrong.values()]
-        for flag in self.flags:
+        meant = {self._names[near] for word in _flags_among(left_over) for near in self._near(word)}
+        for flag in () if "mode" in meant else self.flags:
             given = is_given(getattr(arguments, flag.name)) or flag.name in wrong
             if given and mode not in flag.modes:
                 instead = f"; --mode {mode} {flag.instead[mode]}" if mode in flag.instead else ""
                 problems.append(f"--{flag.name} is for --mode {one_of(flag.modes)}{instead}.")
-            elif not given and mode in flag.needed_by:
+            elif not given and mode in flag.needed_by and flag.name not in meant:
                 problems.append(f"--mode {mode} needs --{flag.name}: {flag.describe()}.")
-        problems += self.conflicts(arguments)
+        problems += [conflict for conflict in self.conflicts(arguments) if meant.isdisjoint(_named_in(conflict))]
         if problems:
             raise ValueError("\n".join(problems))
         return arguments
@@ -165,7 +167,9 @@ class CommandLine:
             raise SystemExit(0)
         mode = self.default_mode if given is None else given
         if mode is None:
-            raise ValueError(f"--mode is missing; it is one of\n{self.overview()}")
+            misspelt = [word for word in _flags_among(words) if self._near(word) == ["mode"]]
+            said = self._unknown(misspelt) or [f"--mode is missing; it is one of\n{self.overview()}"]
+            raise ValueError("\n".join(said))
         wrong: dict[str, str] = {}
         Flag("mode", (), "", choices=tuple(self.modes)).value_of(mode, wrong)
         if wrong:
@@ -192,17 +196,30 @@ class CommandLine:
 
     def _unknown(self, left_over: Sequence[str]) -> list[str]:
         """Return a message for each word that is no flag, or for what stands where a flag should."""
-        words = [word.partition("=")[0] for word in left_over if re.match(r"-(?![\d.])", word)]
+        words = _flags_among(left_over)
         if not words:
             return [f"{word!r} stands where a flag is expected." for word in left_over]
-        return [f"{word} is no flag of {self.program}{self._nearest(word.strip('-'))}" for word in words]
+        return [f"{word} is no flag of {self.program}{self._hint(word)}" for word in words]
 
-    def _nearest(self, name: str) -> str:
-        names = [flag.name for flag in self.flags] + ["mode"]
-        key = find_key(name)
-        if key is not None and name not in names:
-            return f"; --set {key}=VALUE sets that."
-        return _did_you_mean([f"--{name}" for name in difflib.get_close_matches(name, names, n=1)])
+    def _hint(self, word: str) -> str:
+        key = self._key_of(word)
+        return _did_you_mean([f"--{name}" for name in self._near(word)]) if key is None else f"; --set {key}=VALUE sets that."
+
+    def _near(self, word: str) -> list[str]:
+        """The one flag that a word seems to mean which is none, if there is one."""
+        name = word.strip("-")
+        is_none = name not in self._names and self._key_of(word) is None
+        return difflib.get_close_matches(name, self._names, n=1) if is_none else []
+
+    def _key_of(self, word: str) -> str | None:
+        """The configuration key that is called so, where no flag is."""
+        name = word.strip("-")
+        return None if name in self._names else find_key(name)
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """Every name of a flag, and the first one of the same."""
+        return {name: flag.name for flag in self.flags for name in (flag.name, flag.also) if name} | {"mode": "mode"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -210,6 +227,14 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.removeprefix('argument ')}.")
+
+
+def _flags_among(words: Sequence[str]) -> list[str]:
+    return [word.partition("=")[0] for word in words if re.match(r"-(?![\d.])", word)]
+
+
+def _named_in(text: str) -> list[str]:
+    return re.findall(r"--(\w+)", text)
 
 
 def _asks_for_help(words: Sequence[str]) -> bool:

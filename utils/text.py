@@ -16,6 +16,7 @@ UNIT = "log10(1 + counts per 10 000 of the panel)"
 _MOST_VALUES = 1_000_000  # of a YAML text
 LONGEST_NAME = 200
 NOT_PLAIN = f"empty, have blanks around them, hold control characters or are longer than {LONGEST_NAME} letters"
+_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}(\.\d+)?$")
 _CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\ufeff\ud800-\udfff"
 _PLAIN = re.compile(rf"[^\s{_CONTROL}](?:[^{_CONTROL}]*[^\s{_CONTROL}])?")
 _BRIEF = reprlib.Repr()
@@ -26,6 +27,18 @@ def shortened(text: str, length: int = 200) -> str:
     """Return a text on one line of at most `length` characters."""
     text = " ".join(text[: 2 * length].split())
     return text if len(text) <= length else f"{text[: length - 4]} ..."
+
+
+def ended(text: str) -> str:
+    """Return a text of someone else's as a sentence that has one mark at its end: a period, unless it brings another."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def located(path: str | Path) -> str:
+    """Return a path that the user gave, and where it leads if it is relative, for a message that it is not there."""
+    if Path(path).is_absolute():
+        return f"'{path}'"
+    return f"'{path}' ({Path(path).absolute()}; relative paths start at the current folder)"
 
 
 def brief(value: object) -> str:
@@ -77,9 +90,30 @@ def capitalised(text: str) -> str:
 def check_genes(wanted: Sequence[str], genes: Collection[str], of_what: str) -> None:
     """Raise ValueError for genes of --genes that are not there, with near ones. of_what: "the run predicts", say."""
     if absent := [gene for gene in wanted if gene not in genes]:
+        if note := note_on_ids(absent, genes):
+            raise ValueError(f"--genes {', '.join(absent)}: not among the {len(genes)} genes that {of_what}. {note}")
         close = sorted({name for gene in absent for name in difflib.get_close_matches(gene, genes, n=2)})
         shown = f"near: {', '.join(close)}" if close else some(list(genes))
         raise ValueError(f"--genes {', '.join(absent)}: not among the {len(genes)} genes that {of_what} ({shown}).")
+
+
+def is_ensembl(name: str) -> bool:
+    """Tell whether a name is an Ensembl id of a gene of any species, with or without its version."""
+    return _ENSEMBL.match(name) is not None
+
+
+def note_on_ids(absent: Sequence[str], known: Collection[str]) -> str:
+    """Say that the genes there are go by Ensembl ids, where some that are not among them are no such ids; else "".
+
+    Near names mean nothing then.
+    """
+    ids = [name for name in known if is_ensembl(name)]
+    if 2 * len(ids) <= len(known) or all(map(is_ensembl, absent)):
+        return ""
+    return (
+        f"Genes are named by Ensembl ids there, such as {ids[0]}: give the id of a gene. To have symbols, prepare the data set "
+        "with --gene_map (a table of ids and symbols) and train on that."
+    )
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -110,6 +110,10 @@ class SplitRecord:
         """The slides of those patients."""
         return [*self.train_slides, *self.validation_slides]
 
+    def slide_of_image(self, fingerprint: str | None) -> str | None:
+        """Find the slide with this image; None if it has none, or did not record its images."""
+        return next((slide for slide, known in self.digests.items() if known.get("image", "") == fingerprint), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Give the entries as files have them."""
         return {name: value for name, value in asdict(self).items() if value or name not in _LATER}

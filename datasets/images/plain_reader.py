@@ -15,6 +15,7 @@ from datasets.images.pixel_size import microns_of_dpi
 from datasets.images.tiff_pages import TO_RGB, TiffImage, deep_pixels
 from utils.devices import available_memory
 from utils.files import UnreadableFile, reason_of
+from utils.text import ended
 
 # Pillow refuses images above 179 megapixels as possible decompression bombs. Slides are that large by nature (a skinst
 # image has 252), so the limit is lifted here, and two checks take its place: what would not fit into the memory is
@@ -46,7 +47,7 @@ def naming_the_file(path: Path) -> Iterator[None]:
         advice = advice or (
             f"The file is truncated or damaged; download or copy it again (it has {os.path.getsize(path)} bytes)."
         )
-        raise UnreadableFile(f"{path} cannot be decoded: {reason}. {advice}") from error
+        raise UnreadableFile(f"{path} cannot be decoded: {ended(reason)} {advice}") from error
 
 
 class PlainReader:

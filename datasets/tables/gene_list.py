@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from utils.files import load_names, reading
-from utils.text import checked_names, some
+from utils.text import checked_names, note_on_ids, some
 
 _LEAST_GENES = 2
 _FEW_GENES = 50
@@ -50,12 +50,14 @@ def check_given_genes(genes: Sequence[str], measured: Mapping[str, Collection[st
 
     measured: {slide: names of the genes in its counts}.
     """
-    known = sorted(set().union(*measured.values()))
+    union = set().union(*measured.values())
+    known = sorted(union)
+    note = note_on_ids([gene for gene in genes if gene not in union], known)
     problems = []
     for gene in genes:
         absent = [slide for slide, names in measured.items() if gene not in names]
         if len(absent) == len(measured):
-            problems.append(f"{gene} is on no slide{_near(gene, known)}")
+            problems.append(f"{gene} is on no slide{'' if note else _near(gene, known)}")
         elif absent:
             problems.append(f"{gene} is not on {some(absent)}")
     if problems:
@@ -63,7 +65,7 @@ def check_given_genes(genes: Sequence[str], measured: Mapping[str, Collection[st
             f"{_KEY}: {len(problems)} of {len(genes)} genes are not in the counts of every slide:\n  "
             + "\n  ".join(problems[:20])
             + (f"\n  ... ({len(problems)} in all)" if len(problems) > 20 else "")
-            + f"\nName genes as the counts do, symbols or ids ({some(known, 3)}), or leave them out."
+            + f"\n{note or f'Name genes as the counts do, symbols or ids ({some(known, 3)}), or leave them out.'}"
         )
 
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from utils.text import ended
+
 SMALLEST_CONVOLUTION_INPUT = 32  # px; the total stride of nearly every convolutional network
 
 
@@ -204,7 +206,7 @@ def probe(spec: PatchEncoderSpec, height: int, width: int) -> Shapes:
             is_map = spec.input_rule == "minimum" and encoder.forward_features(images).ndim == 4
     except (RuntimeError, NotImplementedError, AttributeError, AssertionError) as error:
         raise ValueError(
-            f"Encoder '{spec.name}' cannot be used with images of {height} x {width} px: {error}. "
+            f"Encoder '{spec.name}' cannot be used with images of {height} x {width} px: {ended(str(error))} "
             "Change the patch size (--set DATA.patch_size=...) or choose another --encoder."
         ) from error
     return Shapes(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.patch_encoders.spec import PatchEncoderSpec, probe
-from utils.text import unknown
+from utils.text import ended, unknown
 
 MODEL_SIZES = {"base": "uni", "large": "uni2-h"}
 TIMM_PREFIX = "timm:"
@@ -232,7 +232,7 @@ def _timm_spec(name: str) -> PatchEncoderSpec:
         with torch.device("meta"):
             encoder: Any = timm.create_model(model_name)  # their classes share no description of themselves
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"Encoder '{name}' cannot be built: {error}. Choose another --encoder.") from error
+        raise ValueError(f"Encoder '{name}' cannot be built: {ended(str(error))} Choose another --encoder.") from error
     data = resolve_model_data_config(encoder)
     channels, height, width = data["input_size"]
     if channels != 3:

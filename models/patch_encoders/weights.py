@@ -20,6 +20,7 @@ from torch import Tensor
 from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, create_encoder, empty_encoder
 from models.patch_encoders.table import PATCH_ENCODERS, TIMM_PREFIX, patch_encoder_spec
 from utils.files import reading
+from utils.text import ended
 from utils.untrusted.tensors import check_tensors, load_tensors
 
 # Of this repository, then of the folder that a program was started in.
@@ -143,7 +144,7 @@ def _download(spec: PatchEncoderSpec) -> Path:
         except OSError as error:
             reason, cause = f"{type(error).__name__}: {error}", error
         raise FileNotFoundError(
-            f"Downloading {file} of {spec.hub} for encoder '{spec.name}' failed: {reason}. {how_to_get(spec)}"
+            f"Downloading {file} of {spec.hub} for encoder '{spec.name}' failed: {ended(reason)} {how_to_get(spec)}"
         ) from cause
     raise FileNotFoundError(f"The model {spec.hub} holds none of {', '.join(spec.files)}. {how_to_get(spec)}")
 

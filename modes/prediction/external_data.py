@@ -21,6 +21,7 @@ from datasets.targets import note_on_counts
 from datasets.tokens import CachedTokens, open_tokens
 from modes.prediction.encode import open_patch_encoder
 from modes.prediction.ensemble import Member, field_of_view_of, shared_genes
+from modes.prediction.seen import who_has_seen
 from utils.cli import say
 from utils.commands import extraction_command
 from utils.config import Config
@@ -150,7 +151,7 @@ def warnings_of(test: ExternalTest) -> list[str]:
     notes += [f"The model was {NO_SCORE}."] if test.members[0].fold.split.is_final else []
     patients = {patient for member in test.members for patient in member.fold.split.fitted_patients}
     slides = {record.name: record.patient for record in test.store.slides}
-    leaks = leaking_slides(config.DATA.type, patients, slides)
+    leaks = _leaking_images(test) | leaking_slides(config.DATA.type, patients, slides)
     if leaks:
         notes.append(
             f"LEAKAGE: the run has been trained on the tissue of {len(leaks)} of {len(slides)} slides, so these scores are "
@@ -171,3 +172,13 @@ def warnings_of(test: ExternalTest) -> list[str]:
                 "they are read in; make them from the image with preprocess/extract_features_uni.py --mode external."
             )
     return notes
+
+
+def _leaking_images(test: ExternalTest) -> dict[str, str]:
+    """Find the slides whose image is one of a training: slide -> sentence that says so."""
+    seen = {record.name: who_has_seen(test.members, record.fingerprint) for record in test.store.slides}
+    return {
+        slide: f"{slide} is the image of {next(iter(by.values()))}, a training slide of {', '.join(by)}"
+        for slide, by in seen.items()
+        if by
+    }

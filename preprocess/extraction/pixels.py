@@ -46,7 +46,7 @@ def choose_slides(layout: Layout, requested: Sequence[str] | None, kinds: Sequen
 def _how_to_prepare(layout: Layout) -> str:
     if layout.spec.prepared_by is None:
         return f"docs/{'predict' if layout.spec.external else 'your_data'}.md says how to make them."
-    return f"Prepare them: python preprocess/{layout.spec.prepared_by} --data_dir {layout.data_dir}"
+    return f"Prepare them: {layout.spec.preparation(layout.data_dir)}"
 
 
 def _has_pixels(layout: Layout, slide: str, kinds: Sequence[str]) -> bool:

@@ -18,11 +18,11 @@ from datasets.tables.counts import wrong_counts
 from datasets.tables.h5ad import frame_of
 from datasets.tables.sparse import Stored, checked_sparse, runs_of_lines, stacked
 from datasets.tables.spot_table import check_spots
-from preprocess.raw.gene_map import SYMBOL_COLUMNS, is_ensembl
+from preprocess.raw.gene_map import SYMBOL_COLUMNS
 from preprocess.raw.hest import array_positions, is_in_tissue
 from preprocess.raw.space_ranger.matrices import GeneCounts
 from preprocess.raw.space_ranger.output import checked_factors
-from utils.text import checked_names, some
+from utils.text import checked_names, is_ensembl, some
 from utils.untrusted.hdf5 import opened_hdf5
 
 _WHAT = "an AnnData file (.h5ad)"

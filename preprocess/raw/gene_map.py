@@ -14,10 +14,9 @@ from scipy import sparse
 from datasets.tables.counts import GREATEST_COUNT, check_counts
 from datasets.tables.sparse import runs_of_lines
 from utils.files import reading, require_file
-from utils.text import checked_names, some
+from utils.text import checked_names, is_ensembl, some
 from utils.untrusted.text import cells_of, text_of
 
-_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}(\.\d+)?$")
 _AT_A_TIME = 1 << 24  # counts
 SYMBOL_COLUMNS = (
     "symbol",
@@ -36,11 +35,6 @@ WHERE = (
     "a table with both, for example a features.tsv.gz of any Space Ranger output, or an export of BioMart with the columns "
     "'Gene stable ID' and 'Gene name'"
 )
-
-
-def is_ensembl(name: str) -> bool:
-    """Tell whether a name is an Ensembl id of a gene of any species, with or without its version."""
-    return _ENSEMBL.match(name) is not None
 
 
 def without_version(name: str) -> str:

@@ -16,9 +16,9 @@ from scipy.spatial import cKDTree
 from datasets.tables.counts import check_counts, gene_names
 from datasets.tables.h5ad import read_h5ad
 from datasets.tables.spot_table import GREATEST_COORDINATE, check_spots
-from preprocess.raw.gene_map import WHERE, is_ensembl, symbols_of, with_genes
+from preprocess.raw.gene_map import WHERE, symbols_of, with_genes
 from utils.files import reading
-from utils.text import checked_names, some
+from utils.text import checked_names, is_ensembl, some
 from utils.untrusted.text import cells_of, text_of
 
 # Control probes of imaging platforms, which count no gene.

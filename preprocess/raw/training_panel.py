@@ -10,13 +10,13 @@ import numpy as np
 from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
-from preprocess.raw.gene_map import is_ensembl, read_gene_map, symbols_of, without_version
+from preprocess.raw.gene_map import read_gene_map, symbols_of, without_version
 from preprocess.raw.space_ranger.matrices import GeneCounts
 from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.cli import say
 from utils.config import Data
 from utils.files import load_names, reading, require_file
-from utils.text import checked_names, some
+from utils.text import checked_names, is_ensembl, some
 from utils.untrusted.text import text_of
 
 

@@ -18,11 +18,12 @@ from datasets.tables.counts import gene_names, read_counts
 from datasets.tables.positions import read_positions
 from datasets.tables.spot_table import read_spots
 from preprocess.prepare_stnet import read_pixel_table
-from preprocess.raw.gene_map import is_ensembl, read_gene_map, without_version
+from preprocess.raw.gene_map import read_gene_map, without_version
 from preprocess.raw.hest import read_metadata
 from preprocess.raw.training_panel import training_panel
 from tests.soak.fuzz import Reader
 from utils.config import Config, read_config, save_config
+from utils.text import is_ensembl
 
 GENES = ["ACTB", "ERBB2", "KRT19", "TP53", "CD3E", "CD74"]
 IDS = [f"ENSG{141510 + i:011d}" for i in range(len(GENES))]
