@@ -132,7 +132,9 @@ def get_spec(name: str, data_dir: str | Path | None = None) -> DatasetSpec:
         return DatasetSpec(name=name, image_pattern="**/{slide}.*", external=True)
     folder = Path("data" if data_dir is None else data_dir)
     is_there = (folder / name).is_dir()
-    lacking = f"{folder / name / SPEC_FILE} does not exist" if is_there else f"there is no folder {located(folder / name)}"
+    lacking = (
+        f"{folder / name / SPEC_FILE} does not exist" if is_there else f"there is no folder {located(folder / name)}"
+    )
     where = f" and {lacking}" if data_dir is not None else ""
     close = difflib.get_close_matches(name, SPECS, n=1)
     raise ValueError(

@@ -16,4 +16,4 @@ The way of a number, and the file that knows each step:
     report/       tables, figures and the page of a run
 """
 
-import utils._programs  # noqa: F401  whoever runs a part of the room is told what the programs are
+import utils  # noqa: F401  whoever runs a part of this room is told there what the programs are

@@ -1,3 +1,3 @@
 """The modes of main.py: the one place that knows model and data and loss."""
 
-import utils._programs  # noqa: F401  whoever runs a part of the room is told what the programs are
+import utils  # noqa: F401  whoever runs a part of this room is told there what the programs are

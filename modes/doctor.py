@@ -13,7 +13,7 @@ from datasets.spots import SlideRecord
 from models.patch_encoders.build import PatchEncoderSpec
 from modes.checks.checkpoint import check_checkpoints, check_fields_of_view, check_shared_tissue
 from modes.checks.data import check_features, check_panel, check_slides, read_tables
-from modes.checks.findings import PROBLEM, WARNING, Findings
+from modes.checks.findings import FINISHED, PROBLEM, WARNING, Findings
 from modes.checks.left_over import check_left_over
 from modes.checks.machine import check_device, check_memory, check_patch_encoder_files, check_token_cache
 from modes.checks.rehearsal import rehearse
@@ -27,7 +27,7 @@ from modes.training.run_data import check_clusters, runs_encoder
 from utils.cli import say
 from utils.config import Config
 from utils.devices import Precision
-from utils.runs import check_run
+from utils.runs import FinishedRun, check_run, result_of
 from utils.trained_fold import SplitRecord
 
 
@@ -53,6 +53,8 @@ def doctor(config: Config, question: Question) -> None:
     problems, warnings = findings.count(PROBLEM), findings.count(WARNING)
     if problems:
         raise ValueError(f"{problems} problem(s) would stop this run; each is listed above with what to do about it.")
+    if findings.count(FINISHED):
+        raise ValueError(f"This run is finished, so the same command trains nothing ({warnings} warning(s)).")
     say(f"Nothing would stop this run ({warnings} warning(s)).")
 
 
@@ -61,7 +63,7 @@ def examine(config: Config, question: Question) -> Findings:
     findings = Findings()
     device = check_device(question.gpu, question.device, findings)
     if question.model_path is None:
-        findings.attempt("run", lambda: check_run(question.run_dir, config, question.resume))
+        findings.attempt("run", lambda: _check_run(config, question, findings))
     layout = findings.attempt("data", lambda: open_layout(config, question.config_name, question.test_name))
     if layout is None:
         return findings
@@ -87,6 +89,18 @@ def examine(config: Config, question: Question) -> Findings:
     if question.model_path is not None:
         check_checkpoints(question.model_path, question.fold, config, layout, slides, findings)
     return findings
+
+
+def _check_run(config: Config, question: Question, findings: Findings) -> None:
+    """Whether the run may start or go on; that it is finished is no problem."""
+    asked = [] if question.fold is None else [f"fold_{question.fold}"]
+    try:
+        check_run(question.run_dir, config, question.resume, asked)
+    except FinishedRun as finished:
+        findings.finished("run", str(finished))
+        return
+    if question.resume and (result := result_of(question.run_dir, asked)):
+        findings.ok("run", f"{question.run_dir} is finished, so --resume has nothing to do: see {result}.")
 
 
 def _check_training(

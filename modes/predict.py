@@ -33,8 +33,7 @@ from modes.prediction.ensemble import (
     width_to_match,
 )
 from modes.prediction.place_spots import THUMBNAIL_PX, SlideSpots, spots_of_file, spots_on_tissue
-from modes.prediction.predicted import evidence_of, predict_spots
-from modes.prediction.seen import note_on_seen_image
+from modes.prediction.predicted import evidence_of, note_on_seen_image, predict_spots
 from utils.checkpoint import checkpoints_of_runs
 from utils.cli import say
 from utils.files import check_writable, require_file, safe_name

@@ -50,8 +50,8 @@ from utils.cli import say, undisturbed
 from utils.config import Config, with_overrides
 from utils.devices import keep_freed_memory
 from utils.parallel.team import ALONE, Team
-from utils.runs import check_run, generator_for, note_versions, open_run, seed_everything, write_epochs
-from utils.trained_fold import NO_SCORE
+from utils.runs import FinishedRun, check_run, generator_for, note_versions, open_run, seed_everything, write_epochs
+from utils.trained_fold import ALL_PATIENTS_FOLDER, NO_SCORE
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def train(config: Config, options: TrainOptions) -> Path:
     layout = open_layout(config, config_file)
     run_dir = Path(config.GENERAL.log_path) / options.config_name / options.run_name
     resume = options.resume or options.shares_folds  # another process may have begun the run
-    check_run(run_dir, config, resume)
+    asked = [ALL_PATIENTS_FOLDER] if options.all_patients else [f"fold_{fold}" for fold in options.folds or ()]
+    check_run(run_dir, config, resume, asked)
     patient_of_slide = layout.patients_on_disk()
     folds, notices = find_folds(config, layout, patient_of_slide, options.folds, all_patients=options.all_patients)
     if not options.shares_folds:
@@ -137,10 +138,11 @@ def train_seeds(config: Config, options: TrainOptions, seeds: Sequence[int]) -> 
     """Train the run once per seed, in `<run>/seed_<s>`; `--mode compare` takes the run folder and averages over seeds."""
     for seed in seeds:
         say(f"Seed {seed}")
-        train(
-            with_overrides(config, [f"GENERAL.seed={seed}"]),
-            replace(options, run_name=f"{options.run_name}/seed_{seed}"),
-        )
+        of_seed = with_overrides(config, [f"GENERAL.seed={seed}"])
+        try:
+            train(of_seed, replace(options, run_name=f"{options.run_name}/seed_{seed}"))
+        except FinishedRun as finished:
+            raise ValueError(f"{finished} With --resume it stays as it is, and the other seeds follow.") from finished
 
 
 def train_fold(

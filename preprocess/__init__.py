@@ -1,3 +1,3 @@
 """Command-line scripts from raw public data to the documented layout and its caches; run as `python preprocess/<name>.py`."""
 
-import utils._programs  # noqa: F401  whoever runs a part of the room is told what the programs are
+import utils  # noqa: F401  whoever runs a part of this room is told there what the programs are

@@ -203,7 +203,11 @@ class CommandLine:
 
     def _hint(self, word: str) -> str:
         key = self._key_of(word)
-        return _did_you_mean([f"--{name}" for name in self._near(word)]) if key is None else f"; --set {key}=VALUE sets that."
+        return (
+            _did_you_mean([f"--{name}" for name in self._near(word)])
+            if key is None
+            else f"; --set {key}=VALUE sets that."
+        )
 
     def _near(self, word: str) -> list[str]:
         """The one flag that a word seems to mean which is none, if there is one."""

@@ -9,7 +9,8 @@ import math
 import platform
 import random
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.checkpoint import is_complete
 from utils.config import Config, differences, read_config, save_config
 from utils.files import check_writable, reading, write_text
 from utils.locks import sweep
-from utils.text import brief
+from utils.text import brief, some
+from utils.trained_fold import ALL_PATIENTS_FOLDER, SplitRecord
 
 VERSION = "1.0.0"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "anndata", "scanpy", "scikit-learn", "h5py", "pillow")
@@ -73,12 +76,17 @@ def open_run(folder: Path, config: Config, resume: bool) -> bool:
     return is_new
 
 
-def check_run(folder: Path, config: Config, resume: bool) -> None:
+class FinishedRun(ValueError):
+    """A run is asked for that has been trained to its end; the message is complete."""
+
+
+def check_run(folder: Path, config: Config, resume: bool, asked: Sequence[str] = ()) -> None:
     """Whether a run may start or go on in the folder; nothing is written.
 
     A folder that holds a run is continued only on request and only with the configuration it was started with; one in which
     nothing was begun, as a kill in the first moments leaves it, is started in any case.
-    Raises ValueError for that, OSError where nothing can be written.
+    asked: folders of the folds that are asked for; none for a whole cross-validation.
+    Raises ValueError for that, of it `FinishedRun` where nothing is left to train, OSError where nothing can be written.
     """
     saved = folder / "config.yaml"
     check_writable(saved)
@@ -90,10 +98,10 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
             )
         return
     if not resume:
-        raise ValueError(
-            f"{folder} already holds a run. Continue it with --resume, or start another with --run_name NAME "
-            "(or --exp_id N)."
-        )
+        another = "for another run: --run_name NAME (or --exp_id N)"
+        if result := result_of(folder, asked):
+            raise FinishedRun(f"{folder} already holds {_as_finished(result, asked)}; {another}.")
+        raise ValueError(f"{folder} already holds an unfinished run: --resume goes on with it; {another}.")
     changed = [line for line in differences(read_config(saved), config) if line.split(":")[0] not in MAY_CHANGE]
     if changed:
         listed = "\n  ".join(changed)
@@ -101,6 +109,35 @@ def check_run(folder: Path, config: Config, resume: bool) -> None:
             f"--resume: {saved} differs from what is asked for:\n  {listed}\n"
             "Repeat the command of the run as it was, or start another run with --run_name NAME."
         )
+
+
+def result_of(folder: Path, asked: Sequence[str] = ()) -> Path | None:
+    """Find the summary of a run, or the model on all patients, if what is asked for is finished; else None.
+
+    asked: as for `check_run`.  A whole cross-validation is finished when each of its patients has been tested.
+    """
+    summary, model = folder / "summary.md", folder / ALL_PATIENTS_FOLDER / "best.pt"
+    folds = [folder / name for name in asked] or sorted(folder.glob("fold_*"))
+    is_final = folds == [model.parent] or (not folds and model.is_file())
+    with suppress(ValueError, OSError):  # what is damaged is told by whoever goes on with it
+        if is_final:
+            return model if is_complete(model.parent) else None
+        if summary.is_file() and all(map(is_complete, folds)) and (asked or _tests_everybody(folds)):
+            return summary
+    return None
+
+
+def _as_finished(result: Path, asked: Sequence[str]) -> str:
+    if result.name == "best.pt":
+        return f"a finished model: {result}"
+    return f"{f'{some(asked)} of a run, finished' if asked else 'a finished run'}: its summary is {result}"
+
+
+def _tests_everybody(folds: Sequence[Path]) -> bool:
+    paths = [fold / "split.json" for fold in folds]
+    splits = [SplitRecord.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path)) for path in paths]
+    tested = {patient for split in splits for patient in split.test_patients}
+    return all(tested.issuperset(split.fitted_patients) for split in splits)
 
 
 def _has_begun(folder: Path) -> bool:

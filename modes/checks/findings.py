@@ -8,13 +8,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
+OK, WARNING, PROBLEM, FINISHED = "ok", "warning", "problem", "finished"
 _SHOWN = 6  # findings of one kind
 
 
 @dataclass(frozen=True)
 class Finding:
-    """level: ok, warning (a run goes on, but something should be known) or problem (a run stops there)."""
+    """level: ok, warning (a run goes on, but something should be known), problem (a run stops there) or finished (nothing is
+    left to run)."""
 
     level: str
     topic: str
@@ -42,6 +43,10 @@ class Findings:
     def problem(self, topic: str, text: str) -> None:
         """Note what would stop a run."""
         self.found.append(Finding(PROBLEM, topic, text))
+
+    def finished(self, topic: str, text: str) -> None:
+        """Note that what is asked for has been done."""
+        self.found.append(Finding(FINISHED, topic, text))
 
     def problems(self, topic: str, texts: Sequence[str]) -> None:
         """Note several problems of one kind: the first few, and how many more."""

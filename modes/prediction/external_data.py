@@ -21,7 +21,7 @@ from datasets.targets import note_on_counts
 from datasets.tokens import CachedTokens, open_tokens
 from modes.prediction.encode import open_patch_encoder
 from modes.prediction.ensemble import Member, field_of_view_of, shared_genes
-from modes.prediction.seen import who_has_seen
+from modes.prediction.predicted import who_has_seen
 from utils.cli import say
 from utils.commands import extraction_command
 from utils.config import Config
