@@ -100,7 +100,7 @@ def _check_run(config: Config, question: Question, findings: Findings) -> None:
         findings.finished("run", str(finished))
         return
     if question.resume and (result := result_of(question.run_dir, asked)):
-        findings.ok("run", f"{question.run_dir} is finished, so --resume has nothing to do: see {result}.")
+        findings.ok("run", f"{question.run_dir} is finished, so --resume only makes its summary again: {result}.")
 
 
 def _check_training(

@@ -177,8 +177,40 @@ def test_a_reader_that_goes_is_no_traceback():
     os.close(reading)
     with program("--help", stdout=writing) as process:
         os.close(writing)
-        assert process.communicate()[1] == "stopped: whoever read the output has gone.\n"
+        assert process.communicate()[1] == (
+            "stopped, for whoever read the output has gone: finished work is kept; run the same command again.\n"
+        )
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "preprocess.raw.prepare"],
+        ["-m", "models.layers.attention", "--help"],
+        ["-W", "ignore", "-mutils.grid"],
+        ["-m", "modes"],
+        ["engine.py"],
+        ["-m", "engine"],
+    ],
+    ids=" ".join,
+)
+def test_a_part_of_the_programs_that_is_run_says_what_the_programs_are(words):
+    """Beside `python modes/train.py`, of which nothing of ours is found."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    name = next(word for word in words[::-1] if not word.startswith("--")).removeprefix("-m").removesuffix(".py")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(
+        f"error: {name} is a part of the programs and none itself: run python main.py --help, or"
+    )
+    assert all(path.name in done.stderr for path in (ROOT / "preprocess").glob("[!_]*.py"))
+    assert "_interrupts" not in done.stderr
+
+
+def test_programs_are_run_as_modules_too():
+    for name in ("main", "preprocess.select_spots"):
+        done = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), name
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into the process by /proc")

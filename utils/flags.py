@@ -135,6 +135,7 @@ class CommandLine:
         arguments, left_over = self._parser(mode, wrong, _asks_for_help(words)).parse_known_args(words)
         problems = [*self._unknown(left_over), *wrong.values()]
         meant = {self._names[near] for word in _flags_among(left_over) for near in self._near(word)}
+        meant -= {flag.name for flag in self.flags if is_given(getattr(arguments, flag.name))}
         for flag in () if "mode" in meant else self.flags:
             given = is_given(getattr(arguments, flag.name)) or flag.name in wrong
             if given and mode not in flag.modes:

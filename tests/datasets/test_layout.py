@@ -68,6 +68,11 @@ def test_missing_counts_name_every_spelling_and_the_command(tmp_path):
         Layout(tmp_path, SPECS["her2st"]).counts_path("A1")
     command = f"Prepare it: python preprocess/prepare_her2st.py --source RAW --data_dir {tmp_path}"
     assert command in str(caught.value)
+    with pytest.raises(
+        FileNotFoundError, match=rf"The folder of own, '{tmp_path}/own', does not exist\. See docs/your_data"
+    ):
+        Layout(tmp_path, OWN).slides_on_disk()
+    (tmp_path / "own").mkdir()
     with pytest.raises(FileNotFoundError, match=r"ST-cnts does not exist\. See docs/your_data\.md for the folders"):
         Layout(tmp_path, OWN).slides_on_disk()
 

@@ -59,7 +59,9 @@ def test_an_explicit_patient_goes_before_the_pattern():
 def test_unknown_names_list_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"Unknown data set 'her2ts': known are her2st, skinst.*Did you mean 'her2st'"):
         get_spec("her2ts", tmp_path)
-    with pytest.raises(ValueError, match=r"own.dataset\.yaml does not exist.*For your own data write a dataset\.yaml"):
+    with pytest.raises(
+        ValueError, match=rf"there is no folder '{tmp_path}/own'\. .*For your own data write a dataset\.yaml"
+    ):
         get_spec("own", tmp_path)
     lies_in = rf"external test set would lie in {re.escape(str(tmp_path / 'test' / 'own'))}; .*"
     with pytest.raises(
@@ -68,6 +70,26 @@ def test_unknown_names_list_the_known_ones(tmp_path):
         get_spec("own", tmp_path)
     with pytest.raises(ValueError, match="is not a plain name"):
         get_spec("../elsewhere", tmp_path)
+
+
+def test_a_data_folder_that_is_not_there_is_named_before_the_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = rf"'none' \({tmp_path}/none; relative paths start at the current folder\)"
+    said = rf"The data folder {where} does not exist\. .*--data_dir"
+    with pytest.raises(FileNotFoundError, match=rf"{said}\.$"):
+        get_spec("own", "none")
+    with pytest.raises(
+        FileNotFoundError, match=rf"{said}\. Or prepare it there: python preprocess/prepare_her2st\.py .*none$"
+    ):
+        get_spec("her2st", "none")
+    with pytest.raises(FileNotFoundError, match=rf"The data folder '{tmp_path}/none' does not exist\."):
+        get_spec("own", tmp_path / "none")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match=rf"there is no folder 'data/own' \({tmp_path}/data/own; relative paths start"):
+        get_spec("own", "data")
+    (tmp_path / "data" / "own").mkdir()
+    with pytest.raises(ValueError, match=r"and data/own/dataset\.yaml does not exist\."):
+        get_spec("own", "data")
 
 
 OWN = """
@@ -116,7 +138,8 @@ def test_external_folders(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("patient_patern: '(A)'", "unknown key 'patient_patern'; did you mean 'patient_pattern'"),
+        ("patient_patern: '(A)'", r"unknown key 'patient_patern' \(did you mean 'patient_pattern'\?\)\.$"),
+        ("a: 1\npatients: ['../x']", r"unknown key 'a' \(known are .*\); patients: .*at most 200 letters\.$"),
         ("name: other", "unknown key 'name'"),
         ("patients: A", "patients: expected a list of names, found 'A'"),
         ("patients: [A, A]", "patients: names are listed twice"),

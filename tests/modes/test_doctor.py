@@ -24,12 +24,12 @@ from models.losses import GeneDMLLoss
 from models.patch_encoders.build import patch_encoder_spec
 from modes.checks.findings import Findings
 from modes.checks.machine import available_memory, check_memory
-from modes.doctor import Question, examine
+from modes.doctor import Question, doctor, examine
 from modes.prediction.model import make_model
 from modes.training.memory import Demand, activations, demand, tokens_of_spot
 from tests.caches import edited
 from tests.command_line import call_main
-from utils.config import Config, load_config, with_overrides
+from utils.config import Config, load_config, read_config, with_overrides
 
 
 @pytest.fixture
@@ -91,7 +91,8 @@ def test_a_healthy_set_passes(tiny_run, tmp_path):
 def test_no_data_folder(tmp_path):
     left = call_main("--mode", "doctor", "--config_name", "her2st/dml", "--data_dir", tmp_path, "--device", "cpu")
     assert left.status == 2 and "would stop this run" in left.said
-    has(left.said, "problem", "data", "her2st/ST-cnts does not exist", r"prepare_her2st\.py --source RAW --data_dir")
+    said = rf"The folder of her2st, '{tmp_path}/her2st', does not exist"
+    has(left.said, "problem", "data", said, r"prepare_her2st\.py --source RAW --data_dir")
     has(left.said, "problem", "encoder", "No weights for encoder 'uni'", "hf download MahmoodLab/UNI")
 
 
@@ -232,7 +233,26 @@ def test_clusters_folds_and_run_folders(config, ask, tmp_path):
     has(ask(config, fold=7), "problem", "folds", "fold 7 cannot be run; these can: 0", "--fold")
     (tmp_path / "logs" / "run").mkdir(parents=True)
     (tmp_path / "logs" / "run" / "config.yaml").write_text("GENERAL: {seed: 1}\n")
-    has(ask(config), "problem", "run", "already holds a run", "--resume", "--run_name")
+    has(ask(config), "problem", "run", "already holds an unfinished run", "--resume", "--run_name")
+
+
+def test_a_finished_run_is_no_problem(config, ask, tiny_run, tmp_path):
+    tiny_run.copy(tmp_path / "logs")
+    summary = re.escape(str(tmp_path / "logs" / "run" / "summary.md"))
+    said = ask(config, fold=0)
+    has(
+        said,
+        "finished",
+        "run",
+        rf"already holds fold_0 of a run, finished: its summary is {summary}; .*--run_name NAME",
+    )
+    assert "problem" not in said
+    has(ask(config), "problem", "run", "already holds an unfinished run")
+    asked = Question(config_name=tiny_run.config_name, run_dir=tmp_path / "logs" / "run", device="cpu", fold=0)
+    with pytest.raises(ValueError, match=r"This run is finished, so the same command trains nothing"):
+        doctor(config, asked)
+    again = ask(read_config(tiny_run.path / "config.yaml"), fold=0, resume=True)
+    has(again, "ok", "run", rf"is finished, so --resume only makes its summary again: {summary}")
 
 
 def test_a_device_that_is_not_there(config, ask):

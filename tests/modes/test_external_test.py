@@ -17,6 +17,7 @@ from PIL import Image
 
 import main
 from datasets.features.cache import read_features
+from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec, leaking_slides
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec, write_spec
@@ -412,6 +413,19 @@ def test_leakage_is_loud_in_the_output_and_the_summary(tested, tiny_run, tmp_pat
     assert "LEAKAGE: the run has been trained on the tissue of 1 of 1 slides" in said
     assert "is meant for models of demo; this run was trained on her2st" in said
     assert json.loads((folder / "summary.json").read_text())["notes"][0].startswith("LEAKAGE")
+
+
+def test_an_image_of_the_training_is_leakage_under_any_name(tested, tiny_run, tmp_path, capsys):
+    """What the training recorded of its own slide is what the external one has."""
+    with open_slide(tested[0] / "test/demo_external/ST-imgs/X/X1/X1.jpg") as slide:
+        image = slide.fingerprint()
+    run = tiny_run.copy(tmp_path)
+    edit(run / "fold_1" / "best.pt", lambda content: content["fold"]["digests"]["A1"].update(image=image))
+    external_test(run, "demo_external", None, [f"DATA.data_dir={tested[0]}"], CPU, with_report=False)
+    assert (
+        "1 of 1 slides, so these scores are not those of unseen tissue: X1 is the image of A1, a training slide of fold_1."
+        in (capsys.readouterr().out)
+    )
 
 
 def test_fields_of_view_that_differ_are_told(tested, tiny_run, tmp_path, capsys):

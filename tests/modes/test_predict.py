@@ -25,11 +25,11 @@ from modes.predict import PredictOptions, predict
 from modes.prediction.encode import Chunk, open_patch_encoder, plan_for, whole_slide
 from modes.prediction.ensemble import load_members, shared_genes
 from modes.prediction.place_spots import spots_on_tissue
-from modes.prediction.predicted import predict_mean, predict_spots
+from modes.prediction.predicted import note_on_seen_image, predict_mean, predict_spots
 from preprocess.extract_features_uni import main as extract
 from tests.checkpoints import edit
 from tests.space_ranger import write_outs
-from utils.checkpoint import chosen_checkpoints, load_checkpoint
+from utils.checkpoint import checkpoints_of_runs, chosen_checkpoints, load_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -52,6 +52,45 @@ def predicted(tiny_run, external, tmp_path_factory) -> anndata.AnnData:
 def _predict(run, tmp_path: Path, image, *, fold: int | None = 0, **options) -> anndata.AnnData:
     out = tmp_path / "out" / "prediction.h5ad"
     return anndata.read_h5ad(predict(run.path, PredictOptions(image, out, overwrite=True, **options), fold, [], CPU))
+
+
+def _training_image(run, slide: str) -> Path:
+    return next((run.data_dir / "demo" / "ST-imgs" / slide[0] / slide).iterdir())
+
+
+def test_an_image_of_the_training_is_told(tiny_run, tmp_path, capsys):
+    """Fold 0 tests A1 and fold 1 B1; C1 has a part in both."""
+    spots = tiny_run.data_dir / "demo/ST-spotfiles/A1_selection.tsv"
+    adata = _predict(tiny_run, tmp_path, _training_image(tiny_run, "A1"), spots=spots, fold=None)
+    said = (
+        "LEAKAGE: 1 of 2 models (fold_1) had a part of their training on this image (slide A1), so the prediction looks better "
+        "than one of unseen tissue. fold_0 held it out: predict with --fold 0."
+    )
+    assert said in capsys.readouterr().out.splitlines() and adata.uns["gene_dml"]["leakage"] == said
+    adata = _predict(tiny_run, tmp_path, _training_image(tiny_run, "A1"), spots=spots, fold=0)
+    assert "LEAKAGE" not in capsys.readouterr().out and "leakage" not in adata.uns["gene_dml"]
+
+
+def test_who_has_seen_an_image(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open_slide(_training_image(tiny_run, "A1")) as a, open_slide(_training_image(tiny_run, "C1")) as c:
+        of_a, of_c = a.fingerprint(), c.fingerprint()
+
+    def note(fingerprint: str, *runs: Path, fold: int | None = None) -> str | None:
+        return note_on_seen_image(load_members(checkpoints_of_runs(runs, fold)[0], [], CPU), fingerprint)
+
+    assert note("another", tiny_run.path) is None
+    both = note(of_c, tiny_run.path)
+    assert "2 of 2 models (fold_0, fold_1)" in both and both.endswith("No finished fold held it out.")
+    assert "1 of 1 models (fold_1)" in note(of_a, tiny_run.path, fold=1)
+    assert note(of_a, tiny_run.path, fold=1).endswith("fold_0 held it out: predict with --fold 0.")
+    first, second = (shutil.copytree(tiny_run.path, tmp_path / "logs" / name) for name in ("first", "second"))
+    several = note(of_a, first, second)
+    assert "2 of 4 models (first/fold_1, second/fold_1)" in several and several.endswith("predict with --fold 0.")
+    shutil.rmtree(second / "fold_0")
+    assert note(of_a, first, second).endswith("It was held out by --model_path logs/first --fold 0.")
+    edit(second / "fold_1" / "best.pt", lambda content: content["fold"].pop("digests"))
+    assert note(of_a, second) is None, "an earlier version recorded none"
 
 
 def _tissue_slide(path: Path, *, mpp: float = 1.6, kind: str = "pyramid") -> tuple[np.ndarray, tuple[int, int]]:

@@ -27,6 +27,7 @@ from datasets.layout import Layout
 from modes.train import train
 from tests.fabricated_run import TINY, options, with_
 from utils.config import load_config
+from utils.runs import FinishedRun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -279,8 +280,12 @@ def test_k_larger_than_a_batch_is_refused_before_the_first_epoch(config):
 
 def test_an_existing_run_is_neither_overwritten_nor_mixed(config):
     train(config, options(folds=[0]))
-    with pytest.raises(ValueError, match=r"already holds a run.*--resume"):
+    with pytest.raises(FinishedRun, match=r"already holds fold_0 of a run, finished: its summary is .*--run_name NAME"):
         train(config, options(folds=[0]))
+    for folds in (None, [0, 1]):
+        with pytest.raises(ValueError, match=r"already holds an unfinished run: --resume goes on") as caught:
+            train(config, options(folds=folds))
+        assert not isinstance(caught.value, FinishedRun)
     with pytest.raises(ValueError, match=r"LOSS\.k: the run has 4, asked for 3"):
         train(with_(config, LOSS={"k": 3}), options(folds=[0], resume=True))
 

@@ -122,7 +122,7 @@ def test_impossible_wishes_are_refused(layout, arguments, message):
 
 
 def test_nothing_prepared(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"ST-cnts does not exist\. See docs/your_data\.md"):
+    with pytest.raises(FileNotFoundError, match=r"own', does not exist\. See docs/your_data\.md"):
         select_genes(Layout(tmp_path, OWN))
     (tmp_path / "own" / "ST-cnts").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="holds no slide with counts and a spot table"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+
 import pytest
 import torch
 
-from utils.cli import run
+from utils.cli import going_on_by, run
 from utils.devices import device_from
 
 
@@ -30,6 +34,28 @@ def test_exit_status_says_whose_fault_it_is(error, status, text, capsys):
         run(failing(error))
     assert caught.value.code == status
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "said"),
+    [
+        (KeyboardInterrupt, 130, "interrupted: finished work is kept; repeat it with --resume.\n"),
+        (
+            BrokenPipeError,
+            1,
+            "stopped, for whoever read the output has gone: finished work is kept; repeat it with --resume.\n",
+        ),
+    ],
+)
+def test_an_end_from_outside_says_how_to_go_on(end, status, said, capfd):
+    def main():
+        with going_on_by("repeat it with --resume"):
+            raise end
+
+    with capfd.disabled(), open(os.devnull, "w") as nobody, contextlib.redirect_stdout(nobody):
+        with contextlib.redirect_stderr(io.StringIO()) as text, pytest.raises(SystemExit) as left:
+            run(main)
+    assert left.value.code == status and text.getvalue().lstrip("\n") == said
 
 
 def test_success_is_zero():

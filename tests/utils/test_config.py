@@ -93,6 +93,23 @@ def test_command_line_beats_yaml_beats_default(tmp_path):
     assert config.TRAINING.epochs == 200
 
 
+def test_a_configuration_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inside = ROOT / "config" / "data/mob/mob.yaml"
+    for given in ("data/mob/mob.yaml", "data/mob/mob"):
+        with pytest.raises(FileNotFoundError) as caught:
+            load_config(given)
+        assert str(caught.value).startswith(
+            f"There is no configuration '{given}' ({tmp_path}/{given}; relative paths start at the current folder): neither a "
+            f"file of that path nor {inside}. Known: "
+        )
+    with pytest.raises(
+        FileNotFoundError, match=rf"There is no configuration '{tmp_path}/mob\.yaml'\. Known: .*her2st/dml"
+    ):
+        load_config(tmp_path / "mob.yaml")
+    assert load_config("her2st/dml.yaml") == load_config("her2st/dml")
+
+
 def test_large_takes_the_sizes_of_her2st_for_any_data_set():
     config = load_config("skinst/dml", LARGE)
     assert config.DATA.encoder == "uni2-h"

@@ -96,6 +96,26 @@ def test_words_that_are_no_flags():
     assert problems("--mode", "two", "--plai", "x") == ["--plai is no flag of x.py; did you mean --plain?"]
 
 
+def test_what_a_misspelt_flag_explains_is_not_said_beside_it():
+    assert problems("--mode", "one", "--nubmer", "3") == ["--nubmer is no flag of x.py; did you mean --number?"]
+    assert problems("--mode", "two", "--plain", "a", "--share", "1", "--shar", "1") == [
+        "--shar is no flag of x.py; did you mean --share?",
+        "--plain a and --share contradict each other.",
+    ]
+    assert problems("--mode", "two", "--nmes", "A") == ["--nmes is no flag of x.py; did you mean --names?"]
+    for words in (["--mdoe", "two"], ["--plain", "a", "--mdoe=two"]):
+        assert problems(*words) == ["--mdoe is no flag of x.py; did you mean --mode?"]
+    with pytest.raises(ValueError, match=r"^--mdoe is no flag of x\.py; did you mean --mode\?$"):
+        command_line("one").parse(["--mdoe", "two", "--views", "8"])
+    with pytest.raises(ValueError, match=r"extract_features_uni\.py; did you mean --config\?$") as caught:
+        extract_features_uni.COMMAND_LINE.parse(["--conifg", "X", "--extract_mode", "all"])
+    assert "needs" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^--conifg is no flag of main\.py; did you mean --config\?$"):
+        main.COMMAND_LINE.parse(["--mode", "train", "--conifg", "X"])
+    with pytest.raises(ValueError, match=r"^--all_patient is no flag of main\.py; did you mean --all_patients\?$"):
+        main.COMMAND_LINE.parse(["--mode", "train", "--config", "X", "--all_patient", "--epochs_from", "RUN"])
+
+
 def test_modes():
     assert problems("--plain", "x")[:3] == ["--mode is missing; it is one of", "  one  the first", "  two  the second"]
     assert problems("--mode", "tow") == ["--mode should be one or two, found 'tow'; did you mean two?"]

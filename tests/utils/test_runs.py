@@ -6,17 +6,23 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from tests.checkpoints import fabricated_fold
+from utils.checkpoint import save_checkpoint
 from utils.config import load_config
 from utils.runs import (
+    FinishedRun,
+    check_run,
     commit_of,
     generator_for,
     open_run,
     read_epochs,
+    result_of,
     seed_everything,
     seed_for,
     versions,
@@ -40,7 +46,9 @@ def test_a_run_folder_is_started_once_and_continued_on_request(tmp_path):
     open_run(tmp_path / "run", config, resume=False)
     (start,) = json.loads((tmp_path / "run" / "versions.json").read_text())
     assert start["torch"] in torch.__version__
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(
+        ValueError, match="already holds an unfinished run: --resume goes on with it; for another run: --run"
+    ):
         open_run(tmp_path / "run", config, resume=False)
     open_run(tmp_path / "run", config, resume=True)
     open_run(tmp_path / "run", load_config("demo/dml", ["DATA.data_dir=elsewhere"]), resume=True)
@@ -51,6 +59,40 @@ def test_a_run_folder_is_started_once_and_continued_on_request(tmp_path):
     (tmp_path / "other" / "notes.txt").touch()
     with pytest.raises(ValueError, match="no run was started there"):
         open_run(tmp_path / "other", config, resume=True)
+
+
+def test_a_finished_run_is_told_from_one_that_can_go_on(tmp_path):
+    """Finished is what has tested each of its patients, or the folds that are asked for."""
+    config, run = load_config("demo/dml"), tmp_path / "run"
+    open_run(run, config, resume=False)
+    for fold, patient, other in ((0, "A", "B"), (1, "B", "A")):
+        split = replace(fabricated_fold().split, fold=fold, test_patients=[patient], train_patients=[other])
+        write_json(run / f"fold_{fold}" / "split.json", split.to_dict())
+    (run / "fold_0" / "result.json").touch()
+    (run / "summary.md").touch()
+    for asked in ((), ("fold_0", "fold_1"), ("fold_1",), ("all_patients",)):
+        with pytest.raises(ValueError, match="an unfinished run"):
+            check_run(run, config, resume=False, asked=asked)
+    with pytest.raises(
+        FinishedRun, match=rf"{run} already holds fold_0 of a run, finished: its summary is {run}/summary.md"
+    ):
+        check_run(run, config, resume=False, asked=["fold_0"])
+    (run / "fold_1" / "result.json").touch()
+    with pytest.raises(
+        FinishedRun, match=rf"{run} already holds a finished run: its summary is {run}/summary.md; for another"
+    ):
+        check_run(run, config, resume=False)
+    shutil.rmtree(run / "fold_1")
+    assert result_of(run) is None, "B was never tested"
+    shutil.rmtree(run / "fold_0")
+    save_checkpoint(run / "all_patients" / "best.pt", fabricated_fold(finished=True))
+    with pytest.raises(
+        FinishedRun, match=rf"already holds a finished model: {run}/all_patients/best.pt; for another run"
+    ):
+        check_run(run, config, resume=False)
+    (run / "all_patients" / "best.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="an unfinished run"):
+        check_run(run, config, resume=False)
 
 
 def test_epochs_are_written_whole_and_without_nan(tmp_path):

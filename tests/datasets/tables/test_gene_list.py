@@ -49,6 +49,19 @@ def test_missing_genes_are_named_with_the_nearest():
     assert "ERBB3 is not on B1" in str(error.value) and "QQQQ is on no slide\n" in str(error.value)
 
 
+def test_symbols_where_the_counts_have_ensembl_ids():
+    measured = {"A1": {"ENSMUSG00000045573.10", "ENSMUSG00000000001.4", "Esr1"}}
+    with pytest.raises(
+        ValueError, match=r"Penk is on no slide\nGenes are named by Ensembl ids there, such as ENSMUSG"
+    ) as said:
+        check_given_genes(["Penk", "Esr1"], measured)
+    assert "--gene_map" in str(said.value) and "near" not in str(said.value)
+    with pytest.raises(
+        ValueError, match=r"is on no slide \(near: ENSMUSG00000045573\.10.*\)\nName genes as the counts do"
+    ):
+        check_given_genes(["ENSMUSG00000045573", "Esr1"], measured)
+
+
 def test_the_note_warns_of_few_genes_only():
     assert "WARNING: values are relative to these 2 genes" in note_on_given_genes(["A", "B"], "A,B")
     assert "WARNING" not in note_on_given_genes([str(n) for n in range(60)], "x")
