@@ -203,17 +203,14 @@ class CommandLine:
         return [f"{word} is no flag of {self.program}{self._hint(word)}" for word in words]
 
     def _hint(self, word: str) -> str:
-        key = self._key_of(word)
-        return (
-            _did_you_mean([f"--{name}" for name in self._near(word)])
-            if key is None
-            else f"; --set {key}=VALUE sets that."
-        )
+        if key := self._key_of(word):
+            return f"; --set {key}=VALUE sets that."
+        return _did_you_mean([f"--{name}" for name in self._near(word)])
 
     def _near(self, word: str) -> list[str]:
         """The one flag that a word seems to mean which is none, if there is one."""
         name = word.strip("-")
-        is_none = name not in self._names and self._key_of(word) is None
+        is_none = word not in [f"--{known}" for known in self._names] and self._key_of(word) is None
         return difflib.get_close_matches(name, self._names, n=1) if is_none else []
 
     def _key_of(self, word: str) -> str | None:

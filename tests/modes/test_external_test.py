@@ -422,10 +422,8 @@ def test_an_image_of_the_training_is_leakage_under_any_name(tested, tiny_run, tm
     run = tiny_run.copy(tmp_path)
     edit(run / "fold_1" / "best.pt", lambda content: content["fold"]["digests"]["A1"].update(image=image))
     external_test(run, "demo_external", None, [f"DATA.data_dir={tested[0]}"], CPU, with_report=False)
-    assert (
-        "1 of 1 slides, so these scores are not those of unseen tissue: X1 is the image of A1, a training slide of fold_1."
-        in (capsys.readouterr().out)
-    )
+    said = "1 of 1 slides, so these scores are not those of unseen tissue: X1 is the image of A1, a training slide of fold_1."
+    assert said in capsys.readouterr().out
 
 
 def test_fields_of_view_that_differ_are_told(tested, tiny_run, tmp_path, capsys):

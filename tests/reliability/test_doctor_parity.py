@@ -238,7 +238,7 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "a file in place of the runs": (blocker, "blocker|is a file"),
     "a run that is there": (started(None), "already holds an unfinished run: --resume goes on"),
     "a fold that is finished": (
-        started(None, "--fold", 0), r"already holds fold_0 of a run, finished: its summary is \S+/exp_0/summary\.md; for another"),
+        started(None, "--fold", 0), r"already holds fold_0 of a run, finished: its summary is \S+/exp_0/summary\.md;"),
     "a run of another configuration": (started(None, RESUME, "--k", 5), "LOSS.k"),
     "a run of other counts": (started(counts(shuffled, "B1"), RESUME), "slide B1: other counts"),
     "a run of other features": (started(number("target", 0.25, is_sealed=True), RESUME), "slide C1: other features"),

@@ -44,6 +44,7 @@ def test_a_data_folder_that_is_not_there(name, tiny_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     left = PROGRAMS[name](tiny_run)
     assert left.status == 2
-    said = rf"The data folder 'data' \({tmp_path}/data; relative paths start at the current folder\) does not exist\. Name .*--data_dir"
+    where = rf"'data' \({tmp_path}/data; relative paths start at the current folder\)"
+    said = rf"The data folder {where} does not exist\. Name the folder of the data sets with --data_dir\."
     assert re.search(said, left.said), left.said
     assert "Unknown data set" not in left.said

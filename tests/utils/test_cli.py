@@ -39,23 +39,28 @@ def test_exit_status_says_whose_fault_it_is(error, status, text, capsys):
 @pytest.mark.parametrize(
     ("end", "status", "said"),
     [
-        (KeyboardInterrupt, 130, "interrupted: finished work is kept; repeat it with --resume.\n"),
+        (KeyboardInterrupt, 130, "interrupted: finished work is kept; repeat it with --resume."),
         (
             BrokenPipeError,
             1,
-            "stopped, for whoever read the output has gone: finished work is kept; repeat it with --resume.\n",
+            "stopped, for whoever read the output has gone: finished work is kept; repeat it with --resume.",
         ),
     ],
 )
-def test_an_end_from_outside_says_how_to_go_on(end, status, said, capfd):
+def test_an_end_from_outside_says_how_to_go_on(end, status, said):
     def main():
         with going_on_by("repeat it with --resume"):
             raise end
 
-    with capfd.disabled(), open(os.devnull, "w") as nobody, contextlib.redirect_stdout(nobody):
-        with contextlib.redirect_stderr(io.StringIO()) as text, pytest.raises(SystemExit) as left:
-            run(main)
-    assert left.value.code == status and text.getvalue().lstrip("\n") == said
+    text = io.StringIO()
+    with (
+        open(os.devnull, "w") as nobody,
+        contextlib.redirect_stdout(nobody),
+        contextlib.redirect_stderr(text),
+        pytest.raises(SystemExit) as left,
+    ):
+        run(main)
+    assert left.value.code == status and text.getvalue().strip() == said
 
 
 def test_success_is_zero():
