@@ -173,7 +173,7 @@ def test_command_is_one_of_ours(command):
 
 
 @pytest.mark.parametrize("command", SCRIPTS, ids=str)
-def test_command_is_understood_by_its_program(command, parse):
+def test_command_is_understood_by_its_program(command, parse, tmp_path, monkeypatch):
     """Flags exist and are of the mode, values and configuration keys are valid, and what the mode requires is given."""
     script, arguments = command.words[1], command.words[2:]
     if "--help" in arguments:
@@ -191,6 +191,8 @@ def test_command_is_understood_by_its_program(command, parse):
     if script == "main.py" and found.config_name and command.page not in OWN_TEST:
         load_config(found.config_name, main.COMMAND_LINE.overrides(found))
     if script == "preprocess/extract_features_uni.py" and found.mode == "internal" and command.page not in OWN_TEST:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data").mkdir()
         extract_features_uni.resolve(found)
 
 
