@@ -128,17 +128,19 @@ def _covered_px(attributes: Mapping[str, Any], kind: str, path: Path) -> int:
     """Level-0 px that a patch covers, from the attributes of `coords`, which of these tools are its top left corner."""
     if "patch_size_level0" in attributes:
         return _width(attributes["patch_size_level0"], path)
-    downsample = np.ravel(attributes.get("downsample", attributes.get("downsample_level", 1)))[0]
-    if "patch_size" not in attributes or kind == "trident":
+    at_full_size = (1,) if np.array_equal(attributes.get("patch_level", -1), 0) else ()
+    downsample = [*np.ravel(attributes.get("downsample", attributes.get("downsample_level", at_full_size)))]
+    if kind == "trident" or "patch_size" not in attributes or not downsample:
         remedy = {
-            "clam": " Give the folder that holds CLAM's h5_files and patches, too: those know it.",
-            "trident": " TRIDENT says it as patch_size_level0; coordinates in CLAM's form are read with --format clam.",
+            "clam": "CLAM says it as patch_size, and downsample or patch_level 0. Give the folder that holds its h5_files "
+            "and patches, too: those know it.",
+            "trident": "TRIDENT says it as patch_size_level0; coordinates in CLAM's form are read with --format clam.",
         }[kind]
         raise ValueError(
             f"{path}: its coords do not say how wide a patch is; their attributes are {some(sorted(attributes)) or 'none'}."
-            f"{remedy}"
+            f" {remedy}"
         )
-    return _width(float(attributes["patch_size"]) * float(downsample), path)
+    return _width(float(attributes["patch_size"]) * float(downsample[0]), path)
 
 
 def _width(value: Any, path: Path) -> int:

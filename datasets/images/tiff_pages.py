@@ -117,7 +117,12 @@ def check_scanner_tiff(path: Path) -> None:
 
 
 def kind_of(page: TiffPage, path: Path) -> str:
-    """Return the name in `PIXEL_KINDS` of a page. Raises UnreadableFile for all others."""
+    """Return the name in `PIXEL_KINDS` of a page. Raises UnreadableFile for all others, and for one that does not say it."""
+    if "PhotometricInterpretation" not in page.tags:  # readers guess without, each in its own way
+        raise UnreadableFile(
+            f"{path} does not say what its pixels are: a page lacks PhotometricInterpretation, which every TIFF has. It is "
+            "damaged; download or copy it again."
+        )
     name, samples, bits = _name_of(page), page.samplesperpixel, _bits_of(page)
     colours = _COLOUR_SAMPLES.get(page.photometric, 0)
     if bits > 8 or (bits < 8 and samples > 1):

@@ -1,7 +1,7 @@
 """Draw the picture of pages in the README, as Chromium shows them: report and explorer of a run, and the site.
 
-    make docs
-    python docs/images/make_pages.py --run demo/logs/demo/dml/demo --site site
+make docs
+python docs/images/make_pages.py --run demo/logs/demo/dml/demo --site site
 """
 
 from __future__ import annotations

@@ -189,12 +189,21 @@ def test_a_width_that_is_none_and_features_that_are_not_finite(tmp_path, kind, w
         user_readers.patches_of_a_tool(path, kind=kind)
 
 
-def test_a_width_at_another_level_is_not_taken_for_that_of_the_image(tmp_path):
-    """TRIDENT's patch_size is in px of the level that the encoder sees."""
-    path = user_readers.features_of_a_tool(tmp_path, kind="trident")
+@pytest.mark.parametrize(
+    ("kind", "attribute", "value", "remedy"),
+    [
+        ("trident", "patch_size_level0", None, "patch_size_level0; .*--format clam"),
+        ("clam", "downsample", None, "downsample or patch_level 0"),
+        ("clam", "downsample", [], "downsample or patch_level 0"),
+        ("clam", "patch_size", None, "h5_files and patches"),
+    ],
+)
+def test_a_width_at_another_level_is_not_taken_for_that_of_the_image(tmp_path, kind, attribute, value, remedy):
+    """patch_size is in px of the level that the encoder saw: without the other number nobody knows the width."""
+    path = user_readers.features_of_a_tool(tmp_path, kind=kind)
     with h5py.File(path, "r+") as file:
-        del file["coords"].attrs["patch_size_level0"]
-    with pytest.raises(
-        ValueError, match=r"S1\.h5: its coords do not say how wide .* patch_size_level0; .*--format clam"
-    ):
-        user_readers.patches_of_a_tool(path, kind="trident")
+        del file["coords"].attrs[attribute]
+        if value is not None:
+            file["coords"].attrs[attribute] = value
+    with pytest.raises(ValueError, match=rf"S1\.h5: its coords do not say how wide .* {remedy}"):
+        user_readers.patches_of_a_tool(path, kind=kind)

@@ -337,6 +337,21 @@ def test_a_tiff_without_its_end_is_refused_when_it_is_opened(tmp_path):
             open_slide(path)
 
 
+def test_a_tiff_that_does_not_say_what_its_pixels_are_is_refused(tmp_path):
+    """Its tag number changed, which left a grey picture of the levels of an RGB image, dark and bright exchanged."""
+    for stored in STORED:
+        path = _write(tmp_path / f"{stored}.tif", RGB, {"photometric": "rgb"}, stored)
+        with tifffile.TiffFile(path) as file:
+            offset = file.pages.first.tags["PhotometricInterpretation"].offset
+        content = bytearray(path.read_bytes())
+        content[offset] ^= 0x40
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"{stored}\.tif does not say what its pixels are: .*PhotometricInterpretation"
+        ):
+            open_slide(path)
+
+
 def test_a_size_that_the_tiles_do_not_fill_is_refused_when_it_is_opened(tmp_path):
     """One wrong byte made 4 million columns of it, and a thumbnail took for ever."""
     for stored, tag in (("tiled", "ImageWidth"), ("pyramidal", "ImageLength"), ("striped", "ImageLength")):
