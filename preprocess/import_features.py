@@ -137,7 +137,7 @@ def _covered_px(attributes: Mapping[str, Any], kind: str, path: Path) -> int:
             "trident": "TRIDENT says it as patch_size_level0; coordinates in CLAM's form are read with --format clam.",
         }[kind]
         raise ValueError(
-            f"{path}: its coords do not say how wide a patch is; their attributes are {some(sorted(attributes)) or 'none'}."
+            f"{path}: its coords do not say how wide a patch is; their attributes are {some(sorted(map(str, attributes))) or 'none'}."
             f" {remedy}"
         )
     return _width(float(attributes["patch_size"]) * float(downsample[0]), path)

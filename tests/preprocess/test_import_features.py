@@ -203,6 +203,7 @@ def test_a_width_at_another_level_is_not_taken_for_that_of_the_image(tmp_path, k
     path = user_readers.features_of_a_tool(tmp_path, kind=kind)
     with h5py.File(path, "r+") as file:
         del file["coords"].attrs[attribute]
+        file["coords"].attrs[b"\xff"] = 1  # h5py lists a name that is no UTF-8 as bytes
         if value is not None:
             file["coords"].attrs[attribute] = value
     with pytest.raises(ValueError, match=rf"S1\.h5: its coords do not say how wide .* {remedy}"):

@@ -67,20 +67,17 @@ def by_tifffile(path: Path) -> object:
 
 
 def by_tifffile_on_white(path: Path) -> object:
-    """Tile by tile, with white where one is left out of the file."""
+    """Tile by tile, or strip by strip, with white where one is left out of the file."""
     with tifffile.TiffFile(path, _multifile=False) as file:
         page = file.pages.first
         pixels = np.full(page.shape, 255, dtype=np.uint8)
-        across = -(-page.imagewidth // page.tilewidth)
         for index, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts)):
             if count > 0:
                 file.filehandle.seek(offset)
-                tile = page.decode(file.filehandle.read(count), index)[0][0]
-                top, left = (
-                    place * side for place, side in zip(divmod(index, across), (page.tilelength, page.tilewidth))
-                )
-                part = pixels[top : top + page.tilelength, left : left + page.tilewidth]
-                part[:] = tile[: part.shape[0], : part.shape[1]]
+                content = file.filehandle.read(count)
+                tile, (_, _, top, left, _), _ = page.decode(content, index, jpegtables=page.jpegtables)
+                part = pixels[top : top + tile.shape[1], left : left + tile.shape[2]]
+                part[:] = tile[0, : part.shape[0], : part.shape[1]]
         return _found(pixels)
 
 
