@@ -136,10 +136,8 @@ def _covered_px(attributes: Mapping[str, Any], kind: str, path: Path) -> int:
             "and patches, too: those know it.",
             "trident": "TRIDENT says it as patch_size_level0; coordinates in CLAM's form are read with --format clam.",
         }[kind]
-        raise ValueError(
-            f"{path}: its coords do not say how wide a patch is; their attributes are {some(sorted(map(str, attributes))) or 'none'}."
-            f" {remedy}"
-        )
+        found = some(sorted(map(str, attributes))) or "none"
+        raise ValueError(f"{path}: its coords do not say how wide a patch is; their attributes are {found}. {remedy}")
     return _width(float(attributes["patch_size"]) * float(downsample[0]), path)
 
 
