@@ -109,8 +109,8 @@ def balanced_rows(labels: Tensor, rows: Tensor, batch_size: int, generator: torc
 
 @contextmanager
 def switched_on(name: str) -> Iterator[None]:
-    """Train meanwhile as the switch has it."""
-    label = SWITCHES[name][1]
+    """Train meanwhile as the switch has it; as always where it changes the images alone, or is none."""
+    label = SWITCHES[name][1] if name in SWITCHES else None
     if label is None:
         yield
         return
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> Path:
             normalised(data) if is_stained else data, work / "stain" if is_stained else work, arguments.raw
         )
         config = load_config(data.config, [*shared, *chosen, *arguments.set])
-        with switched_on(name) if name in SWITCHES else switched_on("stain"):
+        with switched_on(name):
             complete[name] = train_method(config, name, data.config, seeds, arguments.device)
         if len(complete) > 1:
             path = write_accuracy(out, compare_methods(complete, metrics=METRICS), about)
