@@ -143,9 +143,11 @@ def free_bytes(path: str | Path) -> int | None:
 
 
 def check_writable(path: str | Path, needed: int = 0) -> None:
-    """See that a file can be written, before anything is computed for it; nothing is left behind.
+    """See that a file can be written, before anything is computed for it.
 
     needed: bytes that it will take.
+    Nothing is left behind, also not by a kill: the file that is tried has no name where the file system can do that, and
+    what a killed process left elsewhere goes now.
     Raises OSError as `write_atomically` would in the end: for a part of the path that is a file, for a folder in its place,
     for a permission, a read-only or full disk, a name too long.
     """
@@ -159,7 +161,8 @@ def check_writable(path: str | Path, needed: int = 0) -> None:
         longest = max(len(os.fsencode(part)) for part in path.relative_to(there).parts)
         if longest + len(temporary_prefix("")) + 8 > os.pathconf(there, "PC_NAME_MAX"):
             raise OSError(errno.ENAMETOOLONG, "")
-        with tempfile.NamedTemporaryFile(dir=there, prefix=temporary_prefix("check")):
+        sweep(there, "check")
+        with tempfile.TemporaryFile(dir=there, prefix=temporary_prefix("check")):
             pass
         free = free_bytes(there)
         if free is not None and free < needed:

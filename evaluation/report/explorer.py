@@ -20,7 +20,6 @@ from anndata import AnnData
 from PIL import Image
 
 from evaluation.predictions import MEASURED, read_prediction, slide_of, tissue_image
-from evaluation.report.explorer_page import explorer_page
 from evaluation.report.maps import Tissue, visible_part
 from utils.files import write_text
 
@@ -61,6 +60,8 @@ def write_explorer(
     `max_bytes`, pictures included; the page says so.
     Raises FileNotFoundError or ValueError for a file that is no prediction.
     """
+    from evaluation.report.explorer_page import explorer_page  # bokeh, a second of every start otherwise
+
     views, unit = [], ""
     for file in predictions:
         adata = read_prediction(file)

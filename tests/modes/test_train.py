@@ -25,6 +25,7 @@ import main
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from modes.train import train
+from tests.command_line import call_main
 from tests.fabricated_run import TINY, options, with_
 from utils.config import load_config
 from utils.runs import FinishedRun
@@ -137,26 +138,31 @@ def test_a_continued_training_equals_an_undisturbed_one(config):
     assert all(torch.equal(a, b) for a, b in zip(weights(whole, 1).values(), weights(cut, 1).values()))
 
 
-def command(config_file: Path, config, run_name: str, *more: str) -> list[str]:
-    return [
-        sys.executable, "main.py", "--mode", "train", "--config_name", str(config_file), "--device", "cpu",
-        "--data_dir", config.DATA.data_dir, "--log_path", config.GENERAL.log_path, "--run_name", run_name,
-        "--use_kmeans", "--checkpoint_seconds", "0", "--no_report", *more,
-    ]  # fmt: skip
-
-
 def test_killed_at_any_moment_a_run_ends_like_an_undisturbed_one(config, tmp_path):
-    """SIGKILL while a fold trains (saving included, since it saves every epoch), then --resume, until it is done."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = ["--folds", "0,1", "--epochs", "12"]
-    undisturbed = command(tmp_path / "tiny.yaml", config, "whole", *arguments)
-    subprocess.run(undisturbed, cwd=ROOT, env={**environment, "PYTHONHASHSEED": "1"}, check=True, capture_output=True)
-    killed, log_dir = 0, Path(config.GENERAL.log_path) / "tiny"
+    """SIGKILL while a fold trains (saving included, since it saves every epoch), then --resume, until it is done.
+
+    The process that is not disturbed is this one, whose strings have other hashes.
+    """
+    log_dir = Path(config.GENERAL.log_path) / "tiny"
+    arguments = (
+        *("--mode", "train", "--config_name", str(tmp_path / "tiny.yaml"), "--data_dir", config.DATA.data_dir),
+        *("--log_path", config.GENERAL.log_path, "--device", "cpu", "--use_kmeans", "--checkpoint_seconds", "0"),
+        *("--no_report", "--folds", "0,1", "--epochs", "12"),
+    )
+    torch.set_num_threads(1)
+    left = call_main(*arguments, "--run_name", "whole")
+    assert left.status == 0, left.said
+
+    def start(hash_seed: int) -> subprocess.Popen:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(hash_seed)}
+        command = [sys.executable, "main.py", *arguments, "--run_name", "killed", "--resume"]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    killed = 0
     for wait_for in ("fold_0/last.pt", "fold_1/metrics.jsonl"):
-        process = subprocess.Popen(
-            command(tmp_path / "tiny.yaml", config, "killed", "--resume", *arguments),
-            cwd=ROOT, env={**environment, "PYTHONHASHSEED": "2"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = start(hash_seed=2)
         deadline = time.monotonic() + 120
         while not (log_dir / "killed" / wait_for).exists() and process.poll() is None:
             assert time.monotonic() < deadline
@@ -165,8 +171,7 @@ def test_killed_at_any_moment_a_run_ends_like_an_undisturbed_one(config, tmp_pat
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
     assert killed == 2, "the run ended before it could be killed"
-    last = command(tmp_path / "tiny.yaml", config, "killed", "--resume", *arguments)
-    subprocess.run(last, cwd=ROOT, env={**environment, "PYTHONHASHSEED": "3"}, check=True, capture_output=True)
+    assert start(hash_seed=3).wait() == 0
     for fold in (0, 1):
         assert log(log_dir / "whole", fold) == log(log_dir / "killed", fold)
         first, second = (pd.read_csv(log_dir / name / f"fold_{fold}" / "per_gene.csv") for name in ("whole", "killed"))

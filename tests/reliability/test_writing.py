@@ -15,6 +15,7 @@ import torch
 
 from tests.command_line import Left, call_main
 from utils.files import UnwritableFile, check_writable, write_atomically, write_text
+from utils.locks import temporary_prefix
 
 ROOT = Path(__file__).resolve().parents[2]
 MEBIBYTE = 1 << 20
@@ -72,6 +73,24 @@ def test_what_can_be_written_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "x.h5ad").touch()
     check_writable(Path("x.h5ad"))
     assert os.listdir(tmp_path) == ["x.h5ad"]
+
+
+def test_a_kill_while_it_is_tried_leaves_nothing_that_stays(tmp_path):
+    process = os.fork()
+    if process == 0:
+        opened = os.open
+
+        def open_and_end(*given, **named):
+            opened(*given, **named)
+            os._exit(9)
+
+        os.open = open_and_end
+        check_writable(tmp_path / "x.h5ad")
+        os._exit(1)  # no file was tried
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    (tmp_path / f"{temporary_prefix('check').replace(f'-{os.getpid():x}-', f'-{process:x}-')}abcdefgh").touch()
+    check_writable(tmp_path / "x.h5ad")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
