@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -129,10 +130,13 @@ class Layout:
         """Name the spot table of a slide; whether it exists is for the reader to say."""
         return self.spots_dir / f"{safe_name(slide, 'Slide')}{SPOT_SUFFIX}"
 
-    def image_pattern(self, slide: str) -> str:
-        """Fill in the spec's glob below ST-imgs for a slide. Raises ValueError for a slide without a known patient."""
+    def image_pattern(self, slide: str, spelled: Callable[[str], str] = str) -> str:
+        """Fill in the spec's glob below ST-imgs for a slide. Raises ValueError for a slide without a known patient.
+
+        spelled: writes the names into it; `glob.escape` where the glob is to find files, since names may hold [, * and ?.
+        """
         patient = safe_name(self.spec.patient_of(slide), "Patient") if "{patient}" in self.spec.image_pattern else ""
-        return self.spec.image_pattern.format(slide=safe_name(slide, "Slide"), patient=patient)
+        return self.spec.image_pattern.format(slide=spelled(safe_name(slide, "Slide")), patient=spelled(patient))
 
     def image_path(self, slide: str) -> Path:
         """Find the one image of a slide. Raises FileNotFoundError if there is none, ValueError if there are several."""
@@ -166,7 +170,8 @@ class Layout:
 
     def caches_of_all_encoders(self, kind: str, slide: str) -> list[Path]:
         """Find the caches of a slide that any encoder has made, sorted."""
-        return sorted(self.root.glob(f"{self._cache_folder(kind, '*')}/{safe_name(slide, 'Slide')}.h5"))
+        name = glob.escape(safe_name(slide, "Slide"))
+        return sorted(self.root.glob(f"{self._cache_folder(kind, '*')}/{name}.h5"))
 
     def caches_of_all_widths(self, kind: str, slide: str) -> list[Path]:
         """Find the caches of a slide from patches of any width in micrometres, or of none, sorted."""
@@ -235,7 +240,7 @@ class Layout:
 
     def patches_note(self, slide: str) -> str:
         """Say which patches of another size a slide has, and the flag that takes them; empty if it has none."""
-        found = sorted(self.root.glob(f"patches_*/{safe_name(slide, 'Slide')}.h5"))
+        found = sorted(self.root.glob(f"patches_*/{glob.escape(safe_name(slide, 'Slide'))}.h5"))
         sizes = [path.parent.name.removeprefix("patches_") for path in found]
         return "".join(
             f" Patches of {size} px are in patches_{size}: add --set DATA.patch_size={size}."
@@ -289,7 +294,7 @@ class Layout:
     def _images(self, slide: str) -> list[Path]:
         if not self.images_dir.is_dir():
             return []
-        matches = self.images_dir.glob(self.image_pattern(slide))
+        matches = self.images_dir.glob(self.image_pattern(slide, glob.escape))
         return sorted(p for p in matches if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and p.name[0] != ".")
 
     def _has_features(self, slide: str) -> bool:

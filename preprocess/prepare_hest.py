@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import preprocess._interrupts  # noqa: F401, I001  first: the rest takes seconds
 
+import glob
 from collections.abc import Mapping, Sequence
 
 from anndata import AnnData
@@ -115,7 +116,8 @@ def find_samples(source: Path, names: Sequence[str], metadata: Path) -> list[Hes
     samples = []
     for name in names:
         row = table.loc[name]
-        images = [path for path in sorted((source / "wsis").glob(f"{name}.*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+        files = sorted((source / "wsis").glob(f"{glob.escape(name)}.*"))
+        images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
         patches = source / "patches" / f"{name}.h5"
         width, height = (pixels(str(row.get(f"fullres_px_{side}", ""))) for side in ("width", "height"))
         samples.append(
@@ -194,7 +196,7 @@ def with_pixel_sizes(layout: Layout, samples: Sequence[HestSample]) -> DatasetSp
     for sample in samples:
         microns = sample.microns_per_pixel
         if sample.image is None and sample.patches is not None:
-            (path,) = layout.root.glob(f"patches_*/{sample.name}.h5")
+            (path,) = layout.root.glob(f"patches_*/{glob.escape(sample.name)}.h5")
             microns = microns_of_patches(path)
         if microns is not None:
             sizes[sample.name] = float(microns)

@@ -6,6 +6,7 @@ valid is kept by whoever starts again, with as many processes.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -59,7 +60,7 @@ def join(
 
 def remove_parts(cache: Path) -> None:
     """Remove the parts of a complete cache."""
-    for part in cache.parent.glob(f"{cache.stem}.spots_*-*.part"):
+    for part in cache.parent.glob(f"{glob.escape(cache.stem)}.spots_*-*.part"):
         part.unlink(missing_ok=True)
 
 

@@ -92,6 +92,23 @@ def test_the_one_image_of_a_slide(tmp_path):
         layout.image_path("A1")
 
 
+@pytest.mark.parametrize("slide", ["S[1]", "S?", "S*", "[S]1"])
+def test_a_name_is_taken_as_it_is_and_finds_no_file_of_another_slide(tmp_path, slide):
+    """Names that a shell or a glob would read as patterns, of S1 for all of them."""
+    layout = Layout(tmp_path, DatasetSpec(name="own", patient_of_slide={slide: "P*", "S1": "PX"}))
+    touch(layout.images_dir / "S1.jpg")
+    touch(layout.cache_path("target", "S1"))
+    touch(layout.root / "patches_9" / "S1.h5")
+    with pytest.raises(FileNotFoundError, match="has no image"):
+        layout.image_path(slide)
+    assert layout.caches_of_all_encoders("target", slide) == [] and layout.patches_note(slide) == ""
+    own = touch(layout.images_dir / f"{slide}.jpg")
+    cache = touch(layout.cache_path("target", slide))
+    touch(layout.root / "patches_8" / f"{slide}.h5")
+    assert layout.image_path(slide) == own and layout.caches_of_all_encoders("target", slide) == [cache]
+    assert "patches_8" in layout.patches_note(slide) and "patches_9" not in layout.patches_note(slide)
+
+
 @pytest.mark.parametrize(
     ("name", "slide", "image"),
     [
