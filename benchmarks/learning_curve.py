@@ -4,7 +4,8 @@
 
 Sets of 2, 4, 8 and 16 training patients (two slides each), each one contained in the next; the same four patients test.
 Learning rates and epochs are those that `accuracy_search.py` chose for four training patients; seeds 0, 1, 2. Intervals:
-bootstrap over the test patients, whose values are means over seeds. Runs that are complete are kept.
+bootstrap over the test patients, whose values are means over seeds. Runs that are complete are kept, and so is what the
+result holds of other seeds, counts and methods with the same settings: hours can be shared by several machines.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import json
 import shlex
 import string
 
-import numpy as np
 import pandas as pd
 import yaml
 from matplotlib.figure import Figure
@@ -41,6 +41,7 @@ from utils.runs import write_json
 COMPARED = ("gene_dml", "no_alignment", "triplex", "ridge_neighbor")
 COUNTS = (2, 4, 8, 16)
 TRAIN, TEST = string.ascii_uppercase[: max(COUNTS)], "QRST"  # the patients that test are the same for any --counts
+METRICS = {"pcc_all": "PCC(A)", "mse": "MSE"}
 TESTED = "tested"  # all test patients under one name, so that one fold tests them
 MICRONS_PER_PIXEL = 1.6  # of the simulation
 
@@ -61,24 +62,39 @@ def link_set(source: Path, data_dir: Path, train: str, test: str) -> None:
     write_text(folder / "dataset.yaml", yaml.safe_dump(content))
 
 
-def scores_of(runs: list[Path]) -> pd.DataFrame:
-    """PCC(A) and MSE of each test patient, mean over its slides and over the seeds: columns patient, pcc_all, mse."""
-    found = []
-    for run_dir in runs:
-        (fold,) = run_dir.glob("fold_*")
-        rows = aggregation.select(pd.read_csv(fold / "per_gene_slide.csv"))
-        slides = rows.groupby("slide")[["pearson", "mse"]].mean().reset_index()
-        slides["patient"] = slides["slide"].str[0]
-        found.append(slides.groupby("patient")[["pearson", "mse"]].mean())
-    return (sum(found) / len(found)).rename(columns={"pearson": "pcc_all"}).reset_index()
+def scores_of(run_dir: Path) -> dict[str, dict[str, float]]:
+    """PCC(A) and MSE of each test patient, mean over its slides: {pcc_all, mse: {patient: value}}."""
+    (fold,) = run_dir.glob("fold_*")
+    rows = aggregation.select(pd.read_csv(fold / "per_gene_slide.csv"))
+    slides = rows.groupby("slide")[["pearson", "mse"]].mean().reset_index()
+    patients = slides.groupby(slides["slide"].str[0])[["pearson", "mse"]].mean()
+    return {"pcc_all": patients["pearson"].to_dict(), "mse": patients["mse"].to_dict()}
+
+
+def curve_rows(runs: list[dict]) -> pd.DataFrame:
+    """Average runs over their seeds: columns patients, method, metric, num_seeds, mean, low, high.
+
+    runs: {patients, method, seed, scores (of `scores_of`), ...} each. The interval is over the test patients.
+    """
+    found: dict[tuple[int, str], list[dict]] = {}
+    for run_ in sorted(runs, key=lambda run_: (run_["patients"], list(METHODS).index(run_["method"]), run_["seed"])):
+        found.setdefault((run_["patients"], run_["method"]), []).append(run_)
+    rows = []
+    for (patients, method), of_method in found.items():
+        for metric in METRICS:
+            values = pd.DataFrame([run_["scores"][metric] for run_ in of_method]).mean()
+            low, high = bootstrap_interval(values)
+            row = {"patients": patients, "method": method, "metric": metric, "num_seeds": len(of_method)}
+            rows.append(row | {"mean": values.mean(), "low": low, "high": high})
+    return pd.DataFrame(rows)
 
 
 def curve_figure(rows: pd.DataFrame) -> Figure:
-    """PCC(A) and MSE against the number of training patients, one line a method, with intervals."""
+    """PCC(A) and MSE of `curve_rows` against the number of training patients, one line a method, with intervals."""
     figure = new_figure(8.0, 3.2)
-    for axes, metric in zip(figure.subplots(1, 2), ("pcc_all", "mse")):
+    for axes, metric in zip(figure.subplots(1, 2), METRICS):
         plain_axes(axes, grid="y")
-        title(axes, {"pcc_all": "PCC(A)", "mse": "MSE, lower is better"}[metric])
+        title(axes, METRICS[metric] if metric == "pcc_all" else f"{METRICS[metric]}, lower is better")
         for index, (method, of_method) in enumerate(rows[rows["metric"] == metric].groupby("method", sort=False)):
             color = PALETTE[index % len(PALETTE)]
             axes.plot(
@@ -116,50 +132,74 @@ def main(argv: list[str] | None = None) -> Path:
     extract_features(
         ["--config", config_name, "--mode", "internal", "--extract_mode", "all", "--data_dir", str(everything)]
     )
-    rows = []
+    given = shown_flags(sys.argv[1:] if argv is None else argv)
+    measured = {
+        "command": shlex.join(["python", "benchmarks/learning_curve.py", *given]),
+        "machine": machine(device_from(None, None)),
+        "versions": software(),
+    }
     for count in counts:
         folder = arguments.work / f"patients_{count}"
         link_set(everything / "demo", folder / "data", TRAIN[:count], TEST)
         for name in arguments.methods.split(","):
+            chosen = [*searched(name, found), *METHODS[name][1], *arguments.set]
             settings = [
                 f"DATA.data_dir={folder / 'data'}",
                 f"GENERAL.log_path={folder / 'logs'}",
                 "LOSS.use_kmeans=true",
             ]
-            settings += [*searched(name, found), *METHODS[name][1], *arguments.set]
-            say(f"== {count} patients, {METHODS[name][0]}")
-            # TESTED is the last patient in the order of names: lower-case letters follow capitals.
-            runs = train_method(load_config(config_name, settings), name, config_name, seeds, None, folds=[count])
-            scores = scores_of(runs)
-            for metric in ("pcc_all", "mse"):
-                low, high = bootstrap_interval(scores[metric])
-                by_patient = dict(zip(scores["patient"], scores[metric]))
-                row = {"patients": count, "method": name, "metric": metric, "mean": scores[metric].mean()}
-                rows.append(row | {"low": low, "high": high, "by_patient": by_patient})
-    given = shown_flags(sys.argv[1:] if argv is None else argv)
-    about = {"command": shlex.join(["python", "benchmarks/learning_curve.py", *given]), "seeds": seeds}
-    return write_curve(arguments.out, pd.DataFrame(rows), about)
-
-
-def write_curve(out: Path, rows: pd.DataFrame, about: dict) -> Path:
-    """Write the table (Markdown), the figure and the JSON; returns the table's path. about: the command and its seeds."""
-    save_figure(curve_figure(rows), out / "learning_curve")
-    measured_on = {"machine": machine(device_from(None, None)), "versions": software()}
-    write_json(out / "learning_curve.json", {**about, **measured_on, "rows": rows.to_dict("records")})
-    shown = rows.set_index(["method", "metric", "patients"])["mean"].unstack()
-    header = ("method", "", *(f"{count} patients" for count in shown.columns))
-    labels = {"pcc_all": "PCC(A)", "mse": "MSE"}
-    cells = [
-        (METHODS[method][0], labels[metric], *(number(value, 4 if metric == "mse" else 3) for value in values))
-        for (method, metric), values in zip(shown.index, np.asarray(shown))
-    ]
-    caption = (
-        f"`{about['command']}`: means over the same {len(TEST)} simulated test patients, two slides each (seeds: "
-        f"{', '.join(map(str, about['seeds']))}); the bands of the figure are bootstrap intervals over these patients."
-    )
-    path = write_text(out / "learning_curve.md", f"{Table(header, tuple(cells)).to_markdown()}\n\n{caption}\n")
+            config = load_config(config_name, [*settings, *chosen])
+            for seed in seeds:
+                say(f"== {count} patients, {METHODS[name][0]}, seed {seed}")
+                # TESTED is the last patient in the order of names: lower-case letters follow capitals.
+                (run_dir,) = train_method(config, name, config_name, [seed], None, folds=[count])
+                row = {
+                    "patients": count,
+                    "method": name,
+                    "seed": seed,
+                    "settings": chosen,
+                    "scores": scores_of(run_dir),
+                }
+                path = write_curve(arguments.out, [row], measured)
     say(path.read_text(encoding="utf-8"))
     return path
+
+
+def write_curve(out: Path, runs: list[dict], measured: dict) -> Path:
+    """Add runs to learning_curve.json, and make the table (Markdown) and the figure of all that are there.
+
+    measured: command, machine and versions of these runs. Earlier ones of other patients, methods or seeds stay, if their
+    settings are those of a run of the same method that is added. Returns the path of the table.
+    """
+    kept, source = [], out / "learning_curve.json"
+    settings = {run_["method"]: run_["settings"] for run_ in runs}
+    added = {(run_["patients"], run_["method"], run_["seed"]) for run_ in runs}
+    if source.exists():
+        kept = [
+            run_
+            for run_ in json.loads(source.read_text(encoding="utf-8"))["runs"]
+            if run_["settings"] == settings.get(run_["method"], run_["settings"])
+            and (run_["patients"], run_["method"], run_["seed"]) not in added
+        ]
+    runs = [*kept, *({**run_, **measured} for run_ in runs)]
+    write_json(source, {"runs": runs})
+    rows = curve_rows(runs)
+    save_figure(curve_figure(rows), out / "learning_curve")
+    shown, seeds = (
+        rows.pivot(index=["method", "metric"], columns="patients", values=column) for column in ("mean", "num_seeds")
+    )
+    header = ("method", "", *(f"{count} patients" for count in shown.columns), "seeds")
+    cells = []
+    for (method, metric), values in shown.iterrows():
+        numbers = (number(value, 4 if metric == "mse" else 3) for value in values)
+        fewest, most = (int(count) for count in (seeds.loc[(method, metric)].min(), seeds.loc[(method, metric)].max()))
+        of_each = str(most) if fewest == most else f"{fewest} to {most}"
+        cells.append((METHODS[method][0], METRICS[metric], *numbers, of_each))
+    caption = (
+        f"`python benchmarks/learning_curve.py`: means over seeds and the same {len(TEST)} simulated test patients, two slides "
+        "each; the bands of the figure are bootstrap intervals over these patients."
+    )
+    return write_text(out / "learning_curve.md", f"{Table(header, tuple(cells)).to_markdown()}\n\n{caption}\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import pandas as pd
 
 from benchmarks.accuracy import METHODS, TITLES
 from benchmarks.common import RESULTS, described
-from benchmarks.learning_curve import curve_figure
+from benchmarks.learning_curve import curve_figure, curve_rows
 from evaluation.report.style import save_figure
 from evaluation.report.tables import Table, number
 from utils.cli import run, say
@@ -83,8 +83,8 @@ def further_parts(results: Path, images: Path) -> list[str]:
     parts = []
     curve = results / "accuracy" / "learning_curve"
     if (curve / "learning_curve.json").exists():
-        rows = json.loads((curve / "learning_curve.json").read_text(encoding="utf-8"))["rows"]
-        save_figure(curve_figure(pd.DataFrame(rows)), images / "learning_curve")
+        runs = json.loads((curve / "learning_curve.json").read_text(encoding="utf-8"))["runs"]
+        save_figure(curve_figure(curve_rows(runs)), images / "learning_curve")
         shown = (curve / "learning_curve.md").read_text(encoding="utf-8").strip()
         figure = "![PCC(A) and MSE against the number of training patients](images/learning_curve.svg)"
         parts.append(f"### Learning curve\n\n{figure}\n\n{shown}")

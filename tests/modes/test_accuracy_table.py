@@ -146,39 +146,51 @@ def test_the_learning_curve_tests_the_same_patients_whatever_trains(tiny_data, t
     assert layout.image_path("C1").is_file()
 
 
-def test_the_learning_curve_means_over_slides_then_seeds(tmp_path):
-    keys = {"patient": TESTED, "truth": "smoothed", "gene": "g", "mse": 1}
-    measured = (("Q1", 0.1), ("Q2", 0.3), ("R1", 0.6))
-    for seed, shift in enumerate((0.0, 0.2)):
-        rows = [
-            {**keys, "slide": slide, "scale": scale, "pearson": pearson + shift}
-            for slide, pearson in measured
-            for scale in ("fused", "target")
-        ]
-        folder = tmp_path / f"seed_{seed}" / "fold_2"
-        folder.mkdir(parents=True)
-        pd.DataFrame(rows).to_csv(folder / "per_gene_slide.csv", index=False)
-    found = scores_of([tmp_path / "seed_0", tmp_path / "seed_1"]).set_index("patient")["pcc_all"]
-    assert found.to_dict() == pytest.approx({"Q": 0.3, "R": 0.7})
+def test_the_scores_of_a_patient_are_means_over_slides(tmp_path):
+    keys = {"patient": TESTED, "truth": "smoothed", "gene": "g"}
+    rows = [
+        {**keys, "slide": slide, "scale": scale, "pearson": pearson + (scale == "target"), "mse": 10 * pearson}
+        for slide, pearson in (("Q1", 0.1), ("Q2", 0.3), ("R1", 0.6))
+        for scale in ("fused", "target")
+    ]
+    (tmp_path / "fold_2").mkdir()
+    pd.DataFrame(rows).to_csv(tmp_path / "fold_2" / "per_gene_slide.csv", index=False)
+    found = scores_of(tmp_path)
+    assert found["pcc_all"] == pytest.approx({"Q": 0.2, "R": 0.6}) and found["mse"] == pytest.approx({"Q": 2, "R": 6})
 
 
-def test_a_learning_curve_is_drawn_beside_the_page(tmp_path):
-    """The table says means of the rows, and its command; the page shows both and the figure."""
-    rows = pd.DataFrame(
-        {"patients": count, "method": method, "metric": metric, "mean": mean, "low": mean - 0.01, "high": mean + 0.01}
-        for method, start in (("gene_dml", 0.3), ("ridge_neighbor", 0.4))
-        for metric in ("pcc_all", "mse")
-        for count, mean in ((2, start), (4, start + 0.05))
-    )
+def curve_run(method: str, patients: int, seed: int, pcc: float, settings=()) -> dict:
+    scores = {"pcc_all": {name: pcc for name in "QRST"}, "mse": {name: pcc / 10 for name in "QRST"}}
+    return {"patients": patients, "method": method, "seed": seed, "settings": list(settings), "scores": scores}
+
+
+def test_a_learning_curve_grows_by_what_is_measured_and_is_drawn_beside_the_page(tmp_path):
+    """Means over seeds, of all runs with the same settings; the page shows the table and the figure."""
     curve, pages = tmp_path / "accuracy" / "learning_curve", tmp_path / "docs"
-    about = {"command": "python benchmarks/learning_curve.py --seeds 0", "seeds": [0]}
-    text = learning_curve.write_curve(curve, rows, about).read_text()
-    (line,) = [line for line in text.splitlines() if "Gene-DML" in line and "PCC(A)" in line]
-    assert [cell.strip() for cell in line.split("|")[3:5]] == ["0.300", "0.350"]
-    assert "`python benchmarks/learning_curve.py --seeds 0`" in text and "(seeds: 0)" in text
+    measured = {"command": "python benchmarks/learning_curve.py --seeds 0"}
+    runs = [
+        curve_run(method, count, seed=0, pcc=start + count / 100)
+        for method, start in (("gene_dml", 0.3), ("ridge_neighbor", 0.4))
+        for count in (2, 4)
+    ]
+    learning_curve.write_curve(curve, runs, measured)
+    again = {"command": "python benchmarks/learning_curve.py --seeds 1"}
+    text = learning_curve.write_curve(curve, [curve_run("gene_dml", 2, seed=1, pcc=0.22)], again).read_text()
+
+    def cells(method: str) -> list[str]:
+        (line,) = [line for line in text.splitlines() if METHODS[method][0] in line and "PCC(A)" in line]
+        return [cell.strip() for cell in line.split("|")[3:6]]
+
+    assert cells("gene_dml") == ["0.270", "0.340", "1 to 2"] and cells("ridge_neighbor") == ["0.420", "0.440", "1"]
+    stored = json.loads((curve / "learning_curve.json").read_text())["runs"]
+    assert [run["command"][-1] for run in stored] == ["0"] * 4 + ["1"]
     (part,) = table.further_parts(tmp_path, pages / "images")
     assert text.strip() in part and "](images/learning_curve.svg)" in part
     assert "training patients" in (pages / "images" / "learning_curve.svg").read_text()
+
+    repeated = curve_run("gene_dml", 2, seed=1, pcc=0.5, settings=["TRAINING.learning_rate=1"])
+    text = learning_curve.write_curve(curve, [repeated], again).read_text()
+    assert cells("gene_dml") == ["0.500", "–", "1"], "runs of other settings do not count with it"
 
 
 def test_the_learning_curve_has_patients_of_its_own_for_the_test():
