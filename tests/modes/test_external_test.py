@@ -484,7 +484,9 @@ class TestRefusals:
 def test_command_line_needs_no_configuration(tested, tiny_run, tmp_path, monkeypatch, capsys):
     data_dir, run = tested[0], tiny_run.copy(tmp_path)
     flags = ["--mode", "external_test", "--test_name", "demo_external", "--model_path", str(run)]
-    monkeypatch.setattr(sys, "argv", ["main.py", *flags, "--data_dir", str(data_dir), "--device", "cpu"])
+    monkeypatch.setattr(
+        sys, "argv", ["main.py", *flags, "--data_dir", str(data_dir), "--device", "cpu", "--no_report"]
+    )
     main.main()
     said = capsys.readouterr().out
     assert "mean of folds" in said and "PCC(A)" in said and "Peak memory" in said
@@ -495,7 +497,7 @@ def test_command_line_needs_no_configuration(tested, tiny_run, tmp_path, monkeyp
 
 def test_a_model_on_all_patients_is_tested_and_said_to_have_no_score(tested, tiny_run, tmp_path):
     data_dir, _ = tested
-    shared = ("--data_dir", data_dir, "--device", "cpu")
+    shared = ("--data_dir", data_dir, "--device", "cpu", "--no_report")
     trained = call_main(
         *("--mode", "train", "--config_name", tiny_run.config_name, "--log_path", tmp_path, "--model", "ridge"),
         *("--all_patients", "--run_name", "final", *shared),
