@@ -20,6 +20,7 @@ from utils.text import brief, parse_yaml, some
 
 SPEC_FILE = "dataset.yaml"
 OWN_PATIENT = r"^(.+)$"
+MOST_MICRONS = 100  # of a pixel, below which each is
 NOT_IN_FILE = ("name", "external", "prepared_by", "pitch_um")
 
 
@@ -233,8 +234,8 @@ def _microns(value: object) -> float | dict[str, float]:
 
 
 def _one_size(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
-        raise ValueError(f"expected micrometres per pixel, found {brief(value)}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_MICRONS:
+        raise ValueError(f"expected micrometres per pixel, less than {MOST_MICRONS}, found {brief(value)}")
     return float(value)
 
 

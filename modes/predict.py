@@ -18,10 +18,9 @@ import torch
 
 from datasets.field_of_view import compare_fields_of_view, pixels_of_width
 from datasets.images.slides import Slide, open_slide
+from datasets.spec import MOST_MICRONS
 from evaluation.predictions import read_prediction, tissue_image, write_prediction
-from modes.prediction.encode import (
-    open_patch_encoder,
-)
+from modes.prediction.encode import open_patch_encoder
 from modes.prediction.ensemble import (
     Member,
     describe_peak,
@@ -39,6 +38,7 @@ from utils.cli import say
 from utils.files import check_writable, require_file, safe_name
 from utils.text import UNIT, check_genes
 
+TISSUE, EXPLORER = "tissue.png", "explorer.html"  # beside the file, after its name
 _BYTES_A_NUMBER = 4  # of the fused prediction; what the scales take compressed varies
 
 
@@ -92,6 +92,7 @@ def predict(
     for note in [*notes, *evidence.notes]:
         say(note)
     image = require_file(options.image, "--image should be the slide to predict.")
+    name = safe_name(image.stem, "The name of the slide, that of --image without its ending,")
     with open_slide(image) as slide:
         leakage = note_on_seen_image(members, slide.fingerprint())
         if leakage is not None:
@@ -108,7 +109,7 @@ def predict(
         picture, scale = slide.thumbnail(THUMBNAIL_PX)
     write_prediction(
         out,
-        slide=safe_name(image.stem, "Image"),
+        slide=name,
         spot_ids=list(spots.table.obs_names),
         genes=genes,
         predictions=found.scales,
@@ -172,6 +173,8 @@ def _check_options(options: PredictOptions) -> Path:
     for name, value in {**grid_flags, "--mpp": options.mpp}.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             problems.append(f"{name} should be more than zero, found {value:g}.")
+    if options.mpp is not None and not options.mpp < MOST_MICRONS:
+        problems.append(f"--mpp is micrometres per pixel, less than {MOST_MICRONS}, found {options.mpp:g}.")
     if options.min_tissue is not None and options.min_tissue > 1:
         problems.append(f"--min_tissue is a share of a patch, at most 1, found {options.min_tissue:g}.")
     geojson = None if options.geojson is None else Path(options.geojson)
@@ -184,7 +187,8 @@ def _check_options(options: PredictOptions) -> Path:
             problems.append(f"{name} {path} exists. Give another name, or --overwrite to replace it.")
     if problems:
         raise ValueError("\n".join(problems))
-    for path in filter(None, (out, geojson)):
+    pictures = [_beside(out, f"{_in_file_name(gene)}.svg") for gene in options.genes]
+    for path in filter(None, (out, geojson, _beside(out, EXPLORER), _beside(out, TISSUE), *pictures)):
         check_writable(path)
     return out
 
@@ -230,11 +234,19 @@ def find_spots(slide: Slide, options: PredictOptions, mpp: float | None, covered
     return spots.within(read_region(options.region, slide.size), Path(options.region))
 
 
+def _beside(out: Path, name: str) -> Path:
+    return out.with_name(f"{out.stem}_{name}")
+
+
+def _in_file_name(gene: str) -> str:
+    return gene.replace("/", "-")
+
+
 def draw_tissue(slide: Slide, spots: SlideSpots, covered_px: int, out: Path) -> Path:
     """Draw the tissue found and the spots beside the file, so that a thumbnail or a control in a corner is seen."""
     from datasets.images.overlay import write_tissue  # what is refused before draws nothing
 
-    path = out.with_name(f"{out.stem}_tissue.png")
+    path = _beside(out, TISSUE)
     write_tissue(slide, spots.tissue, spots.centers, covered_px, path)
     return path
 
@@ -253,7 +265,7 @@ def draw_maps(out: Path, genes: Sequence[str]) -> list[Path]:
     paths = []
     for gene in genes:
         figure = predicted_map(tissue, gene, predicted=np.asarray(adata[:, gene].X).ravel(), unit=UNIT)
-        paths.append(save_figure(figure, out.with_name(f"{out.stem}_{gene.replace('/', '-')}"))[0])
+        paths.append(save_figure(figure, _beside(out, _in_file_name(gene)))[0])
     return paths
 
 
@@ -261,7 +273,7 @@ def write_explorer_of(out: Path, genes: Sequence[str]) -> Path:
     """Write the page that shows every gene of the file; `genes` are on it however large the slide is."""
     from evaluation.report.explorer import write_explorer  # what is refused before needs no Bokeh
 
-    return write_explorer(out.with_name(f"{out.stem}_explorer.html"), [out], title=f"Genes of {out.stem}", genes=genes)
+    return write_explorer(_beside(out, EXPLORER), [out], title=f"Genes of {out.stem}", genes=genes)
 
 
 def write_geojson(out: Path, path: str | Path, genes: Sequence[str]) -> Path:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeGuard
 
 import safetensors.torch
 import torch
@@ -28,6 +29,7 @@ WEIGHT_FOLDERS = (Path(__file__).resolve().parents[2] / "weights", Path("weights
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 COMMON_VARIABLE = "GENE_DML_WEIGHTS"
 NAMES_SHOWN = 3
+_WRAPPERS, _OF_PARALLEL = {"state_dict", "model", "module"}, "module."
 
 
 def environment_variable(name: str) -> str:
@@ -160,7 +162,11 @@ def state_sha256(state: dict[str, Tensor]) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a weight file by name. Raises ValueError if it is damaged or holds anything else."""
+    """Read the tensors of a weight file by name, also where a training has wrapped them.
+
+    That is: under `state_dict`, `model` or `module`, or with names that all begin with "module." (of DataParallel).
+    Raises ValueError if the file is damaged, holds several sets of tensors, or anything else.
+    """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: weight files end in {', '.join(SUFFIXES)}, found '{path.suffix}'.")
     what, remedy = "a weight file of a patch encoder", "Is it complete? Get it again."
@@ -170,13 +176,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     else:
         # Mapping the file spares a second copy of several GB.
         state = load_tensors(path, what=what, remedy=remedy, memory_map=True)
-    if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
+    wrapped = {name: value for name, value in state.items() if _are_tensors(value)} if isinstance(state, dict) else {}
+    if len(wrapped) > 1:
+        raise ValueError(
+            f"{path} holds several sets of tensors ({', '.join(map(repr, wrapped))}). Save the one that is wanted alone: "
+            "torch.save(content[NAME], ...)."
+        )
+    if wrapped.keys() & _WRAPPERS:
+        (state,) = wrapped.values()
+    if _are_tensors(state):
         check_tensors(path, state)
-        return state
+        is_parallel = all(name.startswith(_OF_PARALLEL) for name in state)
+        return {name.removeprefix(_OF_PARALLEL): value for name, value in state.items()} if is_parallel else state
     found = f"a {type(state).__name__}"
-    if isinstance(state, dict):
+    if isinstance(state, dict) and state:
         found += f" with {', '.join(map(repr, list(state)[:NAMES_SHOWN]))}"
     raise ValueError(f"{path} holds {found}, expected the state dict of an encoder: tensors by name.")
+
+
+def _are_tensors(value: object) -> TypeGuard[dict[str, Tensor]]:
+    return isinstance(value, dict) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def load_patch_encoder(spec: PatchEncoderSpec, path: Path) -> TimmModel:

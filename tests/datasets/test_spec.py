@@ -154,7 +154,7 @@ def test_external_folders(tmp_path):
         ("num_folds: '3'", "num_folds: expected an integer, found '3'"),
         ("exchanged_pixels: 1", "exchanged_pixels: expected true or false, found 1"),
         ("sort_by: x", "sort_by: expected one of yx, xy"),
-        ("microns_per_pixel: -1", "microns_per_pixel: expected micrometres per pixel, found -1"),
+        ("microns_per_pixel: -1", "microns_per_pixel: expected micrometres per pixel, less than 100, found -1"),
         ("training_type: 3", "training_type: expected text, found 3"),
         ("- a\n- b", "should hold 'key: value' lines, found a list"),
         ("a: [", "not valid YAML"),

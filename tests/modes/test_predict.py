@@ -30,6 +30,7 @@ from preprocess.extract_features_uni import main as extract
 from tests.checkpoints import edit
 from tests.space_ranger import write_outs
 from utils.checkpoint import checkpoints_of_runs, chosen_checkpoints, load_checkpoint
+from utils.locks import temporary_prefix
 
 CPU = torch.device("cpu")
 
@@ -335,6 +336,7 @@ class TestRefusals:
             ({"spots": "s.csv", "pitch_px": 10.0}, "--pitch_px shape the grid on the tissue, but --spots gives"),
             ({"pitch_px": -1.0}, "--pitch_px should be more than zero"),
             ({"mpp": float("nan")}, "--mpp should be more than zero"),
+            ({"mpp": 1e300}, "--mpp is micrometres per pixel, less than 100"),
             ({"min_tissue": 3.0}, "--min_tissue is a share of a patch"),
             ({"exchanged_pixels": True}, "--exchanged_pixels is about the columns of --spots"),
         ],
@@ -353,6 +355,26 @@ class TestRefusals:
             _predict(tiny_run, tmp_path, tmp_path / "missing.tif")
         with pytest.raises(FileNotFoundError, match=r"holds no checkpoint"):
             predict(tmp_path, PredictOptions("slide.tif", "x.h5ad"), None, [], CPU)
+
+    @pytest.mark.parametrize("stem", ["slide 1 ", ".hidden", "n" * 210])
+    def test_a_slide_whose_name_no_file_can_hold_is_refused_before_it_is_encoded(
+        self, tiny_run, external, tmp_path, monkeypatch, stem
+    ):
+        monkeypatch.setattr("modes.predict.predict_spots", lambda *_: pytest.fail("the slide was encoded"))
+        image = Path(shutil.copy(external[0], tmp_path / f"{stem}.jpg"))
+        with pytest.raises(
+            ValueError, match=r"The name of the slide, that of --image without its ending, .* not a plain"
+        ):
+            _predict(tiny_run, tmp_path, image)
+
+    def test_what_comes_beside_the_file_has_room_in_its_name(self, tiny_run, external, tmp_path):
+        """The page beside it has the longer name, and a map one with the gene in it."""
+        longest = 255 - len(temporary_prefix("")) - 8
+        for length, genes in ((longest - 10, ()), (longest - 20, ("G" * 20,))):
+            options = PredictOptions(external[0], tmp_path / f"{'n' * length}.h5ad", external[1], genes=genes)
+            with pytest.raises(OSError, match="its name is too long for the file system"):
+                predict(tiny_run.path, options, 0, [], CPU)
+        assert list(tmp_path.iterdir()) == []
 
     def test_gene_that_is_not_predicted_names_its_neighbors(self, tiny_run, external, tmp_path):
         gene = load_checkpoint(tiny_run.path / "fold_0" / "best.pt").genes[0]

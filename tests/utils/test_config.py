@@ -129,6 +129,8 @@ def test_large_takes_the_sizes_of_her2st_for_any_data_set():
         ("LOSS:\n  use_kmeans: 1\n", "LOSS.use_kmeans should be true or false, found 1"),
         ("LOSS:\n  k: 0\n", "LOSS.k should be more than zero, found 0"),
         ("MODEL:\n  fusion_dropout: 1.5\n", "MODEL.fusion_dropout should be below 1"),
+        ("MODEL:\n  neighbor_mlp_ratio: 1.0e+300\n", "MODEL.neighbor_mlp_ratio should be at most 1,000,000"),
+        ("MODEL:\n  projection_dim: 4611686018427387904\n", "MODEL.projection_dim should be at most 1,000,000"),
         ("DATA:\n  num_neighbors: 4\n", "DATA.num_neighbors should be odd"),
         (
             "TRAINING:\n  precision: int8\n",

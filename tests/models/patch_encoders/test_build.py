@@ -397,9 +397,14 @@ class Opaque:
     [
         ({"weight": Opaque()}, "holds Python objects, not only tensors, and is not read"),
         (
-            {"epoch": 3, "model": {"weight": torch.zeros(1)}},
-            "holds a dict with 'epoch', 'model', expected the state dict",
+            {"epoch": 3, "weights": {"weight": torch.zeros(1)}},
+            "holds a dict with 'epoch', 'weights', expected the state dict",
         ),
+        (
+            {"model": {"weight": torch.zeros(1)}, "ema": {"weight": torch.ones(1)}},
+            r"holds several sets of tensors \('model', 'ema'\). Save the one that is wanted alone",
+        ),
+        ({}, "holds a dict, expected the state dict"),
         (torch.zeros(3), "holds a Tensor, expected the state dict"),
     ],
 )
@@ -407,6 +412,15 @@ def test_file_with_other_content(tmp_path: Path, content: object, message: str) 
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=f"weights.pth {message}"):
         read_weights(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module"])
+def test_weights_that_a_training_has_wrapped(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+    named = {f"{prefix}module.weight": torch.arange(3.0), f"{prefix}bias": torch.ones(1)}
+    torch.save(named if wrapper is None else {"epoch": 3, wrapper: named}, tmp_path / "weights.pth")
+    found = read_weights(tmp_path / "weights.pth")
+    assert list(found) == ["module.weight", "bias"] and torch.equal(found["module.weight"], torch.arange(3.0))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pth", ".pt"])
