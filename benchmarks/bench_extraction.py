@@ -52,6 +52,7 @@ from datasets.features.encoding import default_workers
 from datasets.features.identity import CacheIdentity
 from datasets.features.patch_encoder import BatchedPatchEncoder
 from datasets.features.places import find_cache
+from datasets.images.plain_reader import open_picture
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
@@ -190,7 +191,7 @@ def extract_all(folder: Path, image_path: Path, count: int, dim: int, patch_size
 
 def naive_extraction(image_path: Path, centers: np.ndarray, patch_encoder, patch_size: int) -> np.ndarray:
     """(N, 25, D): crops of all spots first, tile by tile as pictures to tensors, all kept; then spot by spot encoded."""
-    image = Image.open(image_path)
+    image = open_picture(image_path)
     image.load()
     half, prepared = patch_size * TILES // 2, []
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -46,6 +46,7 @@ from benchmarks.accuracy import (
     write_accuracy,
 )
 from benchmarks.common import RESULTS, machine, software
+from datasets.images.plain_reader import open_picture
 from evaluation.comparison.runs import compare_methods
 from models.contract import Embeddings
 from models.losses import GeneDMLLoss
@@ -162,9 +163,9 @@ def normalised(data: DataSet) -> DataSet:
         data.lay_out(raw, fresh)
         images = [path for path in sorted(fresh.rglob("ST-imgs/**/*")) if path.suffix in (".jpg", ".png", ".tif")]
         normalizer = NumpyMacenkoNormalizer()
-        normalizer.fit(np.asarray(Image.open(images[0]).convert("RGB")))
+        normalizer.fit(np.asarray(open_picture(images[0]).convert("RGB")))
         for path in images:
-            pixels = np.asarray(Image.open(path).convert("RGB"))
+            pixels = np.asarray(open_picture(path).convert("RGB"))
             say(f"{path.name}: {pixels.shape[1]} x {pixels.shape[0]} px to the stain of {images[0].name}")
             path.unlink()
             Image.fromarray(normalizer.normalize(pixels, stains=False)[0].astype(np.uint8)).save(path, quality=95)

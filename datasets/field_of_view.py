@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datasets.layout import Layout
     from datasets.spec import DatasetSpec
 
+MOST_MICRONS = 100  # of a pixel, below which each is
 TOLERANCE = 0.2  # by so much of its width a patch may differ before cells look larger or smaller
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datasets.spec import SPEC_FILE, DatasetSpec
@@ -13,7 +13,7 @@ from utils.config import Data
 from utils.files import safe_name
 from utils.text import located, some
 
-COUNT_SUFFIXES = ("_sub.parquet", ".parquet", ".tsv.gz", ".tsv", ".csv", ".h5ad")  # the first found is read
+COUNT_SUFFIXES = ("_sub.parquet", ".parquet", ".tsv.gz", ".tsv", ".csv", ".h5ad")  # the first is what scripts write
 SPOT_SUFFIX = "_selection.tsv"
 PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".btf")
 SCANNER_SUFFIXES = (".svs", ".ndpi", ".scn", ".mrxs", ".vms", ".vmu", ".bif", ".svslide", ".qptiff")
@@ -116,11 +116,21 @@ class Layout:
         return self.counts_dir / f"{safe_name(slide, 'Slide')}{COUNT_SUFFIXES[0]}"
 
     def counts_path(self, slide: str) -> Path:
-        """Find the counts of a slide, in any of the accepted spellings. Raises FileNotFoundError, which names them all."""
-        slide = safe_name(slide, "Slide")
-        for suffix in COUNT_SUFFIXES:
-            if (self.counts_dir / f"{slide}{suffix}").is_file():
-                return self.counts_dir / f"{slide}{suffix}"
+        """Find the counts of a slide, in any of the accepted spellings.
+
+        What a preparing script has written goes before what it was made from, which published folders keep beside it.
+        Raises FileNotFoundError, which names the spellings, or ValueError for several tables that no script has written.
+        """
+        found = self._tables_of(slide)
+        if self._is_unclear(found):
+            others = [name for name in self.slides_with_counts() if self._is_unclear(self._tables_of(name))]
+            raise ValueError(
+                f"Slide {slide} of {self.name} has {len(found)} tables of counts where one was expected: "
+                f"{', '.join(path.name for path in found)}. Keep the right one in {self.counts_dir} and move the others away"
+                f"{f', as for each of {some(others, 12)}' if len(others) > 1 else ''}."
+            )
+        if found:
+            return found[0]
         raise FileNotFoundError(
             f"Slide {slide} of {self.name} has no counts: none of {', '.join(slide + s for s in COUNT_SUFFIXES)} is in "
             f"{self.counts_dir}. {self._prepare_hint()}"
@@ -279,6 +289,19 @@ class Layout:
         slides = sorted(set(self.spec.slides) | set(self.slides_with_counts()))
         return {slide: lacks for slide in slides if (lacks := self.missing(slide))}
 
+    def unread_counts_note(self) -> str | None:
+        """Name in a sentence the slides with other tables of counts beside the prepared one; None if there are none."""
+        tables = {slide: self._tables_of(slide) for slide in self.slides_with_counts()}
+        beside = {slide: found for slide, found in tables.items() if len(found) > 1}
+        if not beside:
+            return None
+        example, (read, *others) = next(iter(beside.items()))
+        return (
+            f"{len(beside)} of {len(tables)} slides have other tables of counts beside the prepared one, which alone is read: "
+            f"{some(list(beside), 12)}. Of {example} {read.name} is read, not {', '.join(path.name for path in others)}. If "
+            f"the counts have changed since, prepare them again, or move {read.name} away."
+        )
+
     def left_out_note(self) -> str | None:
         """Name in a sentence the slides that cannot be used, with what the first lacks; None if there are none."""
         incomplete = self.incomplete_slides()
@@ -290,6 +313,16 @@ class Layout:
             f"{len(incomplete)} slides cannot be used and are left out: {some(list(incomplete), 12)}. {example}: "
             f"{'; '.join(lacks)}.{remedy}"
         )
+
+    def _tables_of(self, slide: str) -> list[Path]:
+        """All tables of counts of a slide, in the order of `COUNT_SUFFIXES`."""
+        slide = safe_name(slide, "Slide")
+        return [path for s in COUNT_SUFFIXES if (path := self.counts_dir / f"{slide}{s}").is_file()]
+
+    @staticmethod
+    def _is_unclear(tables: Sequence[Path]) -> bool:
+        """Whether none of several tables goes before the others, as the one that a script has written does."""
+        return len(tables) > 1 and not tables[0].name.endswith(COUNT_SUFFIXES[0])
 
     def _images(self, slide: str) -> list[Path]:
         if not self.images_dir.is_dir():

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import yaml
 
+from datasets.field_of_view import MOST_MICRONS
 from datasets.folds import LEAVE_ONE_PATIENT_OUT, SCHEMES
 from utils.files import reading, safe_name, write_text
 from utils.text import brief, parse_yaml, some
 
 SPEC_FILE = "dataset.yaml"
 OWN_PATIENT = r"^(.+)$"
-MOST_MICRONS = 100  # of a pixel, below which each is
 NOT_IN_FILE = ("name", "external", "prepared_by", "pitch_um")
 
 

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.field_of_view import compare_fields_of_view, pixels_of_width
+from datasets.field_of_view import MOST_MICRONS, compare_fields_of_view, pixels_of_width
 from datasets.images.slides import Slide, open_slide
-from datasets.spec import MOST_MICRONS
 from evaluation.predictions import read_prediction, tissue_image, write_prediction
 from modes.prediction.encode import open_patch_encoder
 from modes.prediction.ensemble import (

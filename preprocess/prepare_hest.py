@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import preprocess._interrupts  # noqa: F401, I001  first: the rest takes seconds
 
 import glob
+import re
 from collections.abc import Mapping, Sequence
 
 from anndata import AnnData
@@ -25,10 +26,11 @@ from anndata import AnnData
 from datasets.known_sets import SPECS
 from datasets.layout import IMAGE_SUFFIXES, Layout
 from datasets.spec import DatasetSpec, read_spec, write_spec
-from preprocess.raw.gene_map import read_gene_map
+from preprocess.raw.gene_map import GIVE_MAP, WHERE, read_gene_map
 from preprocess.raw.hest import (
     HestSample,
     check_gene_names,
+    check_metadata,
     patients_of,
     pixel_size,
     pixels,
@@ -87,7 +89,10 @@ def prepare_hest(
     layout = Layout(data_dir, spec)
     check_spec(layout, overwrite=options.overwrite)
     by_name = {sample.name: sample for sample in samples}
-    done = prepare(layout, names, lambda sample: read_sample(layout, by_name[sample], options, symbols), options)
+    remedy = GIVE_MAP if gene_map is None else f"{gene_map} lacks most of these ids; --gene_map should be {WHERE}."
+    done = prepare(
+        layout, names, lambda sample: read_sample(layout, by_name[sample], options, symbols), options, remedy=remedy
+    )
     if options.overwrite or not layout.spec_path.exists():  # one that is there may have been edited
         write_spec(layout.spec_path, with_pixel_sizes(layout, samples))
     say(f"{layout.spec_path}: {len(names)} slides of {len(spec.patients)} patients.")
@@ -95,29 +100,43 @@ def prepare_hest(
 
 
 def find_metadata(source: Path) -> Path:
-    """Find the metadata table of the download; the newest if there are several versions. FileNotFoundError if none."""
+    """Find the metadata table of the download; the newest if there are several versions.
+
+    Raises FileNotFoundError if there is none, ValueError if there are several of the newest version that differ.
+    """
     found = sorted(source.rglob("HEST_v*.csv"))
     if not found:
         raise FileNotFoundError(
             f"No HEST_v*.csv below {source}, so patients are unknown. Give it with --metadata FILE."
         )
-    return found[-1]
+    versions = [[int(number) for number in re.findall(r"\d+", path.stem)] for path in found]
+    newest = [path for path, version in zip(found, versions, strict=True) if version == max(versions)]
+    if len({path.read_bytes() for path in newest}) > 1:
+        raise ValueError(f"{some(newest)} are of one version and differ. Give the right one with --metadata FILE.")
+    return newest[0]
 
 
 def find_samples(source: Path, names: Sequence[str], metadata: Path) -> list[HestSample]:
-    """Find files and metadata of the samples. Raises ValueError for those that the table does not know."""
+    """Find files and metadata of the samples. Raises ValueError for those that the table does not know or has two opinions
+    of, and for several images of one."""
     table = read_metadata(metadata)
     unknown = [name for name in names if name not in table.index]
     if unknown:
         raise ValueError(
             f"{metadata} does not know {some(unknown)}. Give the table of this version of HEST: --metadata FILE."
         )
+    check_metadata(table, names, metadata)
+    table = table.loc[list(names)]
     patients = patients_of(table, names)
     samples = []
     for name in names:
         row = table.loc[name]
         files = sorted((source / "wsis").glob(f"{glob.escape(name)}.*"))
         images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        if len(images) > 1:
+            raise ValueError(
+                f"Sample {name} has {len(images)} images, expected one: {some(images)}. Move the others away."
+            )
         patches = source / "patches" / f"{name}.h5"
         width, height = (pixels(str(row.get(f"fullres_px_{side}", ""))) for side in ("width", "height"))
         samples.append(

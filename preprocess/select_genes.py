@@ -30,7 +30,8 @@ from anndata import AnnData
 from datasets.folds import Fold, available_folds, make_folds
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from datasets.tables.expression import common_genes, genes_by_mean, highest_mean_panel, require_enough_genes
+from datasets.tables.expression import genes_by_mean, highest_mean_panel
+from datasets.tables.genes_in_common import genes_in_common
 from datasets.tables.slide_table import load_slide
 from preprocess.raw.panels import PANEL_METHODS, write_panel
 from utils.cli import progress, run, say
@@ -51,7 +52,7 @@ def select_genes(
 ) -> list[str]:
     """Choose a panel and write it. Returns the genes, in alphabetical order.
 
-    Raises ValueError if the fold does not exist, the genes do not suffice, or another panel is there already.
+    Raises ValueError if the fold does not exist, another panel is there already, and as `genes_in_common`.
     """
     slides = [slide for slide in layout.slides_with_counts() if layout.spots_path(slide).is_file()]
     if not slides:
@@ -64,8 +65,7 @@ def select_genes(
     if path.suffix != ".npy":
         raise ValueError(f"--out {path} should end in .npy; the record of how it was made goes beside it as .json.")
     tables = [load_slide(layout, slide) for slide in progress(slides, description="counts", unit="slide")]
-    shared = common_genes(tables)
-    require_enough_genes(len(shared), num_genes)
+    shared = genes_in_common({table.uns["slide"]: table.var_names for table in tables}, num_genes)
     panel = choose([table[:, shared] for table in tables if table.uns["slide"] in used], method, num_genes)
     how = {
         "data_set": layout.name,

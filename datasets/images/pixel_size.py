@@ -12,20 +12,18 @@ import tifffile
 _PLAUSIBLE_MICRONS = (0.05, 10.0)  # per pixel, of a slide scanner; 72 or 300 dpi describe a print
 _MICRONS_OF_UNIT = {
     "nm": 1e-3,
-    "µm": 1.0,
-    "μm": 1.0,
-    "um": 1.0,
+    **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", "micrometre"), 1.0),
     "mm": 1e3,
     "cm": 1e4,
     "m": 1e6,
     "Å": 1e-4,
-    "in": 25_400.0,
+    **dict.fromkeys(("in", "inch", "inches"), 25_400.0),
 }
 _MICRONS_OF_TAG = {2: 25_400.0, 3: 10_000.0}  # ResolutionUnit of TIFF: inch, centimetre
 
 
 def microns_of_tiff(file: tifffile.TiffFile) -> float | None:
-    """Return what the first page of a TIFF says: OME, then Aperio's note in the description, then the resolution tags."""
+    """Return what the first page of a TIFF says: OME, Aperio or ImageJ in its description, else its resolution tags."""
     page = file.pages.first
     description = page.description or ""
     if "<OME" in description:
@@ -35,7 +33,8 @@ def microns_of_tiff(file: tifffile.TiffFile) -> float | None:
     aperio = re.search(r"\bMPP\s*=\s*([0-9.]+)", description)
     if aperio:
         return _plausible(float(aperio[1]))
-    return _microns_of_resolution(_MICRONS_OF_TAG.get(int(page.resolutionunit)), float(page.resolution[0]))
+    microns_per_unit = _microns_of_imagej(description) or _MICRONS_OF_TAG.get(int(page.resolutionunit))
+    return _microns_of_resolution(microns_per_unit, float(page.resolution[0]))
 
 
 def microns_of_dpi(dpi: tuple[float, float] | None) -> float | None:
@@ -63,6 +62,14 @@ def _microns_of_ome(description: str) -> float | None:
         return _plausible(float(attributes["PhysicalSizeX"]) * microns_per_unit) if microns_per_unit else None
     except (KeyError, ValueError):
         return None
+
+
+def _microns_of_imagej(description: str) -> float | None:
+    """Microns in the unit that ImageJ's resolution is of; None where it names none, or no length (pixel)."""
+    unit = re.search(r"^unit=(.*?)\s*$", description, re.MULTILINE) if description.startswith("ImageJ=") else None
+    if unit is None:
+        return None
+    return _MICRONS_OF_UNIT.get(re.sub(r"\\u([0-9A-Fa-f]{4})", lambda code: chr(int(code[1], 16)), unit[1]))
 
 
 def _microns_of_resolution(microns_per_unit: float | None, pixels_per_unit: float) -> float | None:

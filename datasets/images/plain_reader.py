@@ -1,4 +1,4 @@
-"""An image that is decoded whole, by Pillow: JPEG, PNG, striped TIFF and whatever else it knows."""
+"""An image that is decoded whole, by Pillow: JPEG, PNG, BMP and striped TIFF."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,6 +23,12 @@ from utils.text import ended
 # refused, and what has more pixels than its bytes can hold.
 Image.MAX_IMAGE_PIXELS = None
 
+# What is handed to Pillow. It knows forty more formats: some of them start other programs (EPS), or lose the low bits of
+# 16 without a word (PPM, SGI, JPEG 2000).
+_PLAIN = ("JPEG", "PNG", "BMP")
+_FORMATS = (*_PLAIN, "TIFF")
+_HEAD = 16  # bytes by which Pillow tells formats
+
 _ROWS_AT_ONCE = 1024  # of a plain image, converted to an array at a time: never two whole copies
 _EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
 _PNG_HEADER, _PNG_BITS = b"\x89PNG\r\n\x1a\n", 24  # the byte with the bits; Pillow silently drops the low 8 of 16
@@ -35,11 +42,6 @@ def naming_the_file(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, UnreadableFile):
         raise
-    except UnidentifiedImageError as error:
-        raise UnreadableFile(
-            f"{path} is not an image that can be read here (JPEG, PNG, TIFF or a whole-slide format of OpenSlide). "
-            "Check that the download is complete and that it is the image file itself."
-        ) from error
     except Exception as error:
         reason, advice = reason_of(error)
         if isinstance(error, MemoryError):
@@ -50,8 +52,39 @@ def naming_the_file(path: Path) -> Iterator[None]:
         raise UnreadableFile(f"{path} cannot be decoded: {ended(reason)} {advice}") from error
 
 
+def open_picture(path: Path, file: IO[bytes] | None = None, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
+    """Open an image by Pillow; its pixels are not decoded. No other place opens one that a user gives.
+
+    file: its content, where that is compressed as a whole.
+    Raises UnreadableFile, which names the format of its content, if it is of none of `formats`.
+    """
+    try:
+        return Image.open(file or path, formats=formats)
+    except UnidentifiedImageError as error:
+        named = _format_of(path, file)
+        raise UnreadableFile(
+            f"{path} is not an image that can be read here (JPEG, PNG, BMP, TIFF or a whole-slide format of OpenSlide)"
+            + (
+                f": its content is {named}. {TO_RGB}, saved as PNG or TIFF."
+                if named
+                else ". Check that the download is complete and that it is the image file itself."
+            )
+        ) from error
+
+
+def _format_of(path: Path, file: IO[bytes] | None) -> str | None:
+    """Name what Pillow would take a file for that is not read here, by its first bytes alone."""
+    if file is None:
+        with open(path, "rb") as opened:
+            return _format_of(path, opened)
+    file.seek(0)
+    head = file.read(_HEAD).ljust(_HEAD, b"\0")
+    Image.init()
+    return next((name for name, (_, fits) in Image.OPEN.items() if name not in _FORMATS and fits and fits(head)), None)
+
+
 class PlainReader:
-    """A JPEG, PNG or untiled TIFF: decoded once, whole, at the first pixel asked for, and kept.
+    """A JPEG, PNG, BMP or untiled TIFF: decoded once, whole, at the first pixel asked for, and kept.
 
     tiff: what `inspect_tiff` has found, for a TIFF.
     """
@@ -60,6 +93,7 @@ class PlainReader:
         self._path = path
         self._lock = threading.Lock()
         self._pixels: np.ndarray | None = None
+        self._tiff = tiff
         self._planes = _frames_of(tiff)
         with naming_the_file(path), _opened(path, tiff) as image:
             self.level_sizes = [image.size]
@@ -78,7 +112,7 @@ class PlainReader:
         """A JPEG decoded at 1/2, 1/4 or 1/8, at least `size`: much quicker than the whole. None where not possible."""
         if self._format != "JPEG" or self._pixels is not None:
             return None
-        with naming_the_file(self._path), Image.open(self._path) as image:
+        with naming_the_file(self._path), _opened(self._path, self._tiff) as image:
             if image.draft("RGB", size) is None:
                 return None
             return image.convert("RGB")
@@ -91,18 +125,12 @@ class PlainReader:
         with self._lock:
             if self._pixels is None:
                 _check_memory(self._path, *self.level_sizes[0])
-                with naming_the_file(self._path):
-                    _check_sums(self._path)
-                with naming_the_file(self._path), Image.open(self._path) as image:
+                with naming_the_file(self._path), _opened(self._path, self._tiff) as image:
+                    if image.format == "PNG":  # while Pillow decodes it, it passes over the checksums of the pixels
+                        image.verify()
+                with naming_the_file(self._path), _opened(self._path, self._tiff) as image:
                     self._pixels = _pixels_of(image, self._planes)
             return self._pixels
-
-
-def _check_sums(path: Path) -> None:
-    """Compare a PNG with its checksums: while Pillow decodes it, it passes over those of the pixels."""
-    with Image.open(path) as image:
-        if image.format == "PNG":
-            image.verify()  # raises SyntaxError
 
 
 def _pixels_of(image: Image.Image, planes: Sequence[int]) -> np.ndarray:
@@ -135,12 +163,15 @@ def over_white(image: Image.Image) -> np.ndarray:
 
 
 def _opened(path: Path, tiff: TiffImage | None) -> Image.Image:
-    """The image by Pillow. Raises UnreadableFile that names the compression of a TIFF that it does not know."""
+    """The image by Pillow. Raises UnreadableFile, which names the compression of a TIFF that it does not know.
+
+    A file that was not inspected is not opened as TIFF: Pillow takes more beginnings for one than others do.
+    """
+    if tiff is None:
+        return open_picture(path, formats=_PLAIN)
     try:
-        return Image.open(path)
-    except UnidentifiedImageError as error:
-        if tiff is None:
-            raise
+        return open_picture(path, formats=("TIFF",))
+    except UnreadableFile as error:
         stored = tiff.levels[0].page.compression
         compression = getattr(stored, "name", str(stored))
         raise UnreadableFile(

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import openslide
 import tifffile
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffPage
 
 from datasets.images.pixel_size import microns_of_properties
@@ -50,7 +50,7 @@ class TiledTiffReader:
                 tiff = inspect_tiff(self._file, path)
                 self._levels = tiff.levels
                 if not all(_is_decodable(level.page) for level in self._levels):
-                    raise UnidentifiedImageError("tiles that need a codec, or none")
+                    raise UnreadableFile(f"{path} has tiles that need a codec, or none.")
                 self.level_sizes = [(level.page.imagewidth, level.page.imagelength) for level in self._levels]
                 self.microns_per_pixel = tiff.microns_per_pixel
             except BaseException:

@@ -10,9 +10,8 @@ from typing import Protocol
 
 import numpy as np
 from matplotlib.path import Path as Outline
-from PIL import Image
 
-from datasets.images.plain_reader import naming_the_file
+from datasets.images.plain_reader import naming_the_file, open_picture
 from datasets.images.slides import open_slide
 from utils.files import reading, require_file
 from utils.text import brief
@@ -148,7 +147,7 @@ def _in_any(polygons: list[list[np.ndarray]], centers: np.ndarray) -> np.ndarray
 
 
 def _read_mask(path: Path, image_size: tuple[int, int]) -> Mask:
-    with naming_the_file(path), Image.open(path) as header:
+    with naming_the_file(path), open_picture(path) as header:
         has_alpha = "A" in header.getbands()
     if has_alpha:
         raise ValueError(f"{path} is transparent in part, which a mask cannot be. Save it in black and white.")

@@ -138,8 +138,8 @@ class Slide:
 def open_slide(path: str | Path) -> Slide:
     """Open a slide image; nothing is decoded yet.
 
-    Whole-slide formats and tiled TIFFs (OpenSlide, then tifffile) are read by region. JPEG, PNG and untiled TIFF are
-    decoded whole at the first region and kept until closed.
+    Whole-slide formats and tiled TIFFs (OpenSlide, then tifffile) are read by region. JPEG, PNG, BMP and untiled
+    TIFF are decoded whole at the first region and kept until closed.
     Raises FileNotFoundError, or ValueError naming the file when it is no image or is damaged.
     """
     path = require_file(path, "Expected the image of a slide there.")

@@ -18,6 +18,7 @@ from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFrame, TiffPage
 
 from datasets.images.pixel_size import microns_of_tiff
 from utils.files import UnreadableFile
+from utils.text import some
 
 GREATEST_TILE_PX = 64_000_000
 TO_RGB = "Convert the image to 8-bit RGB"
@@ -83,11 +84,13 @@ class TiffImage:
 def inspect_tiff(file: tifffile.TiffFile, path: Path) -> TiffImage:
     """Look at the first image of a TIFF. Raises UnreadableFile if it is not 8-bit colour or grey in one page.
 
-    Also for tiles above 64 megapixels, which no reader may be asked for, and for pages whose data lie behind the end.
+    Also for tiles above 64 megapixels, which no reader may be asked for, for pages whose data lie behind the end, and where
+    another image in the file is as large.
     """
     series = file.series[0]
     page = series.keyframe
     _check_tiles(file, path)
+    _check_first(file, path)
     kind = kind_of(page, path)
     num_planes = math.prod(series.shape) // math.prod(page.shape)
     order: Sequence[int] = (0,)
@@ -200,6 +203,28 @@ def _page_of(level: tifffile.TiffPageSeries, plane: int, path: Path) -> TiffPage
     if page is None:
         raise UnreadableFile(f"{path} lacks the page of plane {plane}: it lies in another file. {TO_RGB}.")
     return page
+
+
+def _check_first(file: tifffile.TiffFile, path: Path) -> None:
+    """Refuse a label or a thumbnail before the slide, and two slides: a reader takes the first image for the slide."""
+    own = {page.offset for level in file.series[0].levels for page in level.pages if page is not None}
+    first = file.series[0].keyframe
+    large, names = {file.pages.first.offset}, []
+    for page in file.pages:
+        found = [(f"page {page.index}", page.offset, page.keyframe)]
+        for below in (page.keyframe and page.keyframe.pages) or ():
+            found.append((f"below page {page.index}", below.offset, below.keyframe))
+        for name, offset, stored in found:
+            if stored is not None and not stored.is_mask:
+                names.append(f"{name}: {stored.imagewidth} x {stored.imagelength}")
+                if stored.imagewidth * stored.imagelength >= first.imagewidth * first.imagelength:
+                    large.add(offset)
+    if not large <= own:
+        raise UnreadableFile(
+            f"{path} holds several images ({some(names)} pixels), and the first is not larger than all others, as the slide "
+            "should be. Save the slide alone: "
+            f'vips tiffsave "{path.name}[page=N]" {path.stem}_slide.tif --tile --pyramid --compression jpeg, N its page.'
+        )
 
 
 def _tile_size(page: TiffPage | None) -> int:

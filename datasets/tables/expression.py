@@ -79,14 +79,6 @@ def expression_targets(
     return (smooth(values, grid_xy) if smoothing else values).astype(np.float32)
 
 
-def common_genes(slides: Iterable[AnnData]) -> list[str]:
-    """List, sorted, the genes that every slide has."""
-    shared: set[str] | None = None
-    for slide in slides:
-        shared = set(slide.var_names) if shared is None else shared & set(slide.var_names)
-    return sorted(shared or ())
-
-
 def spot_totals(counts: sparse.csr_matrix) -> np.ndarray:
     """Sum the counts (N, G) of each spot: (N,), some spots at a time, since SciPy widens what it adds up."""
     parts = [counts[start : start + _SPOTS_AT_ONCE].sum(axis=1) for start in range(0, counts.shape[0], _SPOTS_AT_ONCE)]
@@ -96,7 +88,7 @@ def spot_totals(counts: sparse.csr_matrix) -> np.ndarray:
 def highest_mean_panel(slides: Iterable[AnnData], num_genes: int, measure: str = "log") -> list[str]:
     """Choose the genes with the highest mean expression over all spots of all slides (the panel of the paper).
 
-    slides, measure: as for `genes_by_mean`.
+    slides, measure: as for `genes_by_mean`; that they have as many genes is seen before (`genes_in_common`).
     returns: `num_genes` names in alphabetical order, the order of the panel.
     """
     return panel_of_sums((gene_sums(slide, measure) for slide in slides), num_genes)
@@ -113,9 +105,9 @@ def genes_by_mean(slides: Iterable[AnnData], measure: str = "log") -> list[str]:
 
 
 def panel_of_sums(sums: Iterable[pd.Series], num_genes: int) -> list[str]:
-    """Choose the panel of `highest_mean_panel` from the `gene_sums` of the slides. ValueError for too few genes in common."""
+    """Choose the panel of `highest_mean_panel` from the `gene_sums` of the slides."""
     ranked = _ranked(sums)
-    require_enough_genes(len(ranked), num_genes)
+    assert 1 <= num_genes <= len(ranked), "genes_in_common has told the user"
     return sorted(ranked[:num_genes])
 
 
@@ -151,15 +143,6 @@ def _log_expression(counts: sparse.csr_matrix) -> sparse.csr_matrix:
     values = counts.astype(np.float64)
     values.data *= np.repeat(SCALE / np.maximum(totals, 1), np.diff(values.indptr))
     return values.log1p()
-
-
-def require_enough_genes(available: int, num_genes: int) -> None:
-    """Raise ValueError if a panel of `num_genes` cannot be drawn from `available` genes."""
-    if not 1 <= num_genes <= available:
-        raise ValueError(
-            f"A panel of {num_genes} genes was asked for, but the slides have {available} genes in common. "
-            f"Give --num_genes between 1 and {available}."
-        )
 
 
 def _dense(counts: np.ndarray | sparse.spmatrix) -> np.ndarray:

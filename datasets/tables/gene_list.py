@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from utils.files import load_names, reading
-from utils.text import checked_names, note_on_ids, some
+from utils.text import brief, checked_names, note_on_ids, some
+from utils.untrusted.text import text_of
 
 _LEAST_GENES = 2
 _FEW_GENES = 50
 _KEY = "DATA.genes"
+_CHARACTERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+_NO_NAME = re.compile(r"""[",;\t]|^'.*'$""")
 
 
 def given_genes(text: str) -> list[str]:
@@ -23,7 +27,7 @@ def given_genes(text: str) -> list[str]:
     and for a file that is no list of names.
     """
     if os.path.isfile(text):
-        names = load_names(text) if text.endswith(".npy") else _names_of_lines(Path(text))
+        names = load_names(text) if text.endswith(".npy") else names_of_lines(Path(text))
         source = f"{_KEY} ({text})"
     else:
         names, source = [name.strip() for name in text.split(",") if name.strip()], _KEY
@@ -40,9 +44,22 @@ def given_genes(text: str) -> list[str]:
     return names
 
 
-def _names_of_lines(path: Path) -> list[str]:
+def names_of_lines(path: Path) -> list[str]:
+    """Read genes from a text file, one a line; empty lines do not count.
+
+    Raises ValueError naming the file and the first line with a quote, comma, semicolon or tab: several names, or one that a
+    program for tables has quoted.
+    """
     with reading(path, "a list of genes (one a line)"):
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text_of(path))]
+    for number, line in enumerate(lines, start=1):
+        if found := _NO_NAME.search(line):
+            what = _CHARACTERS.get(found[0], "quotes")
+            raise ValueError(
+                f"{path}, line {number}: {brief(line)} holds {what}. Expected one name a line, without quotes or separators "
+                "(a name that has them itself can be given in a .npy array of names)."
+            )
+    return [line for line in lines if line]
 
 
 def check_given_genes(genes: Sequence[str], measured: Mapping[str, Collection[str]]) -> None:

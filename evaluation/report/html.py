@@ -111,7 +111,7 @@ def picture(path: Path, *, alt: str, caption: str, photograph: bool = False) -> 
     A wide one is never shown so small that it cannot be read; on a narrow screen it scrolls by itself.
     photograph: pictures with tissue are embedded as JPEG, charts as PNG of few colors: a page of many stays small.
     """
-    with Image.open(path) as opened:
+    with Image.open(path, formats=("PNG",)) as opened:
         image = opened.convert("RGB")
     image.thumbnail((MAX_PIXELS, MAX_PIXELS * 2), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -13,11 +13,13 @@ from datasets.features.verify import expected_size, verify_cache
 from datasets.layout import Layout
 from datasets.spots import SlideRecord
 from datasets.tables.gene_list import checked_genes
+from datasets.tables.genes_in_common import genes_in_common
 from datasets.tables.slide_table import load_slide
 from datasets.tables.summary import summarise, with_genes
 from datasets.targets import note_on_counts
 from modes.checks.findings import Findings
 from modes.prediction.model import needs_of
+from modes.training.run_data import OF_CONFIGURATION
 from utils.config import Config
 from utils.files import load_names
 from utils.text import some
@@ -36,6 +38,8 @@ def check_slides(layout: Layout, findings: Findings) -> list[str]:
     left_out = layout.left_out_note()
     if left_out:
         findings.warning("data", left_out)
+    if unread := layout.unread_counts_note():
+        findings.warning("data", unread)
     return slides
 
 
@@ -79,30 +83,27 @@ def read_tables(layout: Layout, slides: Sequence[str], findings: Findings) -> li
 
 def check_panel(config: Config, layout: Layout, records: Sequence[SlideRecord], findings: Findings) -> None:
     """Check the genes measured on every slide, and the panel file, which the paper's protocol cannot do without."""
-    slides = [record.name for record in records]
-    measured = [set(record.counts.genes) for record in records]
-    shared, wanted = set.intersection(*measured), config.DATA.num_genes
+    measured = {record.name: set(record.counts.genes) for record in records}
+    is_chosen = config.DATA.genes is None and config.EVALUATION.protocol != "paper"
+    wanted = config.DATA.num_genes if is_chosen else 1
+    shared = findings.attempt("genes", lambda: genes_in_common(measured, wanted, flag=OF_CONFIGURATION))
+    if shared is None:
+        return
     if config.DATA.genes is not None:
-        given = findings.attempt("genes", lambda: checked_genes(str(config.DATA.genes), dict(zip(slides, measured))))
+        given = findings.attempt("genes", lambda: checked_genes(str(config.DATA.genes), measured))
         if given:
             findings.ok("genes", f"DATA.genes lists {len(given)} genes, measured on every slide.")
         return
-    is_paper = config.EVALUATION.protocol == "paper"
-    if not is_paper and len(shared) < wanted:
-        findings.problem(
-            "genes",
-            f"{len(shared)} genes are measured on every slide, DATA.num_genes asks for {wanted}. Choose --set "
-            f"DATA.num_genes={len(shared)} or less, or prepare the counts again with all genes.",
-        )
-    if not is_paper:
+    if is_chosen:
         findings.ok("genes", f"{len(shared)} genes are measured on every slide; each fold chooses {wanted} of them.")
         return
     panel = findings.attempt("genes", lambda: load_names(layout.panel_path))
     if panel is None:
         return
-    missing = [gene for gene in panel if gene not in shared]
+    known = set(shared)
+    missing = [gene for gene in panel if gene not in known]
     if missing:
-        where = [slide for slide, genes in zip(slides, measured) if not genes >= set(panel)]
+        where = [slide for slide, genes in measured.items() if not genes >= set(panel)]
         findings.problem(
             "genes",
             f"{len(missing)} of {len(panel)} genes of {layout.panel_path} have no counts on every slide: {some(missing)} "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import pandas as pd
 import torch
 
 from datasets.batches import BatchMaker, check_batch_sizes, epoch_rows
@@ -17,6 +18,7 @@ from datasets.layout import Layout
 from datasets.spots import SlideRecord, SpotStore, named, slide_of_row
 from datasets.tables.expression import panel_of_sums
 from datasets.tables.gene_list import check_given_genes, given_genes
+from datasets.tables.genes_in_common import genes_in_common
 from datasets.targets import check_panel, note_on_counts
 from datasets.tokens import WITHOUT_TOKENS, CachedTokens, CutPatches, open_tokens
 from models.patch_encoders.build import PatchEncoder, PatchEncoderSpec, patch_encoder_spec
@@ -31,6 +33,8 @@ from utils.files import load_names
 from utils.parallel.team import ALONE, Team
 from utils.runs import generator_for
 from utils.trained_fold import SplitRecord
+
+OF_CONFIGURATION = "--set DATA.num_genes=N, N"
 
 
 @dataclass
@@ -115,6 +119,8 @@ def open_run_data(
     if (note := note_on_counts(records)) and not is_rehearsal:
         say(note)
     check_clusters(config, records, folds)
+    if folds:
+        genes_in_common(_measured(records))
     check_fixed_panel(config, records, panel or [])
     if folds and panel is None:
         panels = [choose_panel(config, layout, named(records, fold.fitted_slides)) for fold in folds]
@@ -161,9 +167,14 @@ def fixed_panel(config: Config, layout: Layout) -> list[str] | None:
 def check_fixed_panel(config: Config, records: Sequence[SlideRecord], panel: Sequence[str]) -> None:
     """Raise ValueError that names the genes of a fixed panel that the slides do not hold, before features are read."""
     if config.DATA.genes is not None:
-        check_given_genes(panel, {record.name: record.counts.genes for record in records})
+        check_given_genes(panel, _measured(records))
     for record in records:
         check_panel(record.table, panel)
+
+
+def _measured(records: Sequence[SlideRecord]) -> dict[str, pd.Index]:
+    """All genes in the counts of each slide."""
+    return {record.name: record.counts.genes for record in records}
 
 
 def _check_encoder_can_run(config: Config) -> None:
@@ -178,9 +189,12 @@ def _check_encoder_can_run(config: Config) -> None:
 
 def choose_panel(config: Config, layout: Layout, outer: Sequence[SlideRecord]) -> list[str]:
     """Choose the gene panel: the given one, the file of the data folder (paper), or the highest means over the training
-    patients (clean), whose slides are `outer`."""
+    patients (clean), whose slides are `outer`. ValueError as `genes_in_common` where these have too few."""
     panel = fixed_panel(config, layout)
-    return panel or panel_of_sums((record.counts.log_sums for record in outer), config.DATA.num_genes)
+    if panel is None:
+        genes_in_common(_measured(outer), config.DATA.num_genes, flag=OF_CONFIGURATION)
+        panel = panel_of_sums((record.counts.log_sums for record in outer), config.DATA.num_genes)
+    return panel
 
 
 def _demand(

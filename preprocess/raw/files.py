@@ -18,8 +18,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 from anndata import AnnData
-from PIL import Image
 
+from datasets.images.plain_reader import open_picture
 from datasets.images.slides import open_slide
 from datasets.tables.counts import read_counts
 from utils.files import reading, sha256, write_atomically, write_text
@@ -39,7 +39,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def plain_image_size(path: Path) -> tuple[int, int]:
     """Read (width, height) of a plain image, compressed as a whole or not. ValueError naming the file if it is none."""
-    with reading(path, "an image"), open_unpacked(path) as file, Image.open(file) as image:
+    with reading(path, "an image"), open_unpacked(path) as file, open_picture(path, file) as image:
         return image.size
 
 

@@ -12,6 +12,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from datasets.tables.counts import GREATEST_COUNT, check_counts
+from datasets.tables.genes_in_common import WHERE, without_version
 from datasets.tables.sparse import runs_of_lines
 from utils.files import reading, require_file
 from utils.text import checked_names, is_ensembl, some
@@ -31,15 +32,7 @@ SYMBOL_COLUMNS = (
     "external_gene_name",
     "hgnc_symbol",
 )
-WHERE = (
-    "a table with both, for example a features.tsv.gz of any Space Ranger output, or an export of BioMart with the columns "
-    "'Gene stable ID' and 'Gene name'"
-)
-
-
-def without_version(name: str) -> str:
-    """Cut the version of an Ensembl id, ENSG00000141510.18 -> ENSG00000141510; other names stay as they are."""
-    return name.rpartition(".")[0] if is_ensembl(name) and "." in name else name
+GIVE_MAP = f"Give --gene_map FILE, {WHERE}, or prepare them as two data sets."
 
 
 def read_gene_map(path: str | Path) -> dict[str, str]:

@@ -14,11 +14,12 @@ from anndata import AnnData
 from scipy.spatial import cKDTree
 
 from datasets.tables.counts import check_counts, gene_names
+from datasets.tables.genes_in_common import check_one_kind
 from datasets.tables.h5ad import read_h5ad
 from datasets.tables.spot_table import GREATEST_COORDINATE, check_spots
-from preprocess.raw.gene_map import WHERE, symbols_of, with_genes
+from preprocess.raw.gene_map import GIVE_MAP, symbols_of, with_genes
 from utils.files import reading
-from utils.text import checked_names, is_ensembl, some
+from utils.text import brief, checked_names, is_ensembl, some
 from utils.untrusted.text import cells_of, text_of
 
 # Control probes of imaging platforms, which count no gene.
@@ -30,6 +31,16 @@ _CONTROLS = (
     "UnassignedCodeword",
     "DeprecatedCodeword",
     "Intergenic_Region",
+)
+# What is read of the metadata of a sample.
+_COLUMNS = (
+    "patient",
+    "dataset_title",
+    "species",
+    "pixel_size_um_estimated",
+    "pixel_size_um_embedded",
+    "fullres_px_width",
+    "fullres_px_height",
 )
 _YES, _NO = ("1", "1.0", "true"), ("0", "0.0", "false")
 
@@ -58,17 +69,35 @@ class HestExpression:
 
 
 def read_metadata(path: Path) -> pd.DataFrame:
-    """Read the metadata table (HEST_v1_1_0.csv or another version), indexed by id. ValueError names what is missing."""
+    """Read the metadata table (HEST_v1_1_0.csv or another version), indexed by id; rows that say the same are one.
+
+    Raises ValueError naming the columns that are missing. A sample may have several rows: see `check_metadata`.
+    """
     with reading(path, "a table of metadata"):
         table = cells_of(text_of(path), ",")
         if not isinstance(table.index, pd.RangeIndex):
             raise ValueError("its rows have a cell more than its first line names columns")
-    missing = [name for name in ("id", "patient", "dataset_title", "species") if name not in table.columns]
+    missing = [name for name in ("id", *_COLUMNS[:3]) if name not in table.columns]
     if missing:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}; found {some(list(table.columns), 8)}. Expected HEST_v*.csv."
         )
-    return table.drop_duplicates("id").set_index("id")
+    read = ["id", *(name for name in _COLUMNS if name in table)]
+    return table.drop_duplicates(read).set_index("id")
+
+
+def check_metadata(metadata: pd.DataFrame, samples: Sequence[str], path: Path) -> None:
+    """Raise ValueError for samples whose rows contradict each other, each with what they say. path: of the table."""
+    contradictions = []
+    for sample in samples:
+        rows = metadata.loc[[sample]]
+        for column in [name for name in _COLUMNS if name in rows and rows[name].nunique() > 1]:
+            contradictions.append(f"{sample} has the {column} {' and '.join(map(brief, rows[column].unique()))}")
+    if contradictions:
+        raise ValueError(
+            f"{path} has rows that contradict each other: {'; '.join(contradictions[:10])}. Keep the row of each sample that "
+            "is right, or give the table of this version of HEST: --metadata FILE."
+        )
 
 
 def patients_of(metadata: pd.DataFrame, samples: Sequence[str]) -> dict[str, str]:
@@ -113,16 +142,8 @@ def pixel_size(row: Mapping[str, str]) -> float | None:
 
 def check_gene_names(samples: Sequence[HestSample], gene_map: Mapping[str, str] | None) -> None:
     """Raise ValueError if some samples list Ensembl ids, others symbols, and no map brings them together."""
-    if gene_map is not None:
-        return
-    ensembl = {sample.name: np.mean([is_ensembl(gene) for gene in gene_names(sample.expression)]) for sample in samples}
-    with_ids = [name for name, share in ensembl.items() if share > 0.5]
-    if 0 < len(with_ids) < len(samples):
-        others = [name for name in ensembl if name not in with_ids]
-        raise ValueError(
-            f"The genes of {some(with_ids)} have Ensembl ids, those of {some(others)} have symbols, so none is in common. "
-            f"Give --gene_map FILE, {WHERE}, or prepare them as two data sets."
-        )
+    if gene_map is None:
+        check_one_kind({sample.name: gene_names(sample.expression) for sample in samples}, GIVE_MAP)
 
 
 def read_expression(

@@ -22,6 +22,7 @@ from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec, read_spec, write_spec
 from datasets.tables.counts import gene_names
+from datasets.tables.genes_in_common import WHERE, genes_in_common
 from preprocess.raw.gene_map import with_genes
 from preprocess.raw.next_commands import say_next_of_external, say_next_of_training
 from preprocess.raw.prepare import Options, Prepared, RawSlide, place_slide, tell, verify
@@ -147,7 +148,7 @@ def prepare_sections(own: OwnSet, sections: Sequence[Section]) -> list[Prepared]
     if own.is_external:
         say_next_of_external(layout, own.panel)
     else:
-        say_next_of_training(layout, _genes_in_common(layout))
+        say_next_of_training(layout, len(_genes_in_common(layout)))
     return prepared
 
 
@@ -277,18 +278,11 @@ def duplicate_notes(names: Sequence[str]) -> list[str]:
     return [f"{len(twice)} names belong to several genes, whose counts are added up: {some(twice)}"] if twice else []
 
 
-def _genes_in_common(layout: Layout) -> int:
-    """How many genes every section of the set has. Raises ValueError if there is none."""
-    slides = layout.slides_with_counts()
-    of_slide = {slide: set(gene_names(layout.counts_path(slide))) for slide in slides}
-    shared = set.intersection(*of_slide.values())
-    if not shared:
-        raise ValueError(
-            f"No gene is in all {len(slides)} sections of {layout.root}: for example "
-            f"{some([f'{slide} has {min(genes)}' for slide, genes in of_slide.items()])}. Are some of them Ensembl ids, or of "
-            "another species? --gene_map FILE brings ids and symbols together."
-        )
-    return len(shared)
+def _genes_in_common(layout: Layout) -> list[str]:
+    """The genes that every section of the set has. Raises ValueError, as `genes_in_common`, if there is none."""
+    measured = {slide: gene_names(layout.counts_path(slide)) for slide in layout.slides_with_counts()}
+    remedy = f"Prepare those with Ensembl ids again, with --overwrite and --gene_map FILE, {WHERE}."
+    return genes_in_common(measured, remedy=remedy)
 
 
 def write_match(layout: Layout, panel: TrainingPanel) -> list[str]:
@@ -296,8 +290,7 @@ def write_match(layout: Layout, panel: TrainingPanel) -> list[str]:
 
     returns: sentences for the report. Raises ValueError if no gene is in all slides.
     """
-    slides = layout.slides_with_counts()
-    measured = set.intersection(*(set(gene_names(layout.counts_path(slide))) for slide in slides))
+    slides, measured = layout.slides_with_counts(), set(_genes_in_common(layout))
     matched = [gene for gene in panel.genes if gene in measured]
     missing = [gene for gene in panel.genes if gene not in measured]
     if not matched:

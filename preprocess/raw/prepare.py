@@ -17,7 +17,9 @@ from anndata import AnnData
 from datasets.images.overlay import compare_with_image
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
-from datasets.tables.expression import empty_spots, highest_mean_panel, spot_totals
+from datasets.tables.counts import gene_names
+from datasets.tables.expression import empty_spots, genes_by_mean, spot_totals
+from datasets.tables.genes_in_common import IN_TABLES, genes_in_common
 from datasets.tables.slide_table import join, load_slide
 from datasets.tables.spot_table import check_inside
 from preprocess.raw.files import image_size, place_file, write_counts, write_spots
@@ -118,13 +120,20 @@ def chosen_slides(
 
 
 def prepare(
-    layout: Layout, names: Sequence[str], read: Callable[[str], RawSlide], options: Options, *, is_all: bool = True
+    layout: Layout,
+    names: Sequence[str],
+    read: Callable[[str], RawSlide],
+    options: Options,
+    *,
+    is_all: bool = True,
+    remedy: str = IN_TABLES,
 ) -> list[Prepared]:
     """Bring raw slides into the documented layout, choose the panel, verify what was written, and report.
 
     read: gives one raw slide; called once a slide, so that only one is held in memory.  is_all: whether all slides of the
-    source are asked for, and not only those of --slides.
-    Raises ValueError collecting what is wrong with every slide; the good ones are on disk by then.
+    source are asked for, and not only those of --slides.  remedy: against Ensembl ids on some slides and symbols on others.
+    Raises ValueError collecting what is wrong with every slide; the good ones are on disk by then. If none is wrong, it is
+    raised for too few genes in common, as `genes_in_common` does.
     """
     assert names, "chosen_slides gives at least one"
     prepared: list[Prepared] = []
@@ -141,9 +150,13 @@ def prepare(
             yield slide
 
     if options.num_genes:
-        panel = panel_of(placed(), options.num_genes, problems)
+        ranked = genes_by_mean(placed())
         if not problems:
             names = [slide.name for slide in prepared]
+            genes_in_common(
+                {name: gene_names(layout.new_counts_path(name)) for name in names}, options.num_genes, remedy=remedy
+            )
+            panel = sorted(ranked[: options.num_genes])
             say(write_panel(layout.panel_path, panel, overwrite=options.overwrite, method="mean", slides=names))
     else:
         for _ in placed():
@@ -153,16 +166,6 @@ def prepare(
     verify(layout, prepared)
     tell(layout, prepared, is_all=is_all)
     return prepared
-
-
-def panel_of(slides: Iterator[AnnData], num_genes: int, problems: list[str]) -> list[str]:
-    """Choose the panel by highest mean; where slides were bad, they are what has to be told, not the panel."""
-    try:
-        return highest_mean_panel(slides, num_genes)
-    except ValueError as error:
-        if not problems:
-            problems.append(str(error))
-        return []
 
 
 def place_slide(layout: Layout, raw: RawSlide, options: Options) -> tuple[AnnData, Prepared]:

@@ -10,14 +10,14 @@ import numpy as np
 from datasets.known_sets import SPECS
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
+from datasets.tables.gene_list import names_of_lines
 from preprocess.raw.gene_map import read_gene_map, symbols_of, without_version
 from preprocess.raw.space_ranger.matrices import GeneCounts
 from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.cli import say
 from utils.config import Data
-from utils.files import load_names, reading, require_file
+from utils.files import load_names, require_file
 from utils.text import checked_names, is_ensembl, some
-from utils.untrusted.text import text_of
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def training_panel(
 def _read_panel(path: Path) -> list[str]:
     if path.suffix == ".npy":
         return load_names(path)
-    lines = require_file(path, "--panel should be a .npy array of names or a text file, one gene a line.")
-    with reading(path, "a list of genes"):
-        genes = [line.strip() for line in text_of(lines).split("\n") if line.strip()]
+    genes = names_of_lines(
+        require_file(path, "--panel should be a .npy array of names or a text file, one gene a line.")
+    )
     if not genes or len(set(genes)) < len(genes):
         raise ValueError(
             f"{path} should hold distinct gene names, one a line; found {len(genes)}, {len(set(genes))} distinct."

@@ -63,6 +63,35 @@ def test_counts_in_every_spelling(tmp_path, suffix):
     assert layout.slides_with_counts() == ["A1"]
 
 
+@pytest.mark.parametrize("pair", [(".tsv", ".csv"), (".tsv.gz", ".h5ad"), (".parquet", ".tsv"), (".tsv.gz", ".tsv")])
+def test_two_tables_of_counts_of_a_slide_are_refused(tmp_path, pair):
+    layout = Layout(tmp_path, OWN)
+    complete(layout, "C1")
+    for slide in ("A1", "B1"):
+        complete(layout, slide)
+        layout.new_counts_path(slide).unlink()
+        for suffix in pair:
+            touch(layout.counts_dir / f"{slide}{suffix}")
+    names = ", ".join(f"A1{suffix}" for suffix in COUNT_SUFFIXES if suffix in pair)
+    for ask in (lambda: layout.counts_path("A1"), layout.slides_on_disk):
+        with pytest.raises(
+            ValueError, match=rf"A1 of own has 2 tables of counts where one .*: {names}\. .*for each of A1, B1"
+        ):
+            ask()
+
+
+def test_what_a_script_has_written_goes_before_what_it_was_made_from(tmp_path):
+    layout = Layout(tmp_path, OWN)
+    for slide in ("A1", "B1"):
+        complete(layout, slide)
+    assert layout.unread_counts_note() is None
+    for suffix in (".tsv.gz", ".csv"):
+        touch(layout.counts_dir / f"A1{suffix}")
+    assert layout.counts_path("A1").name == "A1_sub.parquet" and layout.slides_on_disk() == ["A1", "B1"]
+    note = str(layout.unread_counts_note())
+    assert "1 of 2 slides" in note and "Of A1 A1_sub.parquet is read, not A1.tsv.gz, A1.csv." in note
+
+
 def test_missing_counts_name_every_spelling_and_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none of A1_sub\.parquet, .*A1\.tsv\.gz, .*A1\.h5ad") as caught:
         Layout(tmp_path, SPECS["her2st"]).counts_path("A1")

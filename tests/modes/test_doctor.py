@@ -211,7 +211,7 @@ def test_a_patch_size_that_the_encoder_does_not_take(config, ask):
 
 
 def test_genes_of_the_panel(config, layout, ask):
-    has(ask(with_overrides(config, ["DATA.num_genes=900"])), "problem", "genes", "asks for 900", "DATA.num_genes=")
+    has(ask(with_overrides(config, ["DATA.num_genes=900"])), "problem", "genes", "panel of 900", "DATA.num_genes=")
     paper = with_overrides(config, ["EVALUATION.protocol=paper"])
     has(ask(paper), "ok", "genes", "lists 24 genes")
     path = layout.counts_path("B1")

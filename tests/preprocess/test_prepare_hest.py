@@ -18,7 +18,7 @@ from datasets.features.cache import read_features, read_identity
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
-from preprocess.prepare_hest import main, prepare_hest
+from preprocess.prepare_hest import find_metadata, main, prepare_hest
 from preprocess.raw.hest import patients_of, pixel_size, read_metadata
 from preprocess.raw.prepare import Options
 from utils.files import load_names
@@ -255,6 +255,73 @@ def test_metadata_that_is_missing_or_of_another_version(raw, tmp_path):
     table.unlink()
     with pytest.raises(FileNotFoundError, match=r"No HEST_v\*\.csv below .*Give it with --metadata FILE"):
         prepare_hest(raw, tmp_path / "data", SMALL, name="own")
+
+
+def with_row(**changes: str) -> pd.DataFrame:
+    """The metadata with another row of TENX1."""
+    return pd.concat([METADATA, METADATA[METADATA.id == "TENX1"].assign(**changes)])
+
+
+def test_rows_of_a_sample_that_contradict_each_other_are_refused(raw, tmp_path):
+    table = raw / "assets" / "HEST_v1_1_0.csv"
+    with_row(patient="Someone else").to_csv(table, index=False)
+    with pytest.raises(
+        ValueError, match=r"HEST_v1_1_0\.csv .*TENX1 has the patient 'Patient 1' and 'Someone else'\. Keep the"
+    ):
+        prepare_hest(raw, tmp_path / "data", SMALL, name="own")
+    assert not (tmp_path / "data").exists()
+    prepare_hest(raw, tmp_path / "data", SMALL, name="own", ids="NCBI2")  # of which they say nothing
+    with_row(pixel_size_um_estimated="0.5", dataset_title=OTHER).to_csv(table, index=False)
+    with pytest.raises(
+        ValueError, match=r"TENX1 has the dataset_title .*; TENX1 has the pixel_size_um_estimated '0.4' and '0.5'"
+    ):
+        prepare_hest(raw, tmp_path / "data", SMALL, name="own")
+
+
+@pytest.mark.parametrize("changes", [{}, {"st_technology": "Xenium"}], ids=["the same", "other in what is not read"])
+def test_rows_of_a_sample_that_say_the_same_are_one(raw, tmp_path, changes):
+    with_row(**changes).to_csv(raw / "assets" / "HEST_v1_1_0.csv", index=False)
+    prepare_hest(raw, tmp_path / "data", SMALL, name="own")
+    assert get_spec("own", tmp_path / "data").patient_of("TENX1").endswith("-Patient-1")
+
+
+def test_the_newest_table_is_read_wherever_it_lies(raw):
+    (raw / "assets" / "HEST_v1_1_0.csv").rename(raw / "assets" / "HEST_v1_10_0.csv")
+    (raw / "older").mkdir()
+    METADATA.assign(patient="Older").to_csv(raw / "older" / "HEST_v1_9_0.csv", index=False)
+    assert find_metadata(raw) == raw / "assets" / "HEST_v1_10_0.csv"
+    METADATA.assign(patient="Other").to_csv(raw / "older" / "HEST_v1_10_0.csv", index=False)
+    with pytest.raises(
+        ValueError, match=r"assets/HEST_v1_10_0\.csv, .*older/HEST_v1_10_0\.csv are of one version and differ"
+    ):
+        find_metadata(raw)
+
+
+def test_two_images_of_a_sample_are_refused(raw, tmp_path):
+    (raw / "wsis").mkdir()
+    for suffix in ("tif", "png"):
+        Image.new("RGB", (1200, 1000)).save(raw / "wsis" / f"TENX1.{suffix}")
+    with pytest.raises(ValueError, match=r"Sample TENX1 has 2 images, expected one: .*TENX1\.png, .*TENX1\.tif"):
+        prepare_hest(raw, tmp_path / "data", SMALL, name="own")
+
+
+def test_ids_beside_symbols_need_a_map_that_has_them(raw, tmp_path):
+    path = raw / "st" / "NCBI2.h5ad"
+    data = anndata.read_h5ad(path)
+    data.var_names = ids = [f"ENSG{i:011d}" for i in range(data.n_vars)]
+    data.write_h5ad(path)
+    said = r"The genes of NCBI2 have Ensembl ids \(ENSG00000000000\), those of TENX1 have symbols \(ACTB\).*"
+    with pytest.raises(ValueError, match=said + "Give --gene_map FILE, a table with both"):
+        prepare_hest(raw, tmp_path / "data", SMALL, name="own")
+    maps = tmp_path / "map.tsv"
+    maps.write_text("ENSG99999999999\tACTB\n")
+    with pytest.raises(
+        ValueError, match=said + r"map\.tsv lacks most of these ids; --gene_map should be a table with both"
+    ):
+        prepare_hest(raw, tmp_path / "data", SMALL, name="own", gene_map=maps)
+    maps.write_text("".join(f"{gene}\t{symbol}\n" for gene, symbol in zip(ids, GENES[:3])))
+    prepare_hest(raw, tmp_path / "data2", SMALL, name="own", gene_map=maps)
+    assert load_names(tmp_path / "data2" / "own" / "genes_own.npy") == ["ERBB2", "KRT19"]
 
 
 def test_command_line(raw, tmp_path, monkeypatch):

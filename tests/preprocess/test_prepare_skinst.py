@@ -121,6 +121,23 @@ def test_missing_doubled_and_broken_files_are_told_together(raw, tmp_path):
     assert "P10_ST_rep3.jpg.gz cannot be read as an image" in message
 
 
+@pytest.mark.parametrize(
+    ("genes", "message"),
+    [
+        (["ENSG1", "ENSG2", "ENSG3"], r"No gene is on all 3 slides: P2_ST_rep1 \(ENSG1, .*none of the 3 genes that P10"),
+        ([f"ENSG0000018684{i}" for i in range(3)],
+         r"The genes of P2_ST_rep1 have Ensembl ids \(ENSG00000186840\), those of P10_ST_rep3, P2_ST_rep2 have symbols "
+         r"\(KRT14\).*one kind of names in their tables of counts, by a table with both"),
+    ],
+)  # fmt: skip
+def test_genes_that_no_other_slide_has_are_told_with_the_slide(raw, tmp_path, genes, message):
+    path = raw / "GSM4284316_P2_ST_rep1_stdata.tsv.gz"
+    pd.read_csv(path, sep="\t", index_col=0).set_axis(genes, axis=1).to_csv(path, sep="\t")
+    with pytest.raises(ValueError, match=message) as said:
+        prepare_skinst(raw, tmp_path / "data", SMALL)
+    assert "--gene_map" not in str(said.value), "it has no such flag"
+
+
 def test_command_line(raw, tmp_path, monkeypatch):
     arguments = [
         "--source",

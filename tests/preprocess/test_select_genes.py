@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -119,6 +120,19 @@ def test_an_existing_panel_is_not_replaced_silently(layout, tmp_path):
 def test_impossible_wishes_are_refused(layout, arguments, message):
     with pytest.raises(ValueError, match=message):
         select_genes(layout, **arguments)
+
+
+@pytest.mark.parametrize("method", ["mean", "hvg", "hmhvg"])
+def test_ids_on_one_slide_are_told_and_not_a_panel_of_no_genes(layout, tmp_path, method):
+    data = shutil.copytree(layout.data_dir, tmp_path / "data")
+    path = data / "own" / "ST-cnts" / "A1.tsv"
+    table = pd.read_csv(path, sep="\t", index_col=0)
+    table.set_axis([f"ENSG{i:011d}" for i in range(table.shape[1])], axis=1).to_csv(path, sep="\t")
+    with pytest.raises(
+        ValueError, match=r"The genes of A1 have Ensembl ids .*those of A2, B1, .*--gene_map FILE"
+    ) as said:
+        select_genes(Layout(data, OWN), method=method, num_genes=5, overwrite=True)
+    assert "between 1 and 0" not in str(said.value) and "select_genes" not in str(said.value)
 
 
 def test_nothing_prepared(tmp_path):

@@ -43,6 +43,23 @@ def counts(change: Callable[[pd.DataFrame], pd.DataFrame], slides: str = "A1 B1 
     return spoil
 
 
+def with_ids(table: pd.DataFrame) -> pd.DataFrame:
+    return table.set_axis([f"ENSG{i:011d}" for i in range(table.shape[1])], axis=1)
+
+
+def tables_beside(slide: str, *suffixes: str, is_kept: bool = False) -> Spoil:
+    """Other tables of the counts of a slide, in place of its own or beside it."""
+
+    def spoil(place: Place) -> None:
+        path = place.layout.counts_path(slide)
+        for suffix in suffixes:
+            pd.read_parquet(path).to_csv(path.with_name(f"{slide}{suffix}"), sep="," if suffix == ".csv" else "\t")
+        if not is_kept:
+            path.unlink()
+
+    return spoil
+
+
 def number(kind: str, value: float, *, is_earlier: bool = False, is_sealed: bool = False) -> Spoil:
     """Change a number in a cache of C1.
 
@@ -197,7 +214,11 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "infinite counts": (counts(lambda t: t.astype(float).where(t < 3, np.inf)), "counts above 2147483647"),
     "a gene with a line break": (counts(lambda t: t.rename(columns={t.columns[0]: "NL\nX"})), "gene"),
     "no training slide has a count": (counts(lambda t: (t * 0).astype(t.dtypes)), "count"),
-    "genes of no other slide": (counts(lambda t: t.add_prefix("x"), "A1"), "no counts for 24|0 genes"),
+    "genes of no other slide": (
+        counts(lambda t: t.add_prefix("x"), "A1"), r"A1 \(x.* has none of the \d+ genes that B1, C1 have in common"),
+    "ids beside symbols": (
+        counts(with_ids, "A1"), r"The genes of A1 have Ensembl ids \(ENSG0.*those of B1, C1 have symbols .*--gene_map"),
+    "two tables of counts": (tables_beside("A1", ".tsv", ".csv"), r"2 tables of counts where one was expected: A1.tsv, A1.csv"),
     "a spot outside its image": (published_outside, "lie outside"),
     "features of other spots": (lambda place: place.spots(lambda t: t.iloc[:-2]), r"holds \d+ spots but the slide has"),
     "a truncated cache": (truncated("neighbor"), "truncated"),
@@ -290,6 +311,14 @@ def test_what_is_good_passes_and_what_a_kill_left_is_named(place, tiny_run):
     left = doctor(place, RESUME)
     assert left.status == 0 and "Nothing would stop this run" in left.said, left.said
     assert re.search(r"warning +left over +1 temporary files .*\.A1\.abcdefgh\.h5", left.said)
+
+
+def test_counts_beside_the_prepared_ones_are_said_once(place):
+    for slide in ("A1", "B1"):
+        tables_beside(slide, ".tsv", is_kept=True)(place)
+    left = doctor(place, "--fold", 0)
+    assert left.status == 0 and left.said.count("beside the prepared one") == 1, left.said
+    assert re.search(r"warning +data +2 of 3 slides .*A1, B1\. Of A1 A1_sub\.parquet is read, not A1\.tsv\.", left.said)
 
 
 def test_slides_without_a_count_are_said(place):

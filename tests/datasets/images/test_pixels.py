@@ -306,6 +306,64 @@ def test_size_of_a_pixel_in_the_tags_of_striped_and_tiled_files(tmp_path):
         assert slide.microns_per_pixel == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("unit", "microns"),
+    [("um", 0.25), (r"\u00B5m", 0.25), ("micron", 0.25), ("nm", None), ("pixel", None), ("", None), ("kelvin", None)],
+)
+@pytest.mark.parametrize("stored", ["striped", "tiled"])
+def test_size_of_a_pixel_of_imagej(tmp_path, stored, unit, microns):
+    """Its resolution counts pixels a unit, which the description names; 4 a nanometre are no slide."""
+    options = {"photometric": "rgb", "imagej": True, "resolution": (4, 4), "metadata": {"unit": unit}}
+    with open_slide(_write(tmp_path / "slide.tif", RGB, options, stored)) as slide:
+        assert slide.microns_per_pixel == microns
+
+
+@pytest.mark.parametrize(("unit", "microns_of_unit"), [("mm", 1e3), ("cm", 1e4), ("inch", 25_400)])
+def test_longer_units_of_imagej(tmp_path, unit, microns_of_unit):
+    resolution = (microns_of_unit * 2, microns_of_unit * 2)
+    options = {"photometric": "rgb", "imagej": True, "resolution": resolution, "metadata": {"unit": unit}}
+    with open_slide(_write(tmp_path / "slide.tif", RGB, options, "striped")) as slide:
+        assert slide.microns_per_pixel == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("stored", ["striped", "tiled"])
+@pytest.mark.parametrize("name", ["pages.tif", "pages.ome.tif"])
+def test_a_label_or_thumbnail_before_the_slide_is_refused_and_one_behind_it_is_not(tmp_path, name, stored):
+    storage = {"photometric": "rgb"} | ({"rowsperstrip": 16} if stored == "striped" else {"tile": (64, 64)})
+    label, path = RGB[:80, :80], tmp_path / name
+    for images, refusal in (
+        (
+            [label, RGB],
+            r"several images \(page 0: 80 x 80, page 1: 200 x 144 pixels\).* the slide alone: vips tiffsave",
+        ),
+        ([label, label[:40], RGB], r"several images \(page 0: 80 x 80, page 1: 80 x 40, page 2: 200 x 144 pixels\)"),
+        ([RGB, RGB], r"(several images \(page 0: 200 x 144, page 1: 200 x 144 pixels\)|2 images of 200 x 144 pixels)"),
+        ([RGB, label], None),
+    ):
+        with tifffile.TiffWriter(path, ome=name.endswith(".ome.tif")) as file:
+            for image in images:
+                file.write(image, **storage, metadata={} if "ome" in name else None)
+        if refusal is None:
+            with open_slide(path) as slide:
+                assert np.array_equal(slide.read_region(0, 0, *slide.size), RGB)
+        else:
+            with pytest.raises(ValueError, match=f"{name} holds {refusal}"):
+                open_slide(path)
+
+
+def test_a_slide_below_its_thumbnail_is_refused_and_a_mask_of_it_is_no_slide(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "raw.tif") as file:
+        file.write(RGB[:80, :80], photometric="rgb", subifds=1, metadata=None)
+        file.write(RGB, photometric="rgb", metadata=None)
+    with pytest.raises(ValueError, match=r"raw\.tif holds several images .*below page 0: 200 x 144.*vips tiffsave"):
+        open_slide(tmp_path / "raw.tif")
+    with tifffile.TiffWriter(tmp_path / "masked.tif") as file:
+        file.write(RGB, photometric="rgb", metadata=None)
+        file.write(GREY > 100, photometric="mask", subfiletype=4, metadata=None)
+    with open_slide(tmp_path / "masked.tif") as slide:
+        assert np.array_equal(slide.read_region(0, 0, WIDTH, HEIGHT), RGB)
+
+
 def test_a_giant_tile_is_refused_before_it_is_decoded(tmp_path):
     """A header that claims one tile of 40 000 x 40 000: OpenSlide would ask for 6.4 GB and abort the process."""
     side = 40_000

@@ -11,7 +11,6 @@ from anndata import AnnData
 from scipy import sparse
 
 from datasets.tables.expression import (
-    common_genes,
     empty_spots,
     expression_targets,
     highest_mean_panel,
@@ -122,7 +121,6 @@ def test_panel_takes_the_highest_means_of_the_genes_in_common():
         slide_of({"LOW": [1, 0], "HIGH": [90, 80], "ONLY_FIRST": [99, 99], "MID": [9, 9], "MID_TOO": [9, 9]}),
         slide_of({"MID_TOO": [9, 9, 9], "MID": [9, 9, 9], "HIGH": [70, 90, 60], "LOW": [0, 0, 2]}),
     ]
-    assert common_genes(slides) == ["HIGH", "LOW", "MID", "MID_TOO"]
     for measure in ("log", "raw"):
         assert highest_mean_panel(slides, 1, measure) == ["HIGH"]
         assert highest_mean_panel(iter(slides), 2, measure) == ["HIGH", "MID"], "a tie goes to the first name"
@@ -133,12 +131,6 @@ def test_measures_of_the_panel_differ_where_one_spot_dominates():
     slides = [slide_of({"PEAK": [10_000, 0, 0, 0], "EVEN": [500, 500, 500, 500], "REST": [1, 1, 1, 1]})]
     assert highest_mean_panel(slides, 1, "raw") == ["PEAK"]
     assert highest_mean_panel(slides, 1, "log") == ["EVEN"]
-
-
-@pytest.mark.parametrize("num_genes", [0, 3])
-def test_panel_larger_than_the_genes_in_common_is_refused(num_genes):
-    with pytest.raises(ValueError, match=rf"panel of {num_genes} genes .* have 2 genes in common.*between 1 and 2"):
-        highest_mean_panel([slide_of({"A": [1], "B": [2]})], num_genes)
 
 
 def test_unit_says_base_and_scale():

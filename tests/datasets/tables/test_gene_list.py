@@ -31,6 +31,16 @@ def test_lists_that_cannot_be_a_panel(text, message):
         given_genes(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('ERBB2\n"ESR1"\n', "line 2: .*ESR1.* holds quotes"), ("ERBB2,ESR1\n", "line 1: 'ERBB2,ESR1' holds a comma")],
+)
+def test_a_file_with_other_than_one_name_a_line(tmp_path, text, message):
+    (tmp_path / "genes.txt").write_text(text)
+    with pytest.raises(ValueError, match=rf"genes\.txt, {message}.*one name a line, without quotes"):
+        given_genes(str(tmp_path / "genes.txt"))
+
+
 def test_a_file_that_is_no_text(tmp_path):
     path = tmp_path / "genes.txt"
     path.write_bytes(b"ERBB2\n\xff\xfe\n")
