@@ -114,9 +114,10 @@ def find_file(files: Sequence[Path], pattern: str, what: str) -> Path:
 
 
 def find_optional(files: Sequence[Path], pattern: str, what: str) -> Path | None:
-    """Find a file as `find_file` does; None if there is none."""
+    """Find a file as `find_file` does; None if there is none. One and the same unpacked beside it are one."""
     found = [path for path in files if re.fullmatch(pattern, path.name)]
-    found = [path for path in found if path.suffix != ".gz" or path.with_suffix("") not in found]
+    twins = {path: path.with_suffix("") for path in found if path.suffix == ".gz" and path.with_suffix("") in found}
+    found = [path for path in found if path not in twins or not same_content(path, twins[path])]
     if len(found) > 1:
         raise ValueError(
             f"{what}: {len(found)} files where one was expected: {some(found)}. Give as --source a folder with one of them."

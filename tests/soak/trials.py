@@ -123,9 +123,11 @@ def kills(folder: Path, seed: int, chains: int, events: int, say: Say, names: Se
         found = []
         for plan, words in plans:
             program.clean()
-            found += kill_chain(
-                program.start, program.again, program.folder, expected, plan, f"{program.name}, {words}"
-            )
+            title = f"{program.name}, {words}"
+            new = kill_chain(program.start, program.again, program.folder, expected, plan, title)
+            found += new
+            for finding in new:  # at once: hours may follow
+                say(f"* {finding}")
         say(f"{program.name}: {whole.events} file events, {len(at)} of them, {chains} chains, {len(found)} findings")
         findings += found
     return findings
