@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import utils.interrupts  # noqa: F401  first: the rest takes a while
 from utils.cli import going_on_by, run, say
 from utils.config import LARGE, Config, config_label, load_config
 from utils.files import safe_name

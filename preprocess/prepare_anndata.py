@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import preprocess._interrupts  # noqa: F401, I001  first: the rest takes seconds
+import utils.interrupts  # noqa: F401, I001  first: the rest takes seconds
 
 import argparse
 from collections.abc import Sequence
@@ -100,6 +100,8 @@ def images_of(words: Sequence[str], slides: Sequence[str], *, is_one: bool) -> d
             )
         return {slide: paths[0] for slide, paths in found.items()}
     pairs = dict(word.partition("=")[::2] for word in words)
+    if len(pairs) < len(words):
+        raise ValueError(f"--image names a slide twice: {some(list(words), 12)}. Give each one image.")
     absent, strange = [s for s in slides if not pairs.get(s)], [s for s in pairs if s not in slides]
     if absent or strange:
         raise ValueError(

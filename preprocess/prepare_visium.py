@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import preprocess._interrupts  # noqa: F401, I001  first: the rest takes seconds
+import utils.interrupts  # noqa: F401, I001  first: the rest takes seconds
 
 import argparse
 from functools import partial
@@ -32,7 +32,7 @@ from preprocess.raw.own_set import Section, SectionData, add_flags, own_set, pre
 from preprocess.raw.prepare import source_folder
 from preprocess.raw.sample_sheet import FORM, read_sample_sheet
 from preprocess.raw.space_ranger.bins import BIN_UM
-from preprocess.raw.space_ranger.output import PITCH_UM, SpaceRangerOutput, microns_per_pixel
+from preprocess.raw.space_ranger.output import SpaceRangerOutput, fitted_pitch, microns_per_pixel
 from preprocess.raw.space_ranger.outs import CONTENTS, check_full_resolution, read_outs
 from utils.cli import run
 from utils.files import require_file, safe_name
@@ -71,9 +71,12 @@ def spot_table(output: SpaceRangerOutput) -> pd.DataFrame:
 def pixel_note(microns: float | None, output: SpaceRangerOutput) -> str:
     """Say how large a pixel is, and what that makes of the pitch of the array."""
     if microns is None:
-        return "the size of a pixel is unknown: too few spots, and no spot_diameter_fullres"
-    pitch = output.scale_factors.get("bin_size_um", PITCH_UM)
-    return f"{microns:.4f} um per pixel ({pitch / microns:.1f} px between neighbors, which are {pitch:g} um apart)"
+        return "the size of a pixel is unknown: neither scale factors, names of spots nor the array tell it"
+    pitch = fitted_pitch(output.scale_factors, output.grid, output.positions.pixels)
+    apart = "" if pitch is None else (
+        f" ({pitch.microns / microns:.1f} px between neighbors, which are {pitch.microns:g} um apart)"
+    )  # fmt: skip
+    return f"{microns:.4f} um per pixel{apart}"
 
 
 def sections_of(given: argparse.Namespace) -> list[Section]:

@@ -21,7 +21,7 @@ from datasets.tables.spot_table import check_spots
 from preprocess.raw.gene_map import SYMBOL_COLUMNS
 from preprocess.raw.hest import array_positions, is_in_tissue
 from preprocess.raw.space_ranger.matrices import GeneCounts
-from preprocess.raw.space_ranger.output import checked_factors
+from preprocess.raw.space_ranger.output import checked_factors, with_bin_size
 from utils.text import checked_names, is_ensembl, some
 from utils.untrusted.hdf5 import opened_hdf5
 
@@ -64,7 +64,8 @@ class SlideInFile:
 
 @dataclass(frozen=True)
 class SlideContent:
-    """counts and spots (with a column `barcode`) of a slide; factors: of Space Ranger, where the file kept them."""
+    """counts and spots (with a column `barcode`) of a slide; factors: of Space Ranger, where the file kept them or
+    the names of bins tell."""
 
     counts: GeneCounts
     spots: pd.DataFrame
@@ -128,7 +129,8 @@ def read_slide(source: AnnDataFile, slide: SlideInFile) -> SlideContent:
         notes = [] if kept.all() else [f"left out, as in_tissue is 0: {int((~kept).sum())} spots"]
         spots, array = _spot_table(table[kept].copy(), str(source.path))
         counts = _gene_counts(file, source, slide.rows[kept], spots["barcode"].tolist())
-        return SlideContent(counts, spots, _factors(file, slide.name), notes + array)
+        factors = with_bin_size(_factors(file, slide.name), spots["barcode"].tolist(), source.path)
+        return SlideContent(counts, spots, factors, notes + array)
 
 
 def _spot_table(table: AnnData, source: str) -> tuple[pd.DataFrame, list[str]]:

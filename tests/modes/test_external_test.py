@@ -484,9 +484,7 @@ class TestRefusals:
 def test_command_line_needs_no_configuration(tested, tiny_run, tmp_path, monkeypatch, capsys):
     data_dir, run = tested[0], tiny_run.copy(tmp_path)
     flags = ["--mode", "external_test", "--test_name", "demo_external", "--model_path", str(run)]
-    monkeypatch.setattr(
-        sys, "argv", ["main.py", *flags, "--data_dir", str(data_dir), "--device", "cpu", "--no_report"]
-    )
+    monkeypatch.setattr(sys, "argv", ["main.py", *flags, "--data_dir", str(data_dir), "--device", "cpu", "--no_report"])
     main.main()
     said = capsys.readouterr().out
     assert "mean of folds" in said and "PCC(A)" in said and "Peak memory" in said

@@ -165,6 +165,36 @@ def test_the_size_of_a_pixel_is_that_of_space_ranger_where_it_is_known(tmp_path,
     assert found == (microns if microns is None else pytest.approx(microns, rel=1e-3))
 
 
+def _microns(adata: AnnData, folder: Path, image: Path, factors: dict[str, float]) -> float | None:
+    adata.uns["spatial"] = {"library": {"scalefactors": factors}}
+    prepared(adata, folder, image)
+    return get_spec("own", folder / "data").microns_of("own")
+
+
+@pytest.mark.parametrize("with_array", [True, False])
+@pytest.mark.parametrize(
+    ("names", "microns"),
+    [
+        ("BC{i}", None),
+        ("{column}x{row}", None),
+        ("s_032um_{row:05d}_{column:05d}-1", 0.5),
+        ("S1_s_032um_{row:05d}_{column:05d}", 0.5),
+    ],
+)
+def test_a_square_array_has_no_pitch_but_that_of_bins(tmp_path, image, with_array, names, microns):
+    """64 px are not 100 um: of a square array only the names of bins tell how large it is."""
+    adata = slide(1, hexagonal=False, with_array=with_array)
+    column, row = ((adata.obsm["spatial"] - 60) / 64).round().astype(int).T
+    adata.obs_names = [names.format(i=i, row=r, column=c) for i, (r, c) in enumerate(zip(row, column, strict=True))]
+    assert _microns(adata, tmp_path, image, {"spot_diameter_fullres": 64.0, "tissue_hires_scalef": 0.2}) == microns
+
+
+def test_a_turned_section_of_visium_has_the_pitch_of_visium(tmp_path, image):
+    adata = slide(1)
+    adata.obsm["spatial"] = adata.obsm["spatial"][:, ::-1].copy()
+    assert _microns(adata, tmp_path, image, {"tissue_hires_scalef": 0.2}) == pytest.approx(100 / 64, rel=1e-3)
+
+
 def _without(adata: AnnData, **changes: object) -> AnnData:
     for name, value in changes.items():
         if name == "spatial":

@@ -91,6 +91,32 @@ def test_the_positions_of_one_sample_are_not_paired_with_the_counts_of_another(t
         read_outs(tmp_path / "RAW")
 
 
+MATRIX = "filtered_feature_bc_matrix.h5"
+
+
+@pytest.mark.parametrize("of_b", [MATRIX, "spatial/scalefactors_json.json", "spatial/tissue_hires_image.png"])
+@pytest.mark.parametrize("below", ["sampleB/outs", "sampleB", "outs/sampleB"])
+def test_a_sample_at_the_root_is_not_completed_by_one_below(tmp_path, picture, of_b, below):
+    """What has no name of its own is of the sample whose folder it is in, not of any sample."""
+    raw = tmp_path / "RAW"
+    first = with_slide_barcodes(write_outs(raw / "outs", picture, SYMBOLS, seed=1))
+    other = with_slide_barcodes(write_outs(tmp_path / "other" / "outs", picture, SYMBOLS, seed=2))
+    (first.folder / of_b).unlink()
+    (raw / below / of_b).parent.mkdir(parents=True)
+    shutil.copy(other.folder / of_b, raw / below / of_b)
+    with pytest.raises(ValueError, match="seem to be of two samples"):
+        prepare(raw, raw / "fullres.tif", tmp_path)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["V1_filtered_feature_bc_matrix.h5", "V1/outs/V1_filtered_feature_bc_matrix.h5"])
+def test_a_name_may_be_left_out_in_the_folder_of_the_sample(tmp_path, picture, name):
+    outs = write_outs(tmp_path / "V1" / "outs", picture, SYMBOLS)
+    source = tmp_path if "/" in name else outs.folder
+    (outs.folder / MATRIX).rename(source / name)
+    assert len(read_outs(source).positions) == outs.in_tissue.sum()
+
+
 def test_a_sample_that_has_both_tables_of_positions_takes_the_one_with_a_header(tmp_path, picture):
     outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
     table = outs.folder / "spatial" / "tissue_positions.csv"
@@ -391,6 +417,43 @@ def test_the_size_of_a_bin_is_enough_and_must_agree(tmp_path):
         microns_per_pixel(read_outs(write_bins(tmp_path / "b", HD, pitch=8.0)))
 
 
+@pytest.mark.parametrize("factors", [None, {"microns_per_pixel": 0.5}, {"spot_diameter_fullres": 16.0}])
+def test_the_names_of_bins_tell_their_size(tmp_path, picture, factors, capsys):
+    from PIL import Image
+
+    folder = write_bins(tmp_path / "bins", factors or {})
+    if factors is None:
+        (folder / "spatial" / "scalefactors_json.json").unlink()
+    Image.fromarray(picture).save(tmp_path / "image.tif")
+    layout = prepare(folder, tmp_path / "image.tif", tmp_path)
+    assert layout.spec.microns_per_pixel == {"v": pytest.approx(0.5)}
+    assert "0.5000 um per pixel (16.0 px between neighbors, which are 8 um apart)" in capsys.readouterr().out
+
+
+def test_scale_factors_of_another_bin_size_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"do not belong together: bin_size_um is 16, but bins are called '?s_008um_.*one bin size"
+    ):
+        read_outs(write_bins(tmp_path / "bins", {"bin_size_um": 16.0}))
+
+
+@pytest.mark.parametrize(("factors", "microns"), [({"spot_diameter_fullres": 16.0}, None), ({**HD}, 0.5)])
+def test_a_square_array_without_the_names_of_bins_is_not_taken_for_visium(tmp_path, picture, factors, microns, capsys):
+    from PIL import Image
+
+    folder = write_bins(tmp_path / "bins", {name: value for name, value in factors.items() if name != "bin_size_um"})
+    positions = folder / "spatial" / "tissue_positions.csv"
+    positions.write_text(positions.read_text().replace("s_008um_", "B"))
+    with h5py.File(folder / MATRIX, "r+") as file:
+        names = [name.replace(b"s_008um_", b"B") for name in file["matrix/barcodes"][:]]
+        del file["matrix/barcodes"]
+        file["matrix/barcodes"] = names
+    Image.fromarray(picture).save(tmp_path / "image.tif")
+    assert prepare(folder, tmp_path / "image.tif", tmp_path).spec.microns_of("v") == microns
+    told = capsys.readouterr().out
+    assert ("the size of a pixel is unknown" in told) == (microns is None) and "100 um" not in told
+
+
 # Maps of genes
 
 
@@ -436,7 +499,7 @@ def test_samples_with_ids_beside_samples_with_symbols(hest, tmp_path, capsys):
     ids = ["ENSG00000075624.18", "ENSG00000141736.14", "ENSG00000171345.13"]  # ACTB, ERBB2, KRT19
     change_sample(hest, "TENX1", renamed(ids))
     with pytest.raises(
-        ValueError, match=r"The genes of TENX1 have Ensembl ids, those of NCBI2 have symbols.*--gene_map FILE"
+        ValueError, match=r"The genes of TENX1 have Ensembl ids .*, those of NCBI2 have symbols .*--gene_map FILE"
     ):
         prepare_hest(hest, tmp_path / "data", Options(num_genes=2), name="own")
     table = tmp_path / "map.tsv"

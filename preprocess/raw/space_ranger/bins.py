@@ -6,6 +6,7 @@ bins that make such squares are read, because they know best where the tissue en
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,18 @@ import pyarrow.parquet
 from datasets.tables.positions import SPACE_RANGER_COLUMNS, Positions
 from preprocess.raw.files import plain_image_size
 from preprocess.raw.space_ranger.matrices import read_pooled
-from preprocess.raw.space_ranger.output import SpaceRangerOutput, read_scale_factors
+from preprocess.raw.space_ranger.output import SpaceRangerOutput, bin_size_of, read_scale_factors
+from preprocess.raw.space_ranger.samples import sample_of
 from utils.files import reading, require_file
 from utils.text import some
+from utils.untrusted.text import unpacked_bytes
 
 BIN_UM = 56.0  # about as wide as a spot of Visium (55 um)
 _MOST_BINS = 1 << 28  # of an array; a slide has 11 000 000 of 2 um
 _LEAST_TISSUE = 0.5  # of the bins of a square
 _NUMBERS = SPACE_RANGER_COLUMNS[1:]
+_TABLE = "tissue_positions.parquet"
+_BIN_FOLDER = re.compile(r"(^|_)square_\d+um")
 
 
 @dataclass(frozen=True)
@@ -54,21 +59,32 @@ class Squares:
 def find_bins(files: Sequence[Path]) -> list[BinFolder]:
     """Find the bin sizes among the files of a source: tables of positions whose scale factors know the size of a bin.
 
-    Raises ValueError naming scale factors that are damaged, or a folder square_*um without them.
+    Names may have a beginning, as in a GEO download (<sample>_<name>.gz); files of one beginning belong together.
+    Raises ValueError naming scale factors that are damaged, or positions of bins without them.
     """
     found = []
-    for positions in [path for path in files if path.name == "tissue_positions.parquet"]:
-        folder = positions.parent.parent if positions.parent.name == "spatial" else positions.parent
-        path = positions.with_name("scalefactors_json.json")
+    for positions in [path for path in files if re.fullmatch(rf"(.*_)?{re.escape(_TABLE)}(\.gz)?", path.name)]:
+        if positions.suffix == ".gz" and positions.with_suffix("") in files:
+            continue
+        is_inner = re.fullmatch(r"(.*_)?spatial", positions.parent.name) is not None
+        folder = positions.parent.parent if is_inner else positions.parent
+        path = _of_same_name(positions, positions.parent, "scalefactors_json.json")
         factors = read_scale_factors(path) if path.is_file() else {}
         if "bin_size_um" in factors:
             found.append(BinFolder(folder, positions, factors["bin_size_um"], factors))
-        elif folder.name.startswith("square_"):
+        elif _BIN_FOLDER.search(f"{folder.name}_{positions.name}") or bin_size_of(_first_names(positions)) is not None:
             raise ValueError(
-                f"{folder} is of Visium HD, but no {path} says how large a bin is (bin_size_um). Take the file of Space Ranger "
-                "again."
+                f"{positions if positions.parent == folder else folder} is of Visium HD, but no {path} says how large a bin is "
+                "(bin_size_um). Take the file of Space Ranger again."
             )
     return found
+
+
+def _of_same_name(positions: Path, folder: Path, name: str) -> Path:
+    """The file of Space Ranger's `name` with the beginning that the name of the positions has, compressed or not."""
+    path = folder / f"{positions.name.removesuffix('.gz').removesuffix(_TABLE)}{name}"
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.is_file() and not path.is_file() else path
 
 
 def choose_bins(found: Sequence[BinFolder], bin_um: float) -> BinFolder:
@@ -76,12 +92,12 @@ def choose_bins(found: Sequence[BinFolder], bin_um: float) -> BinFolder:
 
     Raises ValueError if they are of several samples, or no size divides `bin_um`.
     """
-    homes = sorted({bins.folder.parent for bins in found})
+    homes = {(bins.folder.parent, sample_of(bins.positions)) for bins in found}
     sizes = sorted(found, key=lambda bins: bins.size)
     if len(homes) > 1 or len({bins.size for bins in found}) < len(found):
         raise ValueError(
-            f"Bins of {len(found)} folders where those of one slide were expected: {some([b.folder for b in found])}. Give the "
-            "folder of one slide (its outs/)."
+            f"Bins of {len(found)} folders where those of one slide were expected: {some([b.positions for b in found])}. Give "
+            "the folder of one slide (its outs/)."
         )
     for bins in sizes:
         if bin_um >= bins.size and abs(bin_um / bins.size - round(bin_um / bins.size)) < 1e-6:
@@ -89,7 +105,7 @@ def choose_bins(found: Sequence[BinFolder], bin_um: float) -> BinFolder:
     finest = sizes[0].size
     raise ValueError(
         f"Squares of {bin_um:g} um cannot be made of bins of {some([f'{bins.size:g}' for bins in sizes])} um, as "
-        f"{sizes[0].positions.with_name('scalefactors_json.json')} has it. Give --bin_um as a multiple of one of them, for "
+        f"the scale factors beside {sizes[0].positions} have it. Give --bin_um as a multiple of one of them, for "
         f"example {max(1, round(bin_um / finest)) * finest:g}."
     )
 
@@ -101,14 +117,14 @@ def read_bins(bins: BinFolder, bin_um: float) -> SpaceRangerOutput:
     Raises FileNotFoundError / ValueError naming the file that is missing, damaged or without tissue.
     """
     matrix = require_file(
-        bins.folder / "filtered_feature_bc_matrix.h5",
-        "It holds the counts of the bins; take it from Space Ranger's outs/.",
+        _of_same_name(bins.positions, bins.folder, "filtered_feature_bc_matrix.h5"),
+        "It holds the counts of the bins, and its name begins as that of their positions; take it from Space Ranger's outs/.",
     )
     side = round(bin_um / bins.size)
     with reading(bins.positions, "the positions of bins (.parquet)"):
         squares = _squares(_read_table(bins.positions), side)
     names = [f"s_{bin_um:03.0f}um_{row:05d}_{column:05d}" for column, row in squares.grid.tolist()]
-    hires = bins.positions.with_name("tissue_hires_image.png")
+    hires = _of_same_name(bins.positions, bins.positions.parent, "tissue_hires_image.png")
     return SpaceRangerOutput(
         folder=bins.folder,
         positions=Positions(
@@ -127,7 +143,7 @@ def read_bins(bins: BinFolder, bin_um: float) -> SpaceRangerOutput:
 
 def _read_table(path: Path) -> dict[str, np.ndarray]:
     """The columns of numbers; that the names of the bins agree with them is looked up in the first rows."""
-    file = pa.parquet.ParquetFile(path, page_checksum_verification=True)
+    file = _opened(path)
     missing = [name for name in SPACE_RANGER_COLUMNS if name not in file.schema_arrow.names]
     if missing:
         raise ValueError(f"columns {', '.join(missing)} are missing; found {some(file.schema_arrow.names, 8)}")
@@ -137,6 +153,20 @@ def _read_table(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(f"bin {row['barcode']} stands in row {row['array_row']}, column {row['array_col']}")
     table = file.read(columns=list(_NUMBERS))
     return {name: table.column(name).to_numpy() for name in _NUMBERS}
+
+
+def _first_names(path: Path) -> list[str]:
+    with reading(path, "a table of spot positions"):
+        file = _opened(path)
+        if "barcode" not in file.schema_arrow.names:
+            return []
+        first = next(file.iter_batches(1, columns=["barcode"]), None)
+        return [] if first is None else [str(name) for name in first.column(0).to_pylist()]
+
+
+def _opened(path: Path) -> pa.parquet.ParquetFile:
+    source = pa.BufferReader(unpacked_bytes(path)) if path.suffix == ".gz" else path
+    return pa.parquet.ParquetFile(source, page_checksum_verification=True)
 
 
 def _squares(table: dict[str, np.ndarray], side: int) -> Squares:

@@ -110,7 +110,7 @@ def read_pooled(path: Path, place: np.ndarray, names: Sequence[str]) -> GeneCoun
     returns: counts (squares, genes). Raises ValueError naming the file if it is damaged, lists a bin twice or holds no
     counts, or a sum is beyond 32 bits.
     """
-    with opened_hdf5(path, _WHAT, _REMEDY) as file:
+    with _without_compression(path) as plain, opened_hdf5(plain, _WHAT, _REMEDY) as file:
         if "matrix" not in file:
             raise ValueError(f"expected the group 'matrix', found {some(list(file)) or 'nothing'}")
         group = file["matrix"]
@@ -219,7 +219,7 @@ def _without_compression(path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.stem
-        with reading(path, _WHAT, _REMEDY):
+        with reading(path, _WHAT, f"Unpack it (gunzip). {_REMEDY}"):
             copy.write_bytes(unpacked_bytes(path))
         try:
             yield copy

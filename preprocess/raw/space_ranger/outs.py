@@ -10,18 +10,14 @@ from datasets.tables.positions import read_positions
 from preprocess.raw.files import files_below, find_optional, plain_image_size
 from preprocess.raw.space_ranger.bins import BIN_UM, choose_bins, find_bins, read_bins
 from preprocess.raw.space_ranger.matrices import read_matrix
-from preprocess.raw.space_ranger.output import SpaceRangerOutput, read_scale_factors
+from preprocess.raw.space_ranger.output import SpaceRangerOutput, read_scale_factors, with_bin_size
+from preprocess.raw.space_ranger.samples import POSITIONS, check_one_sample
 
 CONTENTS = (
     "Space Ranger's outs/: spatial/tissue_positions.csv (.parquet; or tissue_positions_list.csv before 2.0) and "
     "filtered_feature_bc_matrix.h5 or the folder filtered_feature_bc_matrix/; of Visium HD binned_outputs/"
 )
-_POSITIONS = r"tissue_positions\.csv(\.gz)?|tissue_positions\.parquet|tissue_positions_list\.(csv|txt)(\.gz)?"
-# What of a folder's or file's name is Space Ranger's; the rest is the name of the sample.
-_OF_SPACE_RANGER = re.compile(
-    r"(^|_)(outs|spatial|(filtered|raw)_(feature|gene)_bc_matri(x|ces)(_h5|_mex)?(\.h5)?(\.gz)?|matrix\.mtx(\.gz)?"
-    rf"|{_POSITIONS}|scalefactors_json\.json(\.gz)?|tissue_hires_image\.\w+(\.gz)?)$"
-)
+_TABLE = re.compile(rf"(.*_)?({POSITIONS})")
 
 
 def read_outs(source: Path, bin_um: float | None = None) -> SpaceRangerOutput:
@@ -31,8 +27,10 @@ def read_outs(source: Path, bin_um: float | None = None) -> SpaceRangerOutput:
     Raises FileNotFoundError / ValueError naming what is missing, unreadable, of several samples or inconsistent.
     """
     files = files_below(source)
-    if bins := find_bins(files):
-        return read_bins(choose_bins(bins, bin_um or BIN_UM), bin_um or BIN_UM)
+    if found := find_bins(files):
+        bins = choose_bins(found, bin_um or BIN_UM)
+        check_one_sample([bins.positions, *[path for path in files if _TABLE.fullmatch(path.name)]], source)
+        return read_bins(bins, bin_um or BIN_UM)
     if bin_um is not None:
         raise ValueError(f"--bin_um {bin_um:g} is for Visium HD, and {source} holds no bins. Leave it out.")
     positions_path = _positions_file(files, source)
@@ -47,13 +45,14 @@ def read_outs(source: Path, bin_um: float | None = None) -> SpaceRangerOutput:
     factors = find_optional(files, r"(.*_)?scalefactors_json\.json(\.gz)?", f"Scale factors in {source}")
     hires = find_optional(files, r"(.*_)?tissue_hires_image\.(png|jpe?g|tiff?)(\.gz)?", f"Smaller image in {source}")
     counts = read_matrix(files, source, CONTENTS)
-    _check_one_sample([path for path in (positions_path, counts.path, factors, hires) if path is not None], source)
+    check_one_sample([path for path in (positions_path, counts.path, factors, hires) if path is not None], source)
+    stated = {} if factors is None else read_scale_factors(factors)
     return SpaceRangerOutput(
         folder=source,
         positions=under_tissue,
         positions_path=positions_path,
         counts=counts,
-        scale_factors={} if factors is None else read_scale_factors(factors),
+        scale_factors=with_bin_size(stated, under_tissue.ids, positions_path),
         hires_size=None if hires is None else plain_image_size(hires),
     )
 
@@ -64,29 +63,12 @@ def _positions_file(files: Sequence[Path], source: Path) -> Path:
     tables = [
         path for path in files if newer[path] == path or not {newer[path], Path(f"{newer[path]}.gz")} & set(files)
     ]
-    found = find_optional(tables, rf"(.*_)?({_POSITIONS})", f"Spot positions in {source}")
+    found = find_optional(tables, _TABLE.pattern, f"Spot positions in {source}")
     if found is not None:
         return found
     raise FileNotFoundError(
         f"{source} holds no tissue_positions.csv and no tissue_positions_list.csv. Expected {CONTENTS}."
     )
-
-
-def _check_one_sample(paths: Sequence[Path], source: Path) -> None:
-    """Files of two samples are not paired: barcodes are the same on every slide, so nothing else would tell.
-
-    The name of a sample is what folders and files are called beyond Space Ranger's own names; it may be left out of some.
-    """
-    names = {path: [_OF_SPACE_RANGER.sub("", part) for part in path.relative_to(source).parts] for path in paths}
-    samples = {path: tuple(name for name in parts if name) for path, parts in names.items()}
-    longest = max(samples.values(), key=len)
-    for path, sample in samples.items():
-        if sample != longest[: len(sample)]:
-            other = next(path for path, name in samples.items() if name == longest)
-            raise ValueError(
-                f"{path} and {other} seem to be of two samples. Give as --source the folder of one sample; of a download "
-                "whose names differ, bring the files of one sample into one folder."
-            )
 
 
 def check_full_resolution(output: SpaceRangerOutput, image: Path, size: tuple[int, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from datasets.tables.slide_table import load_slide
 from preprocess.prepare_visium import main
 from preprocess.raw.space_ranger import matrices
 from preprocess.raw.space_ranger.outs import read_outs
-from tests.space_ranger import Bins, write_hd_outs
+from tests.space_ranger import Bins, write_hd_outs, write_outs
 
 SYMBOLS = ["TP53", "ERBB2", "CD3E"]
 
@@ -88,6 +89,68 @@ def test_the_finest_bins_that_fit_are_read_and_all_give_the_same_counts(bins):
     assert len(inside) > 10 and (first != second).nnz == 0
     alone = read_outs(bins.folder / "binned_outputs" / "square_008um")
     assert alone.counts.barcodes == from_coarser.counts.barcodes
+
+
+def _flat(folder: Path, target: Path, prefix: str, *, packed: bool) -> Path:
+    """As in a GEO download: the files of one bin size in one folder, with the sample's name, compressed or not."""
+    target.mkdir(exist_ok=True)
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        name = f"{prefix}{path.name}{'.gz' if packed else ''}"
+        (target / name).write_bytes(gzip.compress(content) if packed else content)
+    return target
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bins_under_the_names_of_a_download_are_pooled(tmp_path, bins, packed):
+    home, flat = bins.folder / "binned_outputs", tmp_path / "geo"
+    plain = read_outs(home / "square_008um")
+    found = read_outs(_flat(home / "square_008um", flat, "GSM1_P_", packed=packed))
+    assert found.counts.barcodes == plain.counts.barcodes and (found.counts.matrix != plain.counts.matrix).nnz == 0
+    assert found.scale_factors == plain.scale_factors and found.hires_size == plain.hires_size
+    np.testing.assert_array_equal(found.positions.pixels, plain.positions.pixels)
+    _flat(home / "square_002um", flat, "GSM2_P_", packed=packed)
+    with pytest.raises(ValueError, match=r"Bins of 2 folders where those of one slide were expected.*GSM1_P_.*GSM2_P_"):
+        read_outs(flat)
+
+
+def test_bin_sizes_of_one_sample_in_one_folder(tmp_path, bins):
+    for size in ("002", "008"):
+        folder = bins.folder / "binned_outputs" / f"square_{size}um"
+        _flat(folder, tmp_path / "geo", f"GSM1_square_{size}um_", packed=size == "008")
+    assert "bins of 2 um" in read_outs(tmp_path / "geo").notes[0]
+    assert read_outs(tmp_path / "geo").counts.barcodes == read_outs(bins.folder).counts.barcodes
+
+
+def test_bins_are_known_by_their_names_too(tmp_path, bins):
+    folder = (bins.folder / "binned_outputs" / "square_008um").rename(tmp_path / "mine")
+    factors = folder / "spatial" / "scalefactors_json.json"
+    plain = read_outs(folder).counts.barcodes
+    factors.with_name("scalefactors_json.json.gz").write_bytes(gzip.compress(factors.read_bytes()))
+    factors.unlink()
+    assert read_outs(folder).counts.barcodes == plain
+    factors.with_name("scalefactors_json.json.gz").unlink()
+    with pytest.raises(ValueError, match=r"mine is of Visium HD, but no .*scalefactors_json\.json says"):
+        read_outs(folder)
+
+
+def test_bins_are_not_paired_with_counts_of_another_name(tmp_path, bins):
+    flat = _flat(bins.folder / "binned_outputs" / "square_008um", tmp_path / "geo", "GSM1_", packed=False)
+    (flat / "GSM1_filtered_feature_bc_matrix.h5").rename(flat / "GSM2_filtered_feature_bc_matrix.h5")
+    with pytest.raises(FileNotFoundError, match=r"GSM1_filtered.* does not exist.*its name begins as that of their"):
+        read_outs(flat)
+
+
+def test_two_slides_of_two_bin_sizes_are_two_slides(tmp_path, bins):
+    for name, size in (("A", "002"), ("B", "008")):
+        shutil.copytree(bins.folder / "binned_outputs" / f"square_{size}um", tmp_path / "RAW" / name)
+    with pytest.raises(ValueError, match="Bins of 2 folders where those of one slide were expected"):
+        read_outs(tmp_path / "RAW")
+    shutil.rmtree(tmp_path / "RAW" / "A")
+    assert read_outs(tmp_path / "RAW").counts.barcodes == read_outs(tmp_path / "RAW" / "B").counts.barcodes
+    write_outs(tmp_path / "RAW" / "outs", np.full((200, 200, 3), 90, dtype=np.uint8), SYMBOLS)
+    with pytest.raises(ValueError, match="seem to be of two samples"):
+        read_outs(tmp_path / "RAW")
 
 
 def test_what_cannot_be_pooled_is_refused(bins):
@@ -170,8 +233,6 @@ def test_a_damaged_matrix_of_bins_is_an_error(bins, name, change, message):
 
 
 def test_squares_are_for_visium_hd_only(tmp_path):
-    from tests.space_ranger import write_outs
-
     outs = write_outs(tmp_path / "visium" / "outs", np.full((200, 200, 3), 90, dtype=np.uint8), SYMBOLS)
     with pytest.raises(ValueError, match=r"--bin_um 56 is for Visium HD, and .* holds no bins"):
         read_outs(outs.folder, 56)

@@ -5,7 +5,6 @@ Once `utils.cli.run` has begun, that is its work.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from types import TracebackType
@@ -18,7 +17,8 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
     if not issubclass(kind, KeyboardInterrupt):
         _others(kind, error, trace)
         return
-    if multiprocessing.parent_process() is None:  # the others keep silent
+    parent_of = getattr(sys.modules.get("multiprocessing"), "parent_process", lambda: None)
+    if parent_of() is None:  # the others keep silent
         sys.stderr.write("\ninterrupted: nothing was begun; run the same command again.\n")
         sys.stderr.flush()
     os._exit(_INTERRUPTED)  # Python itself would end by the signal, and some libraries do not end well half imported
