@@ -9,6 +9,9 @@ python main.py --mode doctor --config_name her2st/dml
 
 from __future__ import annotations
 
+import utils.interrupts  # noqa: F401  first: the rest takes a while
+
+# isort: split
 import argparse
 import json
 import math
@@ -19,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import utils.interrupts  # noqa: F401  first: the rest takes a while
 from utils.cli import going_on_by, run, say
 from utils.config import LARGE, Config, config_label, load_config
 from utils.files import safe_name
