@@ -264,10 +264,13 @@ def _seems_counts(stored: h5py.Group | h5py.Dataset) -> bool:
 
 
 def _factors(file: h5py.File, slide: str | None) -> dict[str, float]:
-    """Space Ranger's scale factors, as scanpy keeps them for every library; none where it is not clear which are meant."""
+    """Space Ranger's scale factors, as scanpy keeps them for every library; none where it is not clear which are meant.
+
+    slide: its name where a column tells slides apart; then only the library of this name is its own.
+    """
     libraries = file.get("uns/spatial", {})
     names = list(libraries)
-    name = slide if slide in names else names[0] if len(names) == 1 else None
+    name = slide if slide in names else names[0] if slide is None and len(names) == 1 else None
     if name is None or f"{name}/scalefactors" not in libraries:
         return {}
     stored = libraries[name]["scalefactors"]

@@ -236,11 +236,21 @@ def test_several_slides_become_a_training_set_and_what_is_said_next_runs(tmp_pat
     assert len(run_said(left.said, tmp_path)) == 4 and list((tmp_path / "logs").rglob("best.pt"))
 
 
+def test_scale_factors_are_those_of_the_slide_of_their_name(tmp_path, several):
+    several.uns["spatial"] = {"S1": {"scalefactors": {"tissue_hires_scalef": 0.1, "microns_per_pixel": 1.6}}}
+    left = prepare(several, tmp_path, tmp_path / "images", "--slide_column", "slide")
+    assert left.status == 0, left.said
+    spec = get_spec("own", tmp_path / "data")
+    assert [spec.microns_of(name) for name in ("S0", "S1", "S2")] == [None, 1.6, None]
+
+
 def test_images_of_several_slides(tmp_path, several):
     flags = ["--slide_column", "slide"]
     each = [f"{name}={tmp_path}/images/{name}.png" for name in ("S0", "S1", "S2")]
     left = prepare(several, tmp_path, each[0], "--image", *each[1:], *flags)
     assert left.status == 0, left.said
+    left = prepare(several, tmp_path, each[0], "--image", each[1], each[1], *flags)
+    assert left.status == 2 and "--image names a slide twice" in left.said
     left = prepare(several, tmp_path, each[0], "--image", "S9=x.png", *flags)
     assert left.status == 2 and "missing are S1, S2, no slides of the file are S9" in left.said
     (tmp_path / "images" / "S1.png").unlink()
