@@ -9,7 +9,7 @@ python main.py --mode doctor --config_name her2st/dml
 
 from __future__ import annotations
 
-import utils.interrupts  # noqa: F401  first: the rest takes a while
+import utils._interrupts  # noqa: F401  first: the rest takes a while
 
 # isort: split
 import argparse

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import utils.interrupts  # noqa: F401, I001  first: the rest takes seconds
+import utils._interrupts  # noqa: F401, I001  first: the rest takes seconds
 
 import re
 from collections.abc import Sequence

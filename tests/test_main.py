@@ -243,5 +243,5 @@ def test_an_interrupt_while_libraries_are_imported(name, library, words, tmp_pat
 def test_a_program_is_ready_for_an_interrupt_before_it_imports_libraries(path):
     imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
-    before = names[: names.index("utils.interrupts")]
+    before = names[: names.index("utils._interrupts")]
     assert {name.partition(".")[0] for name in before} <= sys.stdlib_module_names

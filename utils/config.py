@@ -148,7 +148,7 @@ _OTHER_NAMES = {
 # Keys that earlier versions saved with a run, and the value with which it trained as every run does now.
 _REMOVED = {"TRAINING.compile": False, "LOSS.kmeans_init": "first"}
 _BOUND = 2**63  # of whole numbers
-_LARGEST = 10**6  # of what is no seed or number of a run; sizes in memory are products of such numbers
+_LARGEST = 10**6  # of MODEL and DATA; sizes in memory are products of such numbers
 _MOST_PROBLEMS = 10  # in a message
 _MAY_BE_ZERO = {
     "TRAINING.weight_decay",
@@ -358,7 +358,7 @@ def _check_value(key: str, value: object) -> None:
         raise ValueError(
             f"{key} should be {'zero or more' if _zero_is_valid(key) else 'more than zero'}, found {brief(value)}"
         )
-    if value > _LARGEST and not key.startswith("GENERAL."):
+    if value > _LARGEST and key.startswith(("MODEL.", "DATA.")):
         raise ValueError(f"{key} should be at most {_LARGEST:,}, found {brief(value)}")
     if key.endswith("dropout") and value >= 1:
         raise ValueError(f"{key} should be below 1, found {brief(value)}")
