@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections import Counter
@@ -182,11 +183,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path.stem), suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
+        # Its name is known before it is there, so that a signal in between leaves nothing behind.
+        temporary = path.with_name(f"{temporary_prefix(path.stem)}{secrets.token_hex(4)}{path.suffix}")
         try:
             with writing(path):  # before the temporary file goes, with which the room comes back
+                os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
                 write(temporary)
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())

@@ -66,6 +66,23 @@ def test_an_error_while_writing_that_is_no_failed_write_stays_what_it_is(tmp_pat
     assert os.listdir(tmp_path) == []
 
 
+def test_a_signal_just_after_the_temporary_file_was_made_leaves_nothing(tmp_path, monkeypatch):
+    opened = os.open
+
+    def open_and_interrupt(path, flags, *more, **named):
+        descriptor = opened(path, flags, *more, **named)
+        if flags & os.O_EXCL:
+            assert len(os.listdir(tmp_path)) == 1
+            os.close(descriptor)
+            raise KeyboardInterrupt
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(tmp_path / "a.txt", "text")
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_can_be_written_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path / "a" / "b" / "x.h5ad", Path("x.h5ad"), Path("a/x.h5ad")):
