@@ -75,7 +75,7 @@ def read_region(path: str | Path, image_size: tuple[int, int]) -> Region:
 
 def _read_areas(path: Path, image_size: tuple[int, int]) -> Areas:
     with reading(path, "areas of a slide (GeoJSON)", "Export it again: QuPath, File, Export objects as GeoJSON."):
-        found = list(_polygons_of(json.loads(path.read_text(encoding="utf-8")), str(path)))
+        found = list(_polygons_of(json.loads(path.read_text(encoding="utf-8-sig")), str(path)))
         wanted = [rings for rings, is_ignored in found if not is_ignored]
         if not wanted:
             raise ValueError(

@@ -35,6 +35,13 @@ def region(tmp_path, content: object, name: str = "region.geojson"):
     return read_region(path, SIZE)
 
 
+def test_a_byte_order_mark_before_the_areas_is_no_part_of_them(tmp_path):
+    content = {"type": "Polygon", "coordinates": [[[0, 0], [50, 0], [50, 50], [0, 50], [0, 0]]]}
+    (tmp_path / "region.geojson").write_text(json.dumps(content), encoding="utf-8-sig")
+    found = read_region(tmp_path / "region.geojson", SIZE)
+    assert found.contains(np.array([[25.0, 25.0], [75.0, 25.0]])).tolist() == [True, False]
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
