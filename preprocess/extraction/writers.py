@@ -6,6 +6,7 @@ import queue
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +38,14 @@ class CacheWriters:
         locks: ExitStack | None = None,
     ):
         self._queues: dict[str, queue.Queue] = {kind: queue.Queue(maxsize=_BLOCKS_AHEAD) for kind in paths}
+        self._work = {
+            kind: partial(write_cache, path, identities[kind], spot_ids, centers, self._blocks_of(self._queues[kind]))
+            for kind, path in paths.items()
+        }
         self._is_aborted = False
         self._locks = locked(paths.values()) if locks is None else locks
         self._pool = ThreadPoolExecutor(len(paths), thread_name_prefix="cache-writer")
-        self._written: dict[str, Future] = {
-            kind: self._pool.submit(
-                write_cache, path, identities[kind], spot_ids, centers, self._blocks_of(self._queues[kind])
-            )
-            for kind, path in paths.items()
-        }
+        self._written: dict[str, Future] = {}
 
     def put(self, spots: EncodedSpots) -> None:
         """Hand one batch to all writers; waits while a writer is behind, and raises what a writer has raised."""
@@ -76,6 +76,12 @@ class CacheWriters:
                 yield block
 
     def __enter__(self) -> CacheWriters:
+        try:
+            for kind, work in self._work.items():
+                self._written[kind] = self._pool.submit(work)
+        except BaseException:  # of a signal: those that have begun would wait for blocks for ever
+            self._abort()
+            raise
         return self
 
     def __exit__(self, kind_of_error, *_) -> None:

@@ -1,0 +1,37 @@
+"""Several caches written at once: a signal while their writers start ends those that have begun."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from preprocess.extraction.writers import CacheWriters
+from tests.caches import TOKENS_OF_UNI
+
+
+def test_a_signal_while_the_writers_start_leaves_no_file_and_no_thread_that_waits(tmp_path, monkeypatch):
+    paths = {kind: tmp_path / kind / "A1.h5" for kind in ("target", "neighbor")}
+    identities = {kind: replace(TOKENS_OF_UNI, kind=kind, dtype="float32") for kind in paths}
+    submit = ThreadPoolExecutor.submit
+
+    def submit_and_interrupt(pool, work):
+        submit(pool, work)
+        until = time.monotonic() + 60
+        while not any(path.name.endswith(".h5") for path in tmp_path.rglob(".A1*")):  # the first writer has begun
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit_and_interrupt)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        CacheWriters(paths, identities, ["a", "b"], np.zeros((2, 2))),
+    ):
+        pytest.fail("the block was entered")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cache-writer")]
