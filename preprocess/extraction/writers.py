@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -42,7 +43,7 @@ class CacheWriters:
             kind: partial(write_cache, path, identities[kind], spot_ids, centers, self._blocks_of(self._queues[kind]))
             for kind, path in paths.items()
         }
-        self._is_aborted = False
+        self._is_aborted, self._may_begin = False, threading.Event()
         self._locks = locked(paths.values()) if locks is None else locks
         self._pool = ThreadPoolExecutor(len(paths), thread_name_prefix="cache-writer")
         self._written: dict[str, Future] = {}
@@ -78,11 +79,18 @@ class CacheWriters:
     def __enter__(self) -> CacheWriters:
         try:
             for kind, work in self._work.items():
-                self._written[kind] = self._pool.submit(work)
+                self._written[kind] = self._pool.submit(self._begin, work)
+            self._may_begin.set()
         except BaseException:  # of a signal: those that have begun would wait for blocks for ever
             self._abort()
             raise
         return self
+
+    def _begin(self, work: Callable[[], object]) -> None:
+        """Write, once all writers are known: a pool does not wait for a thread whose start a signal has interrupted."""
+        self._may_begin.wait()
+        if not self._is_aborted:
+            work()
 
     def __exit__(self, kind_of_error, *_) -> None:
         if kind_of_error is not None:
@@ -106,6 +114,7 @@ class CacheWriters:
 
     def _abort(self) -> None:
         self._is_aborted = True  # no effect on a writer that is done
+        self._may_begin.set()
         with self._locks:
             self._pool.shutdown(wait=True)
 
