@@ -113,11 +113,15 @@ def find_file(files: Sequence[Path], pattern: str, what: str) -> Path:
     return found
 
 
+def without_twins(files: Sequence[Path]) -> list[Path]:
+    """Leave out what lies unpacked beside itself; a packed file whose content is another one stays."""
+    twins = {path: path.with_suffix("") for path in files if path.suffix == ".gz" and path.with_suffix("") in files}
+    return [path for path in files if path not in twins or not same_content(path, twins[path])]
+
+
 def find_optional(files: Sequence[Path], pattern: str, what: str) -> Path | None:
     """Find a file as `find_file` does; None if there is none. One and the same unpacked beside it are one."""
-    found = [path for path in files if re.fullmatch(pattern, path.name)]
-    twins = {path: path.with_suffix("") for path in found if path.suffix == ".gz" and path.with_suffix("") in found}
-    found = [path for path in found if path not in twins or not same_content(path, twins[path])]
+    found = without_twins([path for path in files if re.fullmatch(pattern, path.name)])
     if len(found) > 1:
         raise ValueError(
             f"{what}: {len(found)} files where one was expected: {some(found)}. Give as --source a folder with one of them."

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from datasets.tables.positions import SPACE_RANGER_COLUMNS, Positions
-from preprocess.raw.files import plain_image_size
+from preprocess.raw.files import plain_image_size, without_twins
 from preprocess.raw.space_ranger.matrices import read_pooled
 from preprocess.raw.space_ranger.output import SpaceRangerOutput, bin_size_of, read_scale_factors
 from preprocess.raw.space_ranger.samples import sample_of
@@ -63,9 +63,8 @@ def find_bins(files: Sequence[Path]) -> list[BinFolder]:
     Raises ValueError naming scale factors that are damaged, or positions of bins without them.
     """
     found = []
-    for positions in [path for path in files if re.fullmatch(rf"(.*_)?{re.escape(_TABLE)}(\.gz)?", path.name)]:
-        if positions.suffix == ".gz" and positions.with_suffix("") in files:
-            continue
+    tables = [path for path in files if re.fullmatch(rf"(.*_)?{re.escape(_TABLE)}(\.gz)?", path.name)]
+    for positions in without_twins(tables):
         is_inner = re.fullmatch(r"(.*_)?spatial", positions.parent.name) is not None
         folder = positions.parent.parent if is_inner else positions.parent
         path = _of_same_name(positions, positions.parent, "scalefactors_json.json")
