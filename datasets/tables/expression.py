@@ -91,7 +91,9 @@ def highest_mean_panel(slides: Iterable[AnnData], num_genes: int, measure: str =
     slides, measure: as for `genes_by_mean`; that they have as many genes is seen before (`genes_in_common`).
     returns: `num_genes` names in alphabetical order, the order of the panel.
     """
-    return panel_of_sums((gene_sums(slide, measure) for slide in slides), num_genes)
+    panel = panel_of_sums((gene_sums(slide, measure) for slide in slides), num_genes)
+    assert len(panel) == num_genes, "genes_in_common has told the user"
+    return panel
 
 
 def genes_by_mean(slides: Iterable[AnnData], measure: str = "log") -> list[str]:
@@ -105,10 +107,8 @@ def genes_by_mean(slides: Iterable[AnnData], measure: str = "log") -> list[str]:
 
 
 def panel_of_sums(sums: Iterable[pd.Series], num_genes: int) -> list[str]:
-    """Choose the panel of `highest_mean_panel` from the `gene_sums` of the slides."""
-    ranked = _ranked(sums)
-    assert 1 <= num_genes <= len(ranked), "genes_in_common has told the user"
-    return sorted(ranked[:num_genes])
+    """Choose the panel of `highest_mean_panel` from the `gene_sums` of the slides: fewer where these share fewer."""
+    return sorted(_ranked(sums)[:num_genes])
 
 
 def gene_sums(slide: AnnData, measure: str = "log") -> pd.Series:

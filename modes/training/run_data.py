@@ -192,8 +192,9 @@ def choose_panel(config: Config, layout: Layout, outer: Sequence[SlideRecord]) -
     patients (clean), whose slides are `outer`. ValueError as `genes_in_common` where these have too few."""
     panel = fixed_panel(config, layout)
     if panel is None:
-        genes_in_common(_measured(outer), config.DATA.num_genes, flag=OF_CONFIGURATION)
         panel = panel_of_sums((record.counts.log_sums for record in outer), config.DATA.num_genes)
+        if len(panel) < config.DATA.num_genes:
+            genes_in_common(_measured(outer), config.DATA.num_genes, flag=OF_CONFIGURATION)
     return panel
 
 

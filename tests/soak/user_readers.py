@@ -195,7 +195,7 @@ def slides_by_h5py(path: Path) -> object:
         (patient,) = {patients[i] for i in rows}
         rows = [i for i in rows if tissue[i] == 1]
         names = [barcodes[i] for i in rows]
-        known = factors.get(slide, next(iter(factors.values())) if len(factors) == 1 else {})
+        known = factors.get(slide, {})
         found[slide] = {
             "patient": patient,
             "names": [names, names, ids, symbols],
