@@ -22,6 +22,9 @@ from tests.space_ranger import write_outs
 Say = Callable[[str], object]
 WRONG_USE, NAMES = 2, ("preparation", "sections", "extraction", "training", "prediction")
 _GENES = ["TP53", "ERBB2", "CD3E", "KRT5"]
+# The programs, and what they import when they come to it; it takes four times as long as what they then do.
+_PROGRAMS = ("main", "preprocess.extract_features_uni", "preprocess.prepare_visium", "modes.train", "modes.predict")
+_LATE = ("evaluation.report.explorer_page", "timm", "torch._dynamo", "torch.utils.tensorboard")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Program:
 
 def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
     """Preparation, extraction, training and prediction of a tiny set; the data of the training are made by the extraction."""
+    for module in (*_PROGRAMS, *_LATE):  # now, and not in every process that is forked
+        importlib.import_module(module)
     is_trained = bool({"extraction", "training", "prediction"} & set(names))
     if is_trained:
         simulate(folder / "raw", patients="ABC", slides_per_patient=1, grid=(5, 4), num_genes=24, external=False)
@@ -55,7 +60,7 @@ def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
     if {"training", "prediction"} & set(names):
         shutil.copytree(folder / "raw", folder / "data")
         _must(extraction.with_flags("--views", "1", "--data_dir", str(folder / "data")), folder)
-    training = Job("main", ("--mode", "train", "--config_name", str(config), "--fold", "0", *device[:2]))
+    training = Job("main", ("--mode", "train", "--config_name", str(config), "--folds", "0,1", *device[:2]))
     paths = ("--data_dir", str(folder / "data"), "--log_path", str(folder / "logs"), "--run_name", "run")
     train = training.with_flags(*paths, "--checkpoint_seconds", "0", "--no_report")
     picture = np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8)
@@ -77,8 +82,6 @@ def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
     (folder / "samples.csv").write_text("\n".join(rows) + "\n")
     several = Job("preprocess.prepare_visium", ("--samples", str(folder / "samples.csv"), "--name", "own"))
     several = several.with_flags("--data_dir", str(folder / "sections"))
-    for job in (extract, train, prepare):  # now, and not in every process that is forked
-        importlib.import_module(job.program)
     found = [
         Program("preparation", prepare, prepare, folder / "prepared", None),
         Program("sections", several, several, folder / "sections", None),
