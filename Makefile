@@ -36,7 +36,7 @@ demo: setup
 
 # One process a core, one thread each: threads of small tensors only wait for each other.
 test: setup-dev
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Damaged files, kills, full disks, two processes at once; an hour. SEED=1 tries others.
 SEED := 0

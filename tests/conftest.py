@@ -12,6 +12,20 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG = (  # a minute of a processor and more
+    "test_train.py",
+    "test_benchmarks.py",
+    "test_soak.py",
+    "test_doctor_parity.py",
+    "test_from_raw.py",
+    "test_accuracy_table.py",
+    "test_external_test.py",
+    "test_parallel.py",
+    "test_first_run.py",
+    "test_predict.py",
+    "test_cuda_path.py",
+    "test_readme.py",
+)
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +81,8 @@ def _few_threads():
 
 
 def pytest_collection_modifyitems(items):
+    """Long files first, so that at the end no process works on one while the others wait; GPU tests need a GPU."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")

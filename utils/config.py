@@ -122,6 +122,7 @@ class Config:
 
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
+_TYPES = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
 KEYS = tuple(f"{name}.{f.name}" for name, section in SECTIONS.items() for f in dataclasses.fields(section))
 # --model_size large: UNI2-h features with the sizes of HER2ST, whatever the data set.
 LARGE = (
@@ -320,7 +321,7 @@ def _nearest(key: str, known: Collection[str]) -> str:
 def _typed(key: str, value: object) -> object:
     """`value` in the type that the dataclass declares, or ValueError saying what was expected and found."""
     section, name = key.split(".", 1)
-    declared = typing.get_type_hints(SECTIONS[section])[name]
+    declared = _TYPES[section][name]
     allowed = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
     if value is None and type(None) in allowed:
         return None

@@ -52,6 +52,9 @@ class CacheIdentity:
     covered_px: int | None = None
 
 
+_KINDS = get_type_hints(CacheIdentity)
+
+
 def attributes_of(identity: CacheIdentity) -> dict[str, object]:
     """Return the attributes with which a cache is stored."""
     values = {name: _to_attribute(value) for name, value in dataclasses.asdict(identity).items()}
@@ -69,9 +72,8 @@ def identity_of(attributes: Mapping[str, object]) -> CacheIdentity:
     found = attributes.get("schema_version")
     if found != SCHEMA_VERSION:
         raise ValueError(f"it has the schema version {found}, this program reads version {SCHEMA_VERSION}")
-    kinds = get_type_hints(CacheIdentity)
     found_or_none = {**dict.fromkeys(_MAY_BE_UNKNOWN[1:], math.nan), **attributes}
-    values = {name: _from_attribute(name, found_or_none[name], kind) for name, kind in kinds.items()}
+    values = {name: _from_attribute(name, found_or_none[name], kind) for name, kind in _KINDS.items()}
     if values["kind"] not in DATASET_OF_KIND:
         raise ValueError(f"it is of the unknown kind {brief(values['kind'])}")
     return CacheIdentity(**values)

@@ -19,7 +19,7 @@ from datasets.tables.positions import read_positions
 from datasets.tables.spot_table import read_spots
 from preprocess.prepare_stnet import read_pixel_table
 from preprocess.raw.gene_map import read_gene_map, without_version
-from preprocess.raw.hest import read_metadata
+from preprocess.raw.hest import check_metadata, read_metadata
 from preprocess.raw.training_panel import training_panel
 from tests.soak.fuzz import Reader
 from utils.config import Config, read_config, save_config
@@ -178,7 +178,8 @@ def pixels_by_csv(path: Path) -> object:
 
 
 _MAP_TEXT = "Gene stable ID,Gene name\n" + "".join(f"{i},{gene}\n" for i, gene in zip(IDS, GENES))
-_METADATA_TEXT = "id,dataset_title,patient,species,pixel_size_um_estimated\n" + "".join(
+_METADATA = ("id", "dataset_title", "patient", "species", "pixel_size_um_estimated")
+_METADATA_TEXT = ",".join(_METADATA) + "\n" + "".join(
     f'S{i},"A study, of tumours",Patient {i % 2},Homo sapiens,0.{i + 1}\n' for i in range(6)
 )
 
@@ -196,13 +197,15 @@ def gene_map_by_csv(path: Path) -> object:
 
 def metadata_of(path: Path) -> object:
     table = read_metadata(path)
-    return {"id": table.index.tolist(), **{name: table[name].tolist() for name in table}}
+    check_metadata(table, table.index.unique(), path)
+    return {"id": table.index.tolist(), **{name: table[name].tolist() for name in _METADATA[1:] if name in table}}
 
 
 def metadata_by_csv(path: Path) -> object:
     table = by_name(path, ",")
-    keep = [i for i, name in enumerate(table["id"]) if name not in table["id"][:i]]
-    return {name: [column[i] for i in keep] for name, column in table.items()}
+    names = [name for name in _METADATA if name in table]
+    rows = list(dict.fromkeys(zip(*(table[name] for name in names))))  # of those that say the same, one
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
 _SPEC_TEXT = yaml.safe_dump(
