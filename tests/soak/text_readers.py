@@ -179,8 +179,10 @@ def pixels_by_csv(path: Path) -> object:
 
 _MAP_TEXT = "Gene stable ID,Gene name\n" + "".join(f"{i},{gene}\n" for i, gene in zip(IDS, GENES))
 _METADATA = ("id", "dataset_title", "patient", "species", "pixel_size_um_estimated")
-_METADATA_TEXT = ",".join(_METADATA) + "\n" + "".join(
-    f'S{i},"A study, of tumours",Patient {i % 2},Homo sapiens,0.{i + 1}\n' for i in range(6)
+_METADATA_TEXT = (
+    ",".join(_METADATA)
+    + "\n"
+    + "".join(f'S{i},"A study, of tumours",Patient {i % 2},Homo sapiens,0.{i + 1}\n' for i in range(6))
 )
 
 
