@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-LONG = (  # a minute of a processor and more
+LONG = (  # most of a minute of a processor, or more
     "test_train.py",
     "test_benchmarks.py",
     "test_soak.py",

@@ -20,6 +20,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import main
+import modes.train
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from modes.train import train
@@ -136,22 +137,37 @@ def test_a_continued_training_equals_an_undisturbed_one(config):
     assert all(torch.equal(a, b) for a, b in zip(weights(whole, 1).values(), weights(cut, 1).values()))
 
 
-def test_another_process_whose_strings_have_other_hashes_makes_the_same_run(config, tmp_path):
+def test_a_process_whose_strings_have_other_hashes_ends_an_interrupted_run_like_an_undisturbed_one(
+    config, tmp_path, monkeypatch
+):
     words = (
         *("--mode", "train", "--config_name", str(tmp_path / "tiny.yaml"), "--data_dir", config.DATA.data_dir),
-        *("--log_path", config.GENERAL.log_path, "--device", "cpu", "--no_report", "--fold", "1", "--epochs", "2"),
+        *("--log_path", config.GENERAL.log_path, "--device", "cpu", "--no_report", "--fold", "1", "--epochs", "3"),
+        *("--checkpoint_seconds", "0"),
     )
     torch.set_num_threads(1)
-    here = call_main(*words, "--run_name", "here")
-    assert here.status == 0, here.said
+    left = call_main(*words, "--run_name", "whole")
+    assert left.status == 0, left.said
+    whole, other = (Path(config.GENERAL.log_path) / "tiny" / name for name in ("whole", "other"))
+    calls, train_one_epoch = [], modes.train.train_one_epoch
+
+    def interrupted(*given, **named):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_one_epoch(*given, **named)
+
+    monkeypatch.setattr(modes.train, "train_one_epoch", interrupted)
+    assert call_main(*words, "--run_name", "other").status == 130
+    assert len(log(other, 1).splitlines()) == 2 and not (other / "fold_1" / "result.json").exists()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "3"}
-    there = subprocess.run([sys.executable, "main.py", *words, "--run_name", "there"], cwd=ROOT, env=environment)
-    assert there.returncode == 0
-    one, two = (Path(config.GENERAL.log_path) / "tiny" / name for name in ("here", "there"))
-    assert log(one, 1) == log(two, 1)
-    assert all(torch.equal(a, b) for a, b in zip(weights(one, 1).values(), weights(two, 1).values()))
-    first, second = (pd.read_csv(run / "fold_1" / "per_gene.csv") for run in (one, two))
+    command = [sys.executable, "main.py", *words, "--run_name", "other", "--resume"]
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+    assert log(whole, 1) == log(other, 1)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole, 1).values(), weights(other, 1).values()))
+    first, second = (pd.read_csv(run / "fold_1" / "per_gene.csv") for run in (whole, other))
     pd.testing.assert_frame_equal(first, second)
+    assert not list(other.rglob(".*.pt")), "no temporary file is left in the end"
 
 
 def test_in_the_clean_protocol_the_test_patient_changes_nothing(config, fabricated_data, tmp_path):

@@ -22,7 +22,7 @@ from tests.space_ranger import write_outs
 Say = Callable[[str], object]
 WRONG_USE, NAMES = 2, ("preparation", "sections", "extraction", "training", "prediction")
 _GENES = ["TP53", "ERBB2", "CD3E", "KRT5"]
-# The programs, and what they import when they come to it; it takes four times as long as what they then do.
+# The programs, and what they import when they come to it: two to five times the time of what they then do.
 _PROGRAMS = ("main", "preprocess.extract_features_uni", "preprocess.prepare_visium", "modes.train", "modes.predict")
 _LATE = ("evaluation.report.explorer_page", "timm", "torch._dynamo", "torch.utils.tensorboard")
 
