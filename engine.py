@@ -6,6 +6,9 @@ and data.
 
 from __future__ import annotations
 
+import utils  # noqa: F401  first: whoever runs this file need not wait for PyTorch to be told what the programs are
+
+# isort: split
 import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import TypeVar

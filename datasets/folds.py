@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from sklearn.model_selection import KFold
 
 LEAVE_ONE_PATIENT_OUT, KFOLD = "leave_one_patient_out", "kfold"
 SCHEMES = (LEAVE_ONE_PATIENT_OUT, KFOLD)
@@ -67,6 +66,8 @@ def _kfold_tests(patients: list[str], num_folds: int | None, seed: int | None) -
         raise ValueError(f"The scheme {KFOLD!r} needs num_folds and fold_seed; found {num_folds} and {seed}.")
     if not 2 <= num_folds <= len(patients):
         raise ValueError(f"num_folds is {num_folds}; with {len(patients)} patients it must be 2 to {len(patients)}.")
+    from sklearn.model_selection import KFold  # takes seconds, and few sets are split so
+
     splitter = KFold(n_splits=num_folds, shuffle=True, random_state=seed)
     return [tuple(patients[i] for i in test) for _, test in splitter.split(patients)]
 
