@@ -206,10 +206,10 @@ def test_a_part_of_the_programs_that_is_run_says_what_the_programs_are(words):
     assert all(path.name in done.stderr for path in (ROOT / "preprocess").glob("[!_]*.py"))
 
 
-def test_programs_are_run_as_modules_too():
-    for name in ("main", "preprocess.select_spots"):
-        done = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, ""), name
+def test_a_program_is_run_as_a_module_too():
+    """One of preprocess/ is so in test_simulate_demo.py."""
+    done = subprocess.run([sys.executable, "-m", "main", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into the process by /proc")
@@ -241,7 +241,10 @@ def test_an_interrupt_while_libraries_are_imported(name, library, words, tmp_pat
     "path", [ROOT / "main.py", *sorted((ROOT / "preprocess").glob("[!_]*.py"))], ids=lambda path: path.stem
 )
 def test_a_program_is_ready_for_an_interrupt_before_it_imports_libraries(path):
-    imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    """And leaves by the door of all of them, `run`."""
+    text = path.read_text()
+    assert text.endswith('\n\nif __name__ == "__main__":\n    run(main)\n')
+    imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports]
     before = names[: names.index("utils._interrupts")]
     assert {name.partition(".")[0] for name in before} <= sys.stdlib_module_names

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -34,9 +32,9 @@ from preprocess.extraction.pixels import choose_slides
 from preprocess.extraction.plan import ExtractionSettings
 from preprocess.extraction.writers import CacheWriters, locked
 from tests.caches import edited
+from tests.command_line import call_extract
 from tests.team import run_team
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64
 
 
@@ -382,13 +380,10 @@ def test_an_encoder_that_cannot_be_had(data_dir):
 
 
 def test_the_command_as_the_readme_has_it(data_dir):
-    """From the root, as a program, with the default device; status 2 and one message for wrong use."""
-    command = [sys.executable, "preprocess/extract_features_uni.py", "--config", "demo/dml", "--mode", "internal"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    command += ["--data_dir", str(data_dir), "--extract_mode", "target", "--slides", "A1,Q7"]
-    wrong = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "error: --slides Q7: no counts" in wrong.stderr
+    """With the default device; status 2 and one message for wrong use."""
+    words = ["--config", "demo/dml", "--mode", "internal", "--data_dir", data_dir, "--extract_mode", "target"]
+    wrong = call_extract(*words, "--slides", "A1,Q7")
+    assert wrong.status == 2 and "error: --slides Q7: no counts" in wrong.said
     assert _caches(data_dir) == []
 
 

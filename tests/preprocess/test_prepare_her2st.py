@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +15,11 @@ from datasets.layout import Layout
 from datasets.tables.counts import read_counts
 from datasets.tables.expression import highest_mean_panel
 from datasets.tables.slide_table import load_slide
-from preprocess.prepare_her2st import prepare_her2st
+from preprocess.prepare_her2st import main, prepare_her2st
 from preprocess.raw.prepare import Options
+from tests.command_line import call
 from utils.files import load_names
 
-ROOT = Path(__file__).resolve().parents[2]
 HER2ST = SPECS["her2st"]
 GENES = ["ACTB", "B2M", "GAPDH", "KRT19", "MT-CO1", "ZYX"]
 SMALL = Options(num_genes=3)
@@ -64,9 +62,8 @@ def raw(tmp_path) -> Path:
 
 
 def test_command_writes_the_documented_layout_and_reports(raw, tmp_path):
-    command = [sys.executable, "preprocess/prepare_her2st.py", "--source", raw, "--data_dir", tmp_path / "data"]
-    done = subprocess.run([*command, "--num_genes", "3"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    left = call(main, "--source", raw, "--data_dir", tmp_path / "data", "--num_genes", 3)
+    assert left.status == 0, left.said
     layout = Layout(tmp_path / "data", HER2ST)
     assert layout.slides_on_disk() == ["A1", "A2", "B1"]
     slide = load_slide(layout, "A1", load_names(layout.panel_path))
@@ -83,7 +80,7 @@ def test_command_writes_the_documented_layout_and_reports(raw, tmp_path):
         "A1: without counts: 9x9",
         "4 slides of 3 patients, 48 spots; 3 slides have an image.",
     ):
-        assert sentence in done.stdout
+        assert sentence in left.said
 
 
 def test_counts_and_pixels_are_those_of_the_download(raw, tmp_path):

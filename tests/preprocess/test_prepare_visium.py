@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from preprocess.prepare_visium import main
 from preprocess.raw.space_ranger.outs import read_outs
 from preprocess.raw.training_panel import training_panel
 from tests.checkpoints import fabricated_fold
+from tests.command_line import call
 from tests.space_ranger import Outs, write_outs
 from utils.checkpoint import save_checkpoint
 from utils.config import load_config
@@ -27,7 +27,6 @@ from utils.files import load_names
 
 SYMBOLS = ["GAPDH", "TP53", "ERBB2", "TBCE", "KRT5", "TBCE", "CD3E", "SILENT"]  # TBCE twice, as in 10x references
 PANEL = ["CD3E", "ERBB2", "NOT_THERE", "SILENT", "TBCE", "TP53"]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -296,10 +295,9 @@ def test_geo_names_are_found(tmp_path, picture):
 
 
 def test_command_line_ends_with_status_2_and_one_message(tmp_path):
-    command = [sys.executable, str(ROOT / "preprocess" / "prepare_visium.py"), "--source", str(tmp_path / "none")]
-    command += ["--image", "x.tif", "--name", "v", "--panel", str(tmp_path / "none.npy")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+    flags = ["--source", tmp_path / "none", "--image", "x.tif", "--name", "v", "--panel", tmp_path / "none.npy"]
+    left = call(main, *flags)
+    assert left.status == 2 and "Traceback" not in left.said and left.said.startswith("error: ")
 
 
 def test_a_section_that_is_refused_does_not_bind_the_next_command(tmp_path, picture, panel_file):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from datasets.features.published import read_published
 from datasets.features.sealed import is_finite, read_seal
 from datasets.features.verify import verify_cache
 from tests.caches import as_earlier, edited
+from tests.ended import ended
 from utils.files import UnwritableFile
 
 SPOTS, DIM = 12, 6
@@ -283,31 +282,24 @@ def test_published_features_must_be_finite(tmp_path):
             read_published(path, SPOTS)
 
 
-FILL_A_DISK = """
-import sys
-import numpy as np
-from datasets.features.cache import write_cache
-from tests.reliability.test_caches import IDENTITY
-import dataclasses
-count = 4000
-identity = dataclasses.replace(IDENTITY, kind=sys.argv[2], dtype="float32")
-shape = {"target": (128,), "token": (2, 4, 128)}[sys.argv[2]]
-ids = [f"{row}x1" for row in range(count)]
-blocks = (np.ones((100, *shape), np.float32) for _ in range(count // 100))
-try:
-    write_cache(sys.argv[1], identity, ids, np.zeros((count, 2), int), blocks)
-except OSError as error:
-    sys.exit(str(error))
-"""
-
-
 @pytest.mark.parametrize("kind", ["target", "token"])
-def test_a_full_disk_is_an_error_and_no_crash_at_exit(kind, small_disk):
-    path = small_disk / "features" / "A1.h5"
-    command = [sys.executable, "-c", FILL_A_DISK, str(path), kind]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1, done
-    assert done.stderr.startswith(f"{path} cannot be written: there is no space left (") and "HDF5" not in done.stderr
+def test_a_full_disk_is_an_error_and_no_crash_at_exit(kind, small_disk, tmp_path):
+    path, count = small_disk / "features" / "A1.h5", 4000
+    identity = dataclasses.replace(IDENTITY, kind=kind, dtype="float32")
+    shape = {"target": (128,), "token": (2, 4, 128)}[kind]
+    blocks = (np.ones((100, *shape), np.float32) for _ in range(count // 100))
+
+    def fill() -> int:
+        try:
+            write_cache(path, identity, [f"{row}x1" for row in range(count)], np.zeros((count, 2), int), blocks)
+        except OSError as error:
+            os.write(2, str(error).encode())
+            return 1
+        return 0
+
+    status, said = ended(fill, tmp_path / "log")
+    assert status == 1, said
+    assert said.startswith(f"{path} cannot be written: there is no space left (") and "HDF5" not in said
     assert list(path.parent.iterdir()) == []
     assert UnwritableFile.__mro__[1] is OSError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import anndata
@@ -14,10 +13,10 @@ import pytest
 import torch
 
 from tests.command_line import Left, call_main
+from tests.ended import ended
 from utils.files import UnwritableFile, check_writable, write_atomically, write_text
 from utils.locks import temporary_prefix
 
-ROOT = Path(__file__).resolve().parents[2]
 MEBIBYTE = 1 << 20
 
 
@@ -185,21 +184,18 @@ def test_a_file_that_is_there_is_replaced_only_on_request(tiny_run, tmp_path):
     assert left.status == 0 and anndata.read_h5ad(out).n_vars == 24, left.said
 
 
-def test_a_full_disk_in_a_prediction_and_in_a_training(tiny_run, small_disk):
-    """In processes of their own: HDF5 once crashed when they ended."""
-    image = tiny_run.data_dir / "test" / "demo_external" / "ST-imgs/X/X1/X1.jpg"
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(MEBIBYTE - 200_000))
-    model, data, logs = tiny_run.path, tiny_run.data_dir, small_disk / "logs"
-    commands = {
-        "predict": ["--image", image, "--model_path", model, "--out", small_disk / "x.h5ad", "--pitch_px", 256],
-        "train": ["--config_name", tiny_run.config_name, "--data_dir", data, "--log_path", logs],
-    }
-    for mode, flags in commands.items():
-        command = [sys.executable, "main.py", "--mode", mode, *map(str, flags), "--fold", "0", "--device", "cpu"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 2, done
-        assert "cannot be written: there is no space left (" in done.stderr and "Traceback" not in done.stderr
+def test_a_full_disk_in_a_prediction_and_in_a_training(tiny_run, small_disk, tmp_path):
+    """The prediction in a process that ends: HDF5 once crashed when it did."""
+    (small_disk / "filler").write_bytes(bytes(MEBIBYTE - 200_000))
+
+    def predict_and_end() -> int:
+        left = predict(tiny_run, small_disk / "x.h5ad", "--pitch_px", 256)
+        os.write(2, left.said.encode())
+        return left.status
+
+    predicted = Left(*ended(predict_and_end, tmp_path / "log"))
+    refused(predicted, "cannot be written: there is no space left (")
+    refused(train(tiny_run, small_disk / "logs"), "cannot be written: there is no space left (")
 
 
 def test_a_read_only_disk_is_found_before_anything_is_computed(tiny_run, small_disk):
