@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import main
 from datasets.batches import whole_batch
 from datasets.shares import share_of
 from modes.prediction.slide import tokens_of
@@ -31,10 +33,10 @@ from modes.training.split import Split, prepare_split
 from tests.fabricated_run import TINY, options, with_
 from tests.team import run_team
 from utils.checkpoint import load_checkpoint
+from utils.cli import run as run_program
 from utils.config import Config, load_config
 from utils.parallel.team import ALONE, Team, opened_team
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 NO_DROPOUT = [f"MODEL.{part}_dropout=0" for part in ("neighbor", "global", "fusion", "gene", "gene_mlp", "predictor")]
 
@@ -45,8 +47,16 @@ def config(fabricated_data, tmp_path_factory) -> Config:
     (folder / "tiny.yaml").write_text(TINY)
     return load_config(
         folder / "tiny.yaml",
-        [f"DATA.data_dir={fabricated_data}", f"GENERAL.log_path={folder / 'logs'}", *NO_DROPOUT, "TRAINING.epochs=3"],
+        [f"DATA.data_dir={fabricated_data}", f"GENERAL.log_path={folder / 'logs'}", *NO_DROPOUT, "TRAINING.epochs=2"],
     )
+
+
+@pytest.fixture(scope="module")
+def small(config, tmp_path_factory) -> Config:
+    """With one slide of each of three patients: two steps an epoch."""
+    folder = tmp_path_factory.mktemp("small") / "data"
+    shutil.copytree(config.DATA.data_dir, folder, ignore=shutil.ignore_patterns("?2*", "D*"))
+    return with_(config, DATA={"data_dir": str(folder)}, TRAINING={"batch_size": 16})
 
 
 def open_fold(config: Config) -> tuple[RunData, Split]:
@@ -192,19 +202,19 @@ def weights(run: Path, fold: int) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def serial(config) -> Path:
-    return train(config, options(folds=[0, 1], run_name="serial"))
+def serial(small) -> Path:
+    return train(small, options(folds=[0, 1], run_name="serial"))
 
 
-def test_processes_that_share_folds_make_the_run_of_one(config, serial, tmp_path):
+def test_processes_that_share_folds_make_the_run_of_one(small, serial, tmp_path):
     """They know nothing of each other; one is killed, and the rest is made by the same command again."""
     run_options = options(folds=[0, 1], run_name="shared", shares_folds=True)
-    killed, left = run_team(2, train_in_team(config, run_options, kill_at=(0, 7)), tmp_path, with_torchrun=False)
+    killed, left = run_team(2, train_in_team(small, run_options, kill_at=(0, 3)), tmp_path, with_torchrun=False)
     assert (killed.status, left.status) == (-signal.SIGKILL, 0), left.output
     run = serial.with_name("shared")
     # Whoever is left has taken the other fold over, too, if that was free before it ended.
     assert ("Still in work: Fold" in left.output) != (run / "summary.json").exists()
-    first, second = run_team(2, train_in_team(config, run_options), tmp_path, with_torchrun=False)
+    first, second = run_team(2, train_in_team(small, run_options), tmp_path, with_torchrun=False)
     assert (first.status, second.status) == (0, 0), first.output + second.output
     for fold in (0, 1):
         assert metrics(run, fold) == metrics(serial, fold)
@@ -213,50 +223,58 @@ def test_processes_that_share_folds_make_the_run_of_one(config, serial, tmp_path
     assert not list(run.rglob("*.lock")) and len(json.loads((run / "versions.json").read_text())) >= 2
 
 
-def test_processes_that_share_batches_make_the_run_of_one(config, serial, tmp_path):
-    """Weights and scores after three epochs, undisturbed, and when one was killed in the middle and all were started again."""
+def test_processes_that_share_batches_make_the_run_of_one(small, serial, tmp_path):
+    """Weights and scores after two epochs, undisturbed, and when one was killed in the middle and all were started again."""
     run_options = options(folds=[0], run_name="data")
     run = serial.with_name("data")
-    ended = run_team(2, train_in_team(config, run_options), tmp_path)
+    ended = run_team(2, train_in_team(small, run_options), tmp_path)
     assert [one.status for one in ended] == [0, 0], ended[0].output + ended[1].output
     for name, value in weights(serial, 0).items():
         torch.testing.assert_close(weights(run, 0)[name], value, rtol=1e-5, atol=1e-5)
     assert summary(run)["folds"][0]["pcc_all"] == pytest.approx(summary(serial)["folds"][0]["pcc_all"], abs=1e-4)
 
     killed = replace(run_options, run_name="killed", resume=True)
-    writer, other = run_team(2, train_in_team(config, killed, kill_at=(0, 7)), tmp_path)
+    writer, other = run_team(2, train_in_team(small, killed, kill_at=(0, 3)), tmp_path)
     assert (writer.status, other.status) == (-signal.SIGKILL, 1)
     assert "another process of this training has ended" in other.output
-    ended = run_team(2, train_in_team(config, killed), tmp_path)
+    ended = run_team(2, train_in_team(small, killed), tmp_path)
     assert [one.status for one in ended] == [0, 0], ended[0].output + ended[1].output
     assert "goes on after epoch 1" in ended[0].output and ended[1].output.count("epoch") == 0
     assert metrics(run, 0) == metrics(run.with_name("killed"), 0)
     assert summary(run) == summary(run.with_name("killed"))
 
 
-def test_a_signal_to_torchrun_ends_all_processes_in_order(config, tmp_path):
-    """SIGUSR1 in the middle of an epoch: the epochs before are saved, nothing is left half written or locked, one speaks."""
+def test_a_signal_to_torchrun_ends_all_processes_in_order(small, tmp_path):
+    """SIGUSR1 in the middle of an epoch: the epochs before are saved, nothing is left half written or locked, one speaks.
+
+    Its processes are forked, and need not import everything again.
+    """
     (tmp_path / "tiny.yaml").write_text(TINY)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "--signals-to-handle", "SIGTERM,SIGUSR1", "main.py", "--config_name", str(tmp_path / "tiny.yaml"), "--mode", "train",
-        "--parallel", "data", "--device", "cpu", "--epochs", "5000", "--fixed_epochs", "5000", "--checkpoint_seconds", "0",
-        "--data_dir", config.DATA.data_dir, "--log_path", str(tmp_path), "--run_name", "run", "--fold", "0",
+    run = tmp_path / "tiny" / "run"
+    words = [
+        "--config_name", str(tmp_path / "tiny.yaml"), "--mode", "train", "--parallel", "data", "--device", "cpu",
+        "--epochs", "5000", "--fixed_epochs", "5000", "--checkpoint_seconds", "0", "--data_dir", small.DATA.data_dir,
+        "--log_path", str(tmp_path), "--run_name", "run", "--fold", "0",
     ]  # fmt: skip
-    run, log = tmp_path / "tiny" / "run", tmp_path / "log"
-    with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
-        try:
-            deadline = time.monotonic() + 300
-            while not (run / "fold_0" / "last.pt").exists():
-                assert time.monotonic() < deadline and process.poll() is None, log.read_text()
-                time.sleep(0.02)
-            process.send_signal(signal.SIGUSR1)
-            assert process.wait(timeout=180) != 0
-        finally:
-            process.terminate()  # and with it whatever it has started
+    torchrun = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="one",
+        start_method="fork", signals_to_handle="SIGTERM,SIGUSR1",
+    )  # fmt: skip
+
+    def work(_rank: int) -> None:
+        Thread(target=send, daemon=True).start()
+        elastic_launch(torchrun, lambda: run_program(lambda: main.main(words)))()
+
+    def send() -> None:
+        while not (run / "fold_0" / "last.pt").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    (ended,) = run_team(1, work, tmp_path, with_torchrun=False)
+    assert ended.status != 0 and "SignalException" in ended.output, ended.output
     last = load_checkpoint(run / "fold_0" / "last.pt")
     assert last.epoch >= 1 and len(metrics(run, 0).splitlines()) >= last.epoch
-    said = log.read_text()
+    said = ended.output
     assert said.count("Run folder:") == 1 and said.count("goes on after epoch") == 1
     assert "interrupted: finished work is kept; repeat it with --resume." in said
     assert list(run.rglob(".*")) == []
