@@ -44,6 +44,7 @@ def main() -> None:
     arguments.add_argument("--files", type=int, default=25000, help="damaged files in all")
     arguments.add_argument("--kills", type=int, default=20, help="chains of kills at random moments, for each program")
     arguments.add_argument("--events", type=int, default=0, help="file events at which each program is killed (0: all)")
+    arguments.add_argument("--in_a_row", action="store_true", help="instead two kills of each program, a third on each")
     arguments.add_argument(
         "--programs", default=",".join(NAMES), help=f"those that are killed, some of {','.join(NAMES)}"
     )
@@ -54,7 +55,9 @@ def main() -> None:
         arguments.error(f"unknown parts {', '.join(unknown)}; known are {', '.join(PARTS)}")
     works: dict[str, Callable[[Path], list[str]]] = {
         "fuzz": lambda folder: run_fuzz(folder, given.seed, given.files),
-        "kills": lambda folder: kills(folder, given.seed, given.kills, given.events, say, given.programs.split(",")),
+        "kills": lambda folder: kills(
+            folder, given.seed, given.kills, given.events, say, given.programs.split(","), in_a_row=given.in_a_row
+        ),
         "disk": lambda folder: disk(folder, say),
         "races": lambda folder: races(folder, say),
     }

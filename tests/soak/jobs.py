@@ -110,6 +110,7 @@ def _work(job: Job, folder: Path, started: Started, kill_at: int | None, by: int
     log = os.open(started.log, os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))  # pytest has its own
     signal.signal(signal.SIGINT, signal.default_int_handler)
     counter = os.open(started.counter, os.O_WRONLY | os.O_APPEND)
     sys.addaudithook(_hook(folder, counter, kill_at, by))
@@ -197,6 +198,8 @@ def kill_chain(
         ended = run_job(start if first else again, folder, **kill)
         first = False
         if ended.status == 0:
+            if "kill_at" in kill and len(kills) > 1:
+                return [f"{description}: had ended before a kill"]
             break
         if ended.status not in (-signal.SIGKILL, -signal.SIGTERM, 130, 143):
             return [f"{description}: ended with {ended.status}: {ended.output[-400:]}"]

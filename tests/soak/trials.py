@@ -60,9 +60,9 @@ def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
     if {"training", "prediction"} & set(names):
         shutil.copytree(folder / "raw", folder / "data")
         _must(extraction.with_flags("--views", "1", "--data_dir", str(folder / "data")), folder)
-    training = Job("main", ("--mode", "train", "--config_name", str(config), "--folds", "0,1", *device[:2]))
+    training = Job("main", ("--mode", "train", "--config_name", str(config), *device[:2]))
     paths = ("--data_dir", str(folder / "data"), "--log_path", str(folder / "logs"), "--run_name", "run")
-    train = training.with_flags(*paths, "--checkpoint_seconds", "0", "--no_report")
+    train = training.with_flags(*paths, "--folds", "0,1", "--checkpoint_seconds", "0", "--no_report")
     picture = np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8)
     outs = write_outs(folder / "outs", picture, _GENES)
     (folder / "panel.txt").write_text("".join(f"{gene}\n" for gene in _GENES))
@@ -73,7 +73,8 @@ def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
     if "prediction" in names:
         image = str(next((folder / "data").rglob("A1.jpg")))
         predict = predict.with_flags("--image", image, "--out", str(folder / "predicted" / "A1.h5ad"))
-        _must(training.with_flags(*paths[:2], "--log_path", str(folder / "models"), *paths[4:], "--no_report"), folder)
+        of_one = training.with_flags("--log_path", str(folder / "models"), "--folds", "0", "--no_report")
+        _must(of_one.with_flags(*paths[:2], *paths[4:]), folder)
     rows = ["sample,patient,outs,image"]
     for name in "vw":
         outs = write_outs(folder / name / "outs", picture, _GENES, seed=ord(name))
@@ -97,10 +98,20 @@ def _must(job: Job, folder: Path) -> None:
     assert ended.status == 0, ended.output
 
 
-def kills(folder: Path, seed: int, chains: int, events: int, say: Say, names: Sequence[str] = NAMES) -> list[str]:
+def kills(
+    folder: Path,
+    seed: int,
+    chains: int,
+    events: int,
+    say: Say,
+    names: Sequence[str] = NAMES,
+    *,
+    in_a_row: bool = False,
+) -> list[str]:
     """Kill at file events, and at random moments in chains of up to four; what is left must be as if undisturbed.
 
     events: at how many, of which every fourth and the last gets SIGTERM; 0 for all of them, one by one.
+    in_a_row: instead SIGTERM after a third of the events, and SIGKILL after as many of what goes on with it.
     """
     findings = []
     for program in programs(folder, names):
@@ -108,15 +119,8 @@ def kills(folder: Path, seed: int, chains: int, events: int, say: Say, names: Se
         whole = run_job(program.start, program.folder)
         assert whole.status == 0, whole.output
         expected = contents(program.folder)
-        at = (
-            range(1, whole.events + 1)
-            if events == 0
-            else np.linspace(1, whole.events, events + 2)[1:-1].round().astype(int).tolist()
-        )
-        plans = []
-        for number, event in enumerate(at, start=1):
-            by = signal.SIGTERM if number % 4 == 0 or number == len(at) else signal.SIGKILL
-            plans.append(([{"kill_at": event, "by": by}], f"{by.name} at file event {event} of {whole.events}"))
+        plans = _plans(whole.events, events, in_a_row)
+        planned = len(plans)
         draw = random.Random(f"{seed} {program.name}")
         for chain in range(chains):
             by = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
@@ -131,9 +135,29 @@ def kills(folder: Path, seed: int, chains: int, events: int, say: Say, names: Se
             found += new
             for finding in new:  # at once: hours may follow
                 say(f"* {finding}")
-        say(f"{program.name}: {whole.events} file events, {len(at)} of them, {chains} chains, {len(found)} findings")
+        say(
+            f"{program.name}: {whole.events} file events, {planned} trials at them, {chains} chains, {len(found)} findings"
+        )
         findings += found
     return findings
+
+
+def _plans(num_events: int, chosen: int, in_a_row: bool) -> list[tuple[list[dict], str]]:
+    """Kills at file events, in words too; see `kills`."""
+    if in_a_row:
+        after = num_events // 3
+        both = [{"kill_at": after, "by": by} for by in (signal.SIGTERM, signal.SIGKILL)]
+        return [(both, f"SIGTERM and SIGKILL after {after} of {num_events} file events each")]
+    at = (
+        range(1, num_events + 1)
+        if chosen == 0
+        else np.linspace(1, num_events, chosen + 2)[1:-1].round().astype(int).tolist()
+    )
+    plans = []
+    for number, event in enumerate(at, start=1):
+        by = signal.SIGTERM if number % 4 == 0 or number == len(at) else signal.SIGKILL
+        plans.append(([{"kill_at": event, "by": by}], f"{by.name} at file event {event} of {num_events}"))
+    return plans
 
 
 def disk(folder: Path, say: Say) -> list[str]:
