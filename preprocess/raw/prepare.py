@@ -17,7 +17,6 @@ from anndata import AnnData
 from datasets.images.overlay import compare_with_image
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
-from datasets.tables.counts import gene_names
 from datasets.tables.expression import empty_spots, genes_by_mean, spot_totals
 from datasets.tables.genes_in_common import IN_TABLES, genes_in_common
 from datasets.tables.slide_table import join, load_slide
@@ -137,6 +136,7 @@ def prepare(
     """
     assert names, "chosen_slides gives at least one"
     prepared: list[Prepared] = []
+    genes: dict[str, list[str]] = {}
     problems: list[str] = []
 
     def placed() -> Iterator[AnnData]:
@@ -147,15 +147,14 @@ def prepare(
                 problems.append(str(error))
                 continue
             prepared.append(report)
+            genes[name] = slide.var_names.tolist()
             yield slide
 
     if options.num_genes:
         ranked = genes_by_mean(placed())
         if not problems:
             names = [slide.name for slide in prepared]
-            genes_in_common(
-                {name: gene_names(layout.new_counts_path(name)) for name in names}, options.num_genes, remedy=remedy
-            )
+            genes_in_common(genes, options.num_genes, remedy=remedy)
             panel = sorted(ranked[: options.num_genes])
             say(write_panel(layout.panel_path, panel, overwrite=options.overwrite, method="mean", slides=names))
     else:

@@ -52,7 +52,7 @@ def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
         importlib.import_module(module)
     is_trained = bool({"extraction", "training", "prediction"} & set(names))
     if is_trained:
-        simulate(folder / "raw", patients="ABC", slides_per_patient=1, grid=(5, 4), num_genes=24, external=False)
+        simulate(folder / "raw", patients="ABC", slides_per_patient=1, grid=(4, 4), num_genes=24, external=False)
     config, device = folder / "tiny.yaml", ("--device", "cpu", "--num_workers", "1")
     config.write_text(CONFIG)
     extraction = Job("preprocess.extract_features_uni", ("--config", str(config), "--extract_mode", "all", *device))
