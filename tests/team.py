@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -61,6 +62,7 @@ def _start(rank: int, size: int, port: int | None, work: Callable[[int], Any], f
     pid = os.fork()
     if pid:
         return pid
+    gc.freeze()  # what was there before the fork is not looked through, and so not copied, again and again
     log = os.open(place.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)

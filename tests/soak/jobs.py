@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import os
@@ -107,6 +108,7 @@ def start_job(job: Job, folder: Path, *, kill_at: int | None = None, by: int = s
 
 def _work(job: Job, folder: Path, started: Started, kill_at: int | None, by: int) -> None:
     """What the forked process does; it never returns."""
+    gc.freeze()  # what was there before the fork is not looked through, and so not copied, again and again
     log = os.open(started.log, os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
