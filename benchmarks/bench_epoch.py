@@ -105,15 +105,17 @@ def demo_trainers(folder: Path, arguments: argparse.Namespace, device: torch.dev
         folder,
         patients=("A", "B") if tiny else ("A", "B", "C", "D"),
         slides_per_patient=1,
-        grid=(6, 5) if tiny else (12, 10),
+        grid=(5, 4) if tiny else (12, 10),
         external=False,
         num_genes=24 if tiny else 60,
     )
     shared = ["--data_dir", str(folder), "--device", str(device), "--num_workers", "2"]
-    extract(["--config", "demo/dml", "--extract_mode", "all", "--views", "1" if tiny else "8", *shared])
-    overrides = ["LOSS.use_kmeans=true", f"DATA.data_dir={folder}", *(["LOSS.k=4"] if tiny else [])]
+    small = ["DATA.num_genes=24", "DATA.num_neighbors=3"] if tiny else []
+    settings = [part for setting in small for part in ("--set", setting)]
+    extract(["--config", "demo/dml", "--extract_mode", "all", "--views", "1" if tiny else "8", *shared, *settings])
+    overrides = ["LOSS.use_kmeans=true", f"DATA.data_dir={folder}", *small]
     if tiny:
-        overrides += ["DATA.num_genes=24", "TRAINING.batch_size=16"]
+        overrides += ["LOSS.k=4", "TRAINING.batch_size=16"]
     trainers = {}
     for name, choice in (("encoder in every step", "online"), ("token cache", "cache")):
         config = load_config("demo/dml", [*overrides, f"DATA.tokens={choice}"])

@@ -235,14 +235,14 @@ def patch_encoder_for(
         patch_encoder.to(device),
         device,
         prefix_tokens=patch_encoder.spec.prefix_tokens,
-        batch_size=arguments.batch_size or (256 if device.type == "cuda" else 32),
+        batch_size=arguments.batch_size or (8 if arguments.quick else 256 if device.type == "cuda" else 32),
     )
 
 
 def patches_of(arguments: argparse.Namespace, kinds: tuple[str, ...], device: torch.device) -> int:
     """How many patches a measurement takes: some seconds each, and no more tokens than fit into memory."""
     if arguments.images or arguments.quick:
-        return arguments.images or 40
+        return arguments.images or 20
     if device.type != "cuda":
         return 500
     return 8_000 if "token" in kinds else 40_000
@@ -259,12 +259,12 @@ def median_round(
     """Row (kinds, spots, patches/s, share of the bare encoder) of the round with the median share."""
     patch_size = 64 if arguments.quick else 224
     images = patches_of(arguments, kinds, encoder.device)
-    rounds = []
+    rounds, repeats = [], 1 if arguments.quick else 3
     # Bare before and after, and several rounds: on a machine that others use too, the two differ.
     for _ in range(1 if arguments.quick else ROUNDS):
-        before = bare_throughput(encoder, patch_size, 3)
+        before = bare_throughput(encoder, patch_size, repeats)
         found, count = throughput(folder / "round", image_path, encoder, images, kinds, patch_size, slides)
-        rounds.append((found, (before + bare_throughput(encoder, patch_size, 3)) / 2))
+        rounds.append((found, (before + bare_throughput(encoder, patch_size, repeats)) / 2))
     found, bare = sorted(rounds, key=lambda pair: pair[0] / pair[1])[len(rounds) // 2]
     return {
         "extraction of": ", ".join(kinds),
@@ -288,7 +288,7 @@ def slides_table(arguments: argparse.Namespace, folder: Path, encoder: BatchedPa
     """The same of several slides of full size, which are decoded during the run. On a CPU decoding is no matter."""
     if encoder.device.type != "cuda" and not arguments.quick:
         return []
-    size = (700, 800) if arguments.quick else FULL_SIZE
+    size = (400, 440) if arguments.quick else FULL_SIZE
     write_image(image_path := folder / "large.jpg", *size)
     return [
         {"slides": SLIDES, "their size (px)": "{} x {}".format(*size)}
@@ -300,7 +300,7 @@ def slides_table(arguments: argparse.Namespace, folder: Path, encoder: BatchedPa
 def memory_table(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict[str, object]], bool]:
     """Rows (version, spots, peak memory) and whether both versions give the same features."""
     patch_size, dim, apart = (64, 16, False) if arguments.quick else (224, 1024, True)
-    size = (700, 800) if arguments.quick else FULL_SIZE
+    size = (400, 440) if arguments.quick else FULL_SIZE
     image_path = folder / "large.jpg"
     write_image(image_path, *size)
     few, many = (3, 6) if arguments.quick else (10, 40)

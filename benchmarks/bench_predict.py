@@ -42,8 +42,8 @@ from utils.trained_fold import PatchEncoderRecord, Progress, SplitRecord, Traine
 
 TILE = 256  # px, of the TIFF
 TEXTURES = 64
-SIDES, QUICK_SIDES, TISSUE = (2600, 4100), (340, 460), 0.6  # px; share of the slide
-WHOLE, QUICK_WHOLE, WHOLE_TISSUE = 40_000, 900, 0.1  # a section of HER2ST covers 9 to 21 % of its slide
+SIDES, QUICK_SIDES, TISSUE = (2600, 4100), (340,), 0.6  # px; share of the slide
+WHOLE, QUICK_WHOLE, WHOLE_TISSUE = 40_000, 768, 0.1  # a section of HER2ST covers 9 to 21 % of its slide
 SAMPLE = 1000  # training spots that the novelty is measured against
 MOST_GB, MOST_OF_THE_TIME = 4, 0.2
 
