@@ -83,9 +83,7 @@ def tissue_of(image: np.ndarray) -> np.ndarray:
     that size closed.
     """
     values = image * (np.float32(255) / background_color(image))
-    red, green, blue = np.moveaxis(values, 2, 0)
-    brightest = np.maximum(np.maximum(red, green), blue)  # ten times as fast as values.max(axis=2)
-    darkest = np.minimum(np.minimum(red, green), blue)
+    brightest, darkest = _extremes(values)
     colourfulness = brightest - darkest
     colourfulness[brightest < 40] = 0  # JPEG noise on black
     colourfulness[pen_marks(values, colourfulness)] = 0
@@ -95,6 +93,12 @@ def tissue_of(image: np.ndarray) -> np.ndarray:
     return ~_without_specks(~is_tissue)
 
 
+def _extremes(colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the greatest and the smallest of R, G, B of colours (..., 3): ten times as fast as max and min of an axis."""
+    red, green, blue = np.moveaxis(colours, -1, 0)
+    return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+
+
 def pen_marks(values: np.ndarray, colourfulness: np.ndarray) -> np.ndarray:
     """Return (H, W) bool of colours (H, W, 3) on a white background: True on marks of a pen and on their rims.
 
@@ -102,8 +106,8 @@ def pen_marks(values: np.ndarray, colourfulness: np.ndarray) -> np.ndarray:
     do not reach the colourfulness of ink (docs/predict.md).
     """
     rows, columns = np.nonzero(colourfulness > _LEAST_INK)
-    colour, brightest = colourfulness[rows, columns], values[rows, columns].max(axis=1)
-    hue = _hue(values[rows, columns], colour)
+    colours, colour = values[rows, columns], colourfulness[rows, columns]
+    hue, brightest = _hue(colours, colour), _extremes(colours)[0]
     is_pen = np.zeros(colourfulness.shape, dtype=bool)
     is_pen[rows, columns] = (
         ((hue >= 60) & (hue < 200))
@@ -117,14 +121,15 @@ def pen_marks(values: np.ndarray, colourfulness: np.ndarray) -> np.ndarray:
 def _hue(colours: np.ndarray, colourfulness: np.ndarray) -> np.ndarray:
     """(N,) hue in degrees of colours (N, 3): red 0, green 120, blue 240."""
     red, green, blue = colours.T
-    brightest = colours.argmax(axis=1)
+    brightest = np.where(red >= np.maximum(green, blue), 0, np.where(green >= blue, 1, 2))
     turned = np.choose(brightest, [green - blue, blue - red, red - green]) / colourfulness
     return 60 * ((turned + 2 * brightest) % 6)
 
 
 def background_color(image: np.ndarray) -> np.ndarray:
     """(3,) median colour of the bright and nearly grey pixels; white if there are hardly any."""
-    candidate = (image.min(axis=2) > _BRIGHT) & (np.ptp(image, axis=2) < _NEARLY_GREY)
+    brightest, darkest = _extremes(image)
+    candidate = (darkest > _BRIGHT) & (brightest - darkest < _NEARLY_GREY)
     if candidate.mean() < _LEAST_BACKGROUND:
         return np.full(3, 255.0, dtype=np.float32)
     return np.median(image[candidate], axis=0).astype(np.float32)
