@@ -75,7 +75,8 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
     records, found_notes = read_run(run_dir)
     protocol = records[0].protocol
     lists, list_notes = aggregation.lists_of_run(records)
-    per_fold, per_patient = _tables(records, lists, protocol)
+    of_protocols, per_patient = _tables(records, lists)
+    per_fold = of_protocols[protocol]
     scales = _scale_rows(per_fold, per_fold if protocol == "paper" else per_patient)
     price = selection_price(records)
     fused = next(row for row in scales if (row["truth"], row["scale"]) == ("smoothed", "fused"))
@@ -93,7 +94,7 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
         "patients": _patient_rows(records, per_patient),
         "intervals": _intervals(aggregation.select(per_patient)),
         "scales": scales,
-        "both_protocols": _both_protocols(records, lists, per_patient),
+        "both_protocols": _both_protocols(of_protocols, per_patient),
         "pcc_h": _both_lists(scales, records, lists),
         "gene_list_sizes": _list_sizes(lists),
         "selection_price": price,
@@ -136,16 +137,19 @@ def selection_price(records: Sequence[FoldRecord]) -> dict[str, Any] | None:
 
 
 def _tables(
-    records: Sequence[FoldRecord], lists: Sequence[dict[str, list[str]]], protocol: str
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`fold_table` in the order of the protocol and `patient_table` of all folds, with a column "fold"."""
-    folds, patients = [], []
+    records: Sequence[FoldRecord], lists: Sequence[dict[str, list[str]]]
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """`fold_table` in the order of either protocol {protocol: table}, and `patient_table`; all with a column "fold"."""
+    folds: dict[str, list[pd.DataFrame]] = {protocol: [] for protocol in aggregation.HEADLINE_LIST}
+    patients = []
     for record, fold_lists in zip(records, lists):
         by_slide = aggregation.slide_table(record.per_gene_slide, fold_lists)
         by_patient = aggregation.patient_table(record.per_gene_slide, fold_lists)
-        folds.append(aggregation.fold_table(by_slide, by_patient, protocol).assign(fold=record.index))
+        for protocol, tables in folds.items():
+            tables.append(aggregation.fold_table(by_slide, by_patient, protocol).assign(fold=record.index))
         patients.append(by_patient.assign(fold=record.index))
-    return pd.concat(folds, ignore_index=True), pd.concat(patients, ignore_index=True)
+    whole = {protocol: pd.concat(tables, ignore_index=True) for protocol, tables in folds.items()}
+    return whole, pd.concat(patients, ignore_index=True)
 
 
 def _scale_rows(per_fold: pd.DataFrame, averaged: pd.DataFrame) -> list[dict[str, Any]]:
@@ -173,12 +177,12 @@ def _headline(scales: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _both_protocols(
-    records: Sequence[FoldRecord], lists: Sequence[dict[str, list[str]]], per_patient: pd.DataFrame
+    of_protocols: dict[str, pd.DataFrame], per_patient: pd.DataFrame
 ) -> dict[str, dict[str, dict[str, float]]]:
     """The headline in the order of averages and with the PCC(H) list of either protocol."""
     both = {}
     for protocol, listed in aggregation.HEADLINE_LIST.items():
-        per_fold, _ = _tables(records, lists, protocol)
+        per_fold = of_protocols[protocol]
         row = next(
             row
             for row in _scale_rows(per_fold, per_fold if protocol == "paper" else per_patient)
