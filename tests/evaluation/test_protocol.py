@@ -218,6 +218,7 @@ def test_without_a_fixed_list_the_clean_pcc_h_is_undefined_and_says_so():
 def test_epoch_scores_are_those_of_the_fold():
     results = [
         slide("A1", [0.9, 0.8, 0.1, 0.2, 0.0, 0.4], target=with_correlation([0.1] * 6) + 2),
+        slide("A2", [0.5, math.nan, 0.3, 0.1, 0.7, 0.4], target=with_correlation([0.2] * 6) + 1),
         slide("B1", [0.2, 0.4, 0.8, math.nan, 0.4, 0.6], target=with_correlation([0.3] * 6) + 2),
     ]
     for protocol in ("paper", "clean"):
