@@ -1,42 +1,50 @@
-"""What tests of other things leave out: the drawing of figures and of the explorer, and building an encoder again and again."""
+"""What tests of other things leave out: the drawing of figures and of the explorer, and reading an encoder again and again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
-from evaluation.comparison import write as comparison
-from evaluation.report import explorer, fold_figures, write
 from models.patch_encoders import build
-from modes import external_test
-from modes.prediction import summary
 
-_loaded = lru_cache(maxsize=4)(build.load_patch_encoder)  # frozen, so whoever runs it can have the same
+_read = build.load_patch_encoder
 
 
-def take_shortcuts(patch) -> None:
-    """A figure is one pixel and the explorer an empty page; both are there. An encoder is read from its file once."""
-    for module in (fold_figures, write, comparison):
-        patch.setattr(module, "save_figure", one_pixel)
-    for module in (explorer, external_test, summary):
-        patch.setattr(module, "write_explorer", empty_page)
-    patch.setattr(build, "load_patch_encoder", _loaded)
+@contextmanager
+def shortcuts() -> Iterator[None]:
+    """A figure is one pixel and the explorer its title; both are there. The encoder of an unchanged file is read once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("report.fold_figures", "report.write", "comparison.write"):
+            patch.setattr(f"evaluation.{module}.save_figure", one_pixel)
+        for module in ("evaluation.report.explorer", "modes.prediction.summary", "modes.external_test"):
+            patch.setattr(f"{module}.write_explorer", title_page)
+        patch.setattr(build, "load_patch_encoder", lambda spec, path: _read_once(spec, path, path.stat().st_mtime_ns))
+        yield
+
+
+@lru_cache(maxsize=4)
+def _read_once(spec, path: Path, _mtime_ns: int):
+    """An encoder is frozen, so whoever runs it can have the same."""
+    return _read(spec, path)
 
 
 def one_pixel(_figure, path: Path) -> tuple[Path, Path]:
-    """In the place of `save_figure`."""
+    """In the place of `save_figure`; tests/evaluation/report looks at its figures."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".png", ".svg"):
         Image.new("RGB", (1, 1)).save(f"{path}{suffix}", format="PNG")
     return Path(f"{path}.png"), Path(f"{path}.svg")
 
 
-def empty_page(path: Path, predictions: list[Path], **_) -> Path:
-    """In the place of `write_explorer`."""
-    assert all(prediction.is_file() for prediction in predictions)
-    path.write_text("<html></html>")
+def title_page(path: Path, predictions: list[Path], *, title: str, **_) -> Path:
+    """In the place of `write_explorer`; tests/evaluation/report opens its pages."""
+    assert predictions and all(prediction.is_file() for prediction in predictions)
+    path.write_text(title)
     return path
 
 

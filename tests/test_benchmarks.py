@@ -15,7 +15,7 @@ from benchmarks import table
 from benchmarks.common import in_child
 from benchmarks.fabricated import SECTION_SIZES, round_section
 from benchmarks.flops import forward_flops, step_flops
-from tests.shortcuts import take_shortcuts
+from tests.shortcuts import shortcuts
 from utils.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,9 +39,8 @@ EQUALITY = {
 def results(tmp_path_factory) -> Path:
     """Trial results of all benchmarks."""
     folder = tmp_path_factory.mktemp("results")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, shortcuts():
         patch.delenv("GENE_DML_HER2ST", raising=False)
-        take_shortcuts(patch)
         for name in EQUALITY:
             importlib.import_module(f"benchmarks.bench_{name}").main(
                 ["--quick", "--device", "cpu", "--threads", "1", "--out", str(folder)]

@@ -11,6 +11,7 @@ import torch
 
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
+from tests.shortcuts import shortcuts
 
 CONFIG = """
 DATA: {type: demo, patch_size: 64, num_neighbors: 3, num_genes: 24, encoder: efficientnet-lite0}
@@ -36,6 +37,12 @@ class TinyRun:
     def copy(self, folder: Path) -> Path:
         """A copy of the run folder below `folder`."""
         return Path(shutil.copytree(self.path, folder / "run"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shortcuts():
+    with shortcuts():
+        yield
 
 
 @pytest.fixture(scope="session")

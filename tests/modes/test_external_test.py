@@ -29,7 +29,6 @@ from evaluation.slide_result import MEAN
 from modes.external_test import external_test
 from preprocess.extract_features_uni import main as extract
 from preprocess.prepare_visium import main as prepare_visium
-from tests.blank_figures import blank_figures
 from tests.checkpoints import edit
 from tests.command_line import call_main
 from tests.space_ranger import write_outs
@@ -52,9 +51,7 @@ def tested(tiny_run, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("external")
     data_dir = Path(shutil.copytree(tiny_run.data_dir, folder / "data"))
     _extract(tiny_run, data_dir, "demo_external")
-    with blank_figures():
-        results = external_test(tiny_run.copy(folder), "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU)
-    return data_dir, results
+    return data_dir, external_test(tiny_run.copy(folder), "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU)
 
 
 def _by_hand(data_dir: Path, run_dir: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -133,8 +130,7 @@ def test_the_verdict_the_figures_and_the_report_are_of_the_mean_of_the_folds(tes
     words = ["--mode", "external_test", "--test_name", "demo_external", "--model_path", str(run), "--device", "cpu"]
     words += ["--data_dir", str(data_dir), "--fold", "0"]
     gene = summary["genes"][3]
-    with blank_figures():
-        assert call_main(*words, "--genes", gene).status == 0
+    assert call_main(*words, "--genes", gene).status == 0
     drawn = run / "fold_0" / "external" / "demo_external"
     assert (drawn / "figures" / f"map_chosen_{gene}_X1.png").is_file()
     assert f"Measured, predicted and error of {gene} on slide X1" in (drawn / "report.html").read_text()
@@ -157,8 +153,7 @@ def test_test_draws_chosen_genes(tiny_run, tmp_path):
     assert (
         wrong.status == 2 and f"--genes {genes[0]}X: not among the" in wrong.said and f"near: {genes[0]}" in wrong.said
     )
-    with blank_figures():
-        assert call_main(*words, "--fold", "0", "--genes", genes[5]).status == 0
+    assert call_main(*words, "--fold", "0", "--genes", genes[5]).status == 0
     assert "Chosen genes" in (run / "report.html").read_text()
     assert list((run / "fold_0" / "figures").glob(f"map_chosen_{genes[5]}_*.png"))
 

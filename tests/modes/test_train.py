@@ -23,7 +23,6 @@ import modes.train
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from modes.train import train
-from tests.blank_figures import blank_figures
 from tests.command_line import call_main
 from tests.fabricated_run import TINY, options, with_
 from utils.config import Config, load_config
@@ -56,8 +55,7 @@ def whole(data_dir, tmp_path_factory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole")
     config = config_in(folder, data_dir)
-    with blank_figures():
-        return train(config, options(folds=[1, 2], with_report=True, config_file=str(folder / "tiny.yaml")))
+    return train(config, options(folds=[1, 2], with_report=True, config_file=str(folder / "tiny.yaml")))
 
 
 def moved(run: Path, config: Config) -> Path:
