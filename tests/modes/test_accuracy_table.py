@@ -7,22 +7,27 @@ import pandas as pd
 import pytest
 
 from benchmarks import accuracy_search, learning_curve, table
-from benchmarks.accuracy import DATA_SETS, ENSEMBLES, METHODS, DataSet, main
+from benchmarks.accuracy import DATA_SETS, ENSEMBLES, METHODS, DataSet, main, searched
 from benchmarks.learning_curve import TESTED, link_set, scores_of
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from utils.config import load_config
 
 
-@pytest.fixture
-def work(tiny_run, tmp_path, monkeypatch):
-    """A folder with the tiny data set, which is known to the programs as `tiny`, and what the search found for it."""
-    for name in ("tiny", "demo"):
-        monkeypatch.setitem(DATA_SETS, name, DataSet(name, tiny_run.config_name, lambda _raw, _data: None, views=1))
-    shutil.copytree(tiny_run.data_dir, tmp_path / "data")
+@pytest.fixture(scope="module")
+def work(tiny_run, tmp_path_factory):
+    """A folder with two patients of the tiny data set, which is known as `tiny`, and what the search found for it."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    shutil.copytree(tiny_run.data_dir, folder / "data", ignore=shutil.ignore_patterns("C*"))
     choice = {"learning_rate": "1e-3", "weight_decay": "0", "epochs": 1}
-    (tmp_path / "search.json").write_text(json.dumps({"methods": {"gene_dml": choice, "mlp": choice | {"epochs": 2}}}))
-    return tmp_path
+    (folder / "search.json").write_text(json.dumps({"methods": {"gene_dml": choice, "mlp": choice | {"epochs": 2}}}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATA_SETS, "tiny", tiny(tiny_run))
+        yield folder
+
+
+def tiny(tiny_run) -> DataSet:
+    return DataSet("tiny", tiny_run.config_name, lambda _raw, _data: None, views=1)
 
 
 def arguments_of(work, methods: str) -> list[str]:
@@ -33,6 +38,7 @@ def arguments_of(work, methods: str) -> list[str]:
 
 
 def test_methods_are_trained_compared_and_shown(work, capsys):
+    """First two of them, then with the same command for others what is missing, and the mean of two."""
     path = main(arguments_of(work, "mlp,ridge_neighbor"))
     text = path.read_text()
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
@@ -40,7 +46,7 @@ def test_methods_are_trained_compared_and_shown(work, capsys):
     assert "(2)" in rows[METHODS["mlp"][0]] and "(1)" in rows[METHODS["ridge_neighbor"][0]], "seeds of each"
     assert "the seeds 0, 1" in text and "`python benchmarks/accuracy.py --data tiny --device cpu --methods mlp" in text
     assert "too few for an interval or a test" in text
-    assert {"A", "B", "C"} < {cell.strip() for cell in text.splitlines()[0].split("|")}
+    assert {"A", "B"} < {cell.strip() for cell in text.splitlines()[0].split("|")}
     content = json.loads((path.parent / "accuracy.json").read_text())
     assert content["settings"] == {
         "mlp": ["TRAINING.learning_rate=1e-3", "TRAINING.weight_decay=0", "EVALUATION.fixed_epochs=2"]
@@ -52,10 +58,15 @@ def test_methods_are_trained_compared_and_shown(work, capsys):
     assert (path.parent / "comparison.html").is_file()
 
     capsys.readouterr()
-    main(arguments_of(work, "mlp,ridge_neighbor,mean"))
+    main(arguments_of(work, "gene_dml,ridge_neighbor"))
     said = capsys.readouterr().out
-    assert said.count("complete, nothing to do") == 3 * 3, "two seeds of mlp and one of ridge, three folds each"
-    assert METHODS["mean"][0] in path.read_text()
+    assert said.count("complete, nothing to do") == 2, "one seed of ridge, two folds"
+    assert METHODS["gene_dml"][0] in path.read_text()
+    content = json.loads((path.parent / "accuracy.json").read_text())
+    found = {row["method"]: row for row in content["rows"] if row["metric"] == "pcc_all"}
+    assert ENSEMBLES["gene_dml_and_ridge"][0] in path.read_text()
+    averaged = found["gene_dml_and_ridge"]
+    assert averaged["num_seeds"] == 2 and averaged["by_patient"].keys() == {"A", "B"}
     pages_are_filled(work, path)
 
 
@@ -65,7 +76,7 @@ def pages_are_filled(work, path):
     for place in pages.values():
         place.write_text(f"Before.\n{table.BEGIN}\nold numbers\n{table.END}\nAfter.\n")
     content = json.loads((path.parent / "accuracy.json").read_text())
-    for row in [row for row in content["rows"] if row["method"] == "mean"]:
+    for row in [row for row in content["rows"] if row["method"] == "gene_dml"]:
         content["rows"].append(row | {"method": "no_global"})
     for name in table.REAL:
         shutil.copytree(path.parent, path.parents[1] / name)
@@ -80,43 +91,45 @@ def pages_are_filled(work, path):
         assert "old numbers" not in text and text.startswith("Before.") and text.endswith("After.\n")
     readme = pages["readme"].read_text()
     assert METHODS["ridge_neighbor"][0] in readme and METHODS["no_global"][0] not in readme
-    assert "### her2st" in pages["evaluation"].read_text() and METHODS["mean"][0] not in pages["page"].read_text()
+    assert "### her2st" in pages["evaluation"].read_text()
+    assert METHODS["ridge_neighbor"][0] not in pages["page"].read_text()
 
 
-def test_an_ensemble_is_a_row(work):
-    path = main([*arguments_of(work, "gene_dml,ridge_neighbor")])
-    content = json.loads((path.parent / "accuracy.json").read_text())
-    found = {row["method"]: row for row in content["rows"] if row["metric"] == "pcc_all"}
-    assert ENSEMBLES["gene_dml_and_ridge"][0] in path.read_text()
-    assert found["gene_dml_and_ridge"]["num_seeds"] == 2 and found["gene_dml_and_ridge"]["by_patient"].keys() == {
-        "A",
-        "B",
-        "C",
-    }
+def test_a_method_takes_what_was_searched_for_it_and_an_ablation_what_was_for_gene_dml():
+    choices = {name: {"learning_rate": name, "weight_decay": 0, "epochs": 9} for name in ("gene_dml", "mlp")}
+    assert [searched(name, choices)[0].split("=")[1] for name in ("mlp", "no_global")] == ["mlp", "gene_dml"]
 
 
-def test_the_search_takes_the_best_rate_and_epoch_on_inner_patients(work):
-    out = accuracy_search.main(
-        [
-            "--work",
-            str(work),
-            "--methods",
-            "mlp",
-            "--rates",
-            "1e-3,1e-2",
-            "--epochs",
-            "4",
-            "--out",
-            str(work / "found.json"),
-        ]
-    )
-    found = json.loads(out.read_text())["methods"]["mlp"]
-    assert set(found["curves"]) == {"1e-3, 0", "1e-3, 10", "1e-2, 0", "1e-2, 10"} and all(
-        len(curve) == 4 for curve in found["curves"].values()
-    )
-    scores = {rate: accuracy_search.best_epoch(curve) for rate, curve in found["curves"].items()}
-    best = max(scores, key=lambda rate: scores[rate][1])
-    assert f"{found['learning_rate']}, {found['weight_decay']}" == best and found["epochs"] == scores[best][0]
+def test_the_search_keeps_the_curve_of_every_epoch_on_inner_patients(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(DATA_SETS, "demo", tiny(tiny_run))
+    monkeypatch.setitem(accuracy_search.DECAYS, "mlp", ("10",))
+    shutil.copytree(tiny_run.data_dir, tmp_path / "data")
+    out = ["--out", str(tmp_path / "found.json")]
+    accuracy_search.main(["--work", str(tmp_path), "--methods", "mlp", "--rates", "1e-2", "--epochs", "4", *out])
+    found = json.loads((tmp_path / "found.json").read_text())["methods"]["mlp"]
+    (curve,) = found["curves"].values()
+    assert len(curve) == 4 and found["epochs"] == accuracy_search.best_epoch(curve)[0]
+    (log, *_) = tmp_path.rglob("fold_*/metrics.jsonl")
+    assert len(log.read_text().splitlines()) == 4, "patience ends none"
+
+
+def test_the_search_takes_the_best_rate_and_decay(tmp_path, monkeypatch):
+    """Each training leaves the curves of two folds that a table says; their mean is best for 1e-2 and 10, at the end."""
+    heights = {(1e-3, 0): 0.1, (1e-3, 10): 0.2, (1e-2, 0): 0.3, (1e-2, 10): 0.4}
+
+    def train(config, name, *_):
+        height = heights[config.TRAINING.learning_rate, config.TRAINING.weight_decay]
+        for fold in (0, 1):
+            (tmp_path / name / f"fold_{fold}").mkdir(parents=True)
+            rows = pd.DataFrame({"validation/pcc_all": [height * share + fold for share in (0.5, 0.6, 0.8, 1)]})
+            rows.to_json(tmp_path / name / f"fold_{fold}" / "metrics.jsonl", orient="records", lines=True)
+        return [tmp_path / name]
+
+    monkeypatch.setattr(accuracy_search, "train_method", train)
+    found = accuracy_search.search_method("mlp", ("1e-3", "1e-2"), 4, [])
+    assert (found["learning_rate"], found["weight_decay"], found["epochs"]) == ("1e-2", "10", 3)
+    assert found["curves"]["1e-3, 10"] == pytest.approx([0.6, 0.62, 0.66, 0.7]) and len(found["curves"]) == 4
+    assert found["validation_pcc"] == pytest.approx(0.82)
 
 
 def test_the_middle_of_the_best_neighboring_epochs_is_taken():

@@ -116,7 +116,9 @@ def run_said(said: str, tmp_path: Path) -> list[str]:
     settings = [part for setting in SMALL if "num_genes" not in setting for part in ("--set", setting)]
     for command in said_commands:
         script, *words = shlex.split(command)[1:]
-        more = ["--device", "cpu", *(settings if "external_test" not in words else ())]
+        more = ["--device", "cpu", *(["--no_report"] if "external_test" in words else settings)]
+        if {"all", "token"} & {*words}:
+            more += ["--views", 1]
         if "train" in words:
             more += ["--log_path", tmp_path / "logs", "--fold", 0, "--no_report", "--set", "TRAINING.epochs=1"]
             words = [word if word != "50" else "1" for word in words]

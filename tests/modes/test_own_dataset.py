@@ -83,7 +83,7 @@ def folder(tiny_data, tmp_path, monkeypatch) -> Path:
     for number, (there, slide) in enumerate(SLIDES.items()):
         counts = pd.read_parquet(source.counts_path(there))
         counts.to_csv(root / "ST-cnts" / f"{slide}{('.tsv', '.tsv.gz', '.csv')[number]}", sep=",\t"[number < 2])
-        spots = pd.read_csv(source.spots_path(there), sep="\t").loc[:15, ["x", "y", "pixel_x", "pixel_y"]]
+        spots = pd.read_csv(source.spots_path(there), sep="\t").loc[:9, ["x", "y", "pixel_x", "pixel_y"]]
         spots.to_csv(root / "ST-spotfiles" / f"{slide}_selection.tsv", sep="\t", index=False)
         with Image.open(source.image_path(there)) as image:
             image.save(root / "ST-imgs" / f"{slide}.png")

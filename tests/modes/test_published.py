@@ -142,7 +142,8 @@ def test_one_epoch_and_the_tests_of_the_download_with_a_token_cache(download, tm
     assert left.status == 0, left.said
     assert np.isfinite(json.loads((run / "fold_0" / "result.json").read_text())["mse"])
     left = call_main(
-        "--mode", "external_test", "--test_name", EXTERNAL, "--model_path", run, "--data_dir", download, "--device", "cpu"
+        "--mode", "external_test", "--test_name", EXTERNAL, "--model_path", run, "--data_dir", download, "--device", "cpu",
+        "--no_report",
     )  # fmt: skip
     assert left.status == 0, left.said
     scored = pd.read_csv(run / "external" / EXTERNAL / "per_gene.csv")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ def test_balanced_batches_hold_as_many_spots_of_each_label():
 
 
 def test_the_switches_train_and_are_compared(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(switches, "train_method", partial(switches.train_method, folds=[0]))
     found = {"methods": {"gene_dml": {"learning_rate": "1e-3", "weight_decay": "0", "epochs": 1}}}
     (tmp_path / "search.json").write_text(json.dumps(found))
     tiny = DataSet("tiny", tiny_run.config_name, lambda _raw, _data: None, views=1)
