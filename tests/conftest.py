@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-LONG = (  # most of a minute of a processor, or more
+LONG = (  # those that take longest
     "test_train.py",
     "test_benchmarks.py",
     "test_soak.py",
@@ -24,7 +24,7 @@ LONG = (  # most of a minute of a processor, or more
     "test_first_run.py",
     "test_predict.py",
     "test_cuda_path.py",
-    "test_readme.py",
+    "test_write.py",
 )
 
 
