@@ -48,7 +48,9 @@ def title_page(path: Path, predictions: list[Path], *, title: str, **_) -> Path:
     return path
 
 
-def few_spots(spots_dir: Path, count: int) -> None:
-    """Keep the first spots of every slide: as many as a test needs."""
-    for path in spots_dir.glob("*_selection.tsv"):
+def keep_spots(root: Path, count: int = 12) -> None:
+    """Cut every slide of a data set to its first spots, two rows of them; what is kept still has neighbors."""
+    paths = list(root.glob("ST-spotfiles/*_selection.tsv"))
+    assert paths
+    for path in paths:
         path.write_text("".join(path.read_text().splitlines(keepends=True)[: count + 1]))

@@ -22,7 +22,7 @@ import main
 from models.table import MODELS
 from preprocess import extract_features_uni
 from tests.command_line import call, call_main
-from tests.shortcuts import few_spots, shortcuts
+from tests.shortcuts import keep_spots, shortcuts
 from utils.config import SECTIONS, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,8 +243,7 @@ def chain(tiny_data, tmp_path_factory) -> Chain:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("readme")
     data = Path(shutil.copytree(tiny_data, folder / "data", ignore=shutil.ignore_patterns("?2*", "D*")))
-    for name in ("demo", "test/demo_external"):
-        few_spots(data / name / "ST-spotfiles", 12)
+    keep_spots(data / "test" / "demo_external")
     config = folder / "tiny.yaml"
     config.write_text(TINY.format(data=data, logs=folder / "logs"))
     here = {

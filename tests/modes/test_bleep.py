@@ -20,6 +20,7 @@ from modes.prediction.model import restored_model
 from modes.test import test as evaluate
 from modes.train import TrainOptions, train
 from preprocess.extract_features_uni import main as extract
+from tests.shortcuts import keep_spots
 from utils.checkpoint import load_checkpoint
 from utils.config import load_config
 
@@ -100,12 +101,13 @@ def test_test_external_test_and_prediction_use_the_bank(run, tiny_run, tmp_path)
     evaluate(str(copy), 0, [f"DATA.data_dir={tiny_run.data_dir}"], CPU)
     assert json.loads((copy / "fold_0/result.json").read_text())["mse"] == before["mse"]
     data_dir = Path(shutil.copytree(tiny_run.data_dir / "test", tmp_path / "data" / "test")).parent
+    root = data_dir / "test" / "demo_external"
+    keep_spots(root)
     flags = ["--config", tiny_run.config_name, "--mode", "external", "--test_name", "demo_external"]
     flags += ["--extract_mode", "target", "--data_dir", str(data_dir), "--device", "cpu", "--num_workers", "1"]
     extract(flags)
     folder = external_test(copy, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
     tested = anndata.read_h5ad(folder / "predictions" / "X1.h5ad")
-    root = tiny_run.data_dir / "test" / "demo_external"
     spots = root / "ST-spotfiles/X1_selection.tsv"
     image = root / "ST-imgs/X/X1/X1.jpg"
     out = predict(copy, PredictOptions(image, tmp_path / "X1.h5ad", spots), None, [], CPU)

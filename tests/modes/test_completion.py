@@ -26,6 +26,7 @@ from modes.training.compose import open_layout
 from modes.training.plan import find_folds
 from preprocess.extract_features_uni import main as extract
 from tests.checkpoints import edit
+from tests.shortcuts import keep_spots
 from utils.checkpoint import chosen_checkpoints, find_checkpoint, has_ended, load_checkpoint
 from utils.config import load_config
 
@@ -72,7 +73,10 @@ class TestMark:
         train(config, replace(options, resume=True))
         assert len((cut / "fold_0" / "metrics.jsonl").read_text().splitlines()) == 2
         assert has_ended(cut / "fold_0" / "best.pt")
-        assert read(cut / "fold_0" / "result.json") == read(tiny_run.path / "fold_0" / "result.json")
+        for name in ("result.json", "metrics.jsonl"):
+            assert (cut / "fold_0" / name).read_text() == (tiny_run.path / "fold_0" / name).read_text()
+        found, expected = (load_checkpoint(run / "fold_0" / "best.pt").weights for run in (cut, tiny_run.path))
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
         written = (cut / "fold_0" / "best.pt").stat().st_mtime_ns
         train(config, replace(options, resume=True))
         assert (cut / "fold_0" / "best.pt").stat().st_mtime_ns == written, "a complete fold is left alone"
@@ -122,10 +126,11 @@ class TestTest:
 
 @pytest.fixture(scope="module")
 def external_data(tiny_run, tmp_path_factory) -> Path:
-    """A data folder with an extracted test/demo_external."""
+    """A data folder with an extracted test/demo_external of a few spots."""
     torch.set_num_threads(1)
     data_dir = tmp_path_factory.mktemp("completion") / "data"
     shutil.copytree(tiny_run.data_dir / "test", data_dir / "test")
+    keep_spots(data_dir / "test" / "demo_external")
     extract([
         "--config", tiny_run.config_name, "--mode", "external", "--test_name", "demo_external", "--extract_mode", "all",
         "--views", "1", "--data_dir", str(data_dir), "--device", "cpu", "--num_workers", "1",
@@ -212,10 +217,10 @@ class TestExternal:
         assert np.array_equal(anndata.read_h5ad(folder / "predictions" / "X2.h5ad").X, of_four.X)
 
 
-def test_a_prediction_names_the_folds_that_were_left_out(tiny_run, tmp_path):
+def test_a_prediction_names_the_folds_that_were_left_out(tiny_run, external_data, tmp_path):
     run = tiny_run.copy(tmp_path)
     folder = unfinish(run, 1)
-    root = tiny_run.data_dir / "test" / "demo_external"
+    root = external_data / "test" / "demo_external"
     options = PredictOptions(root / "ST-imgs/X/X1/X1.jpg", tmp_path / "x.h5ad", root / "ST-spotfiles/X1_selection.tsv")
     about = anndata.read_h5ad(predict(run, options, None, [], CPU)).uns["gene_dml"]
     assert "Left out of run: fold_1" in about["folds"] and about["prediction"] == "fold_0"

@@ -39,16 +39,11 @@ def runs(tiny_run, ridge, tmp_path) -> list[Path]:
 
 
 def predict(tiny_run, out: Path, *arguments: object) -> Left:
-    root = tiny_run.data_dir / "test" / "demo_external"
+    root, spots = tiny_run.data_dir / "test" / "demo_external", out.with_suffix(".tsv")
+    all_spots = (root / "ST-spotfiles/X1_selection.tsv").read_text().splitlines(keepends=True)
+    spots.write_text("".join(all_spots[:9]))
     return call_main(
-        *(
-            "--mode",
-            "predict",
-            "--image",
-            root / "ST-imgs/X/X1/X1.jpg",
-            "--spots",
-            root / "ST-spotfiles/X1_selection.tsv",
-        ),
+        *("--mode", "predict", "--image", root / "ST-imgs/X/X1/X1.jpg", "--spots", spots),
         *("--out", out, "--device", "cpu", *arguments),
     )
 
@@ -58,10 +53,18 @@ def run_test(tiny_run, *arguments: object) -> Left:
     return call_main("--mode", "test", *shared, *arguments)
 
 
-def test_a_prediction_says_what_is_known_of_it(tiny_run, tmp_path):
-    left = predict(tiny_run, tmp_path / "x.h5ad", "--model_path", tiny_run.path)
-    assert left.status == 0 and "Intervals of 80 %" in left.said, left.said
-    found, held_out = anndata.read_h5ad(tmp_path / "x.h5ad"), read_held_out(tiny_run.path)
+@pytest.fixture(scope="module")
+def predicted(tiny_run, tmp_path_factory) -> tuple[anndata.AnnData, str]:
+    """What both folds of `tiny_run` predict together, and what was said."""
+    out = tmp_path_factory.mktemp("predicted") / "x.h5ad"
+    left = predict(tiny_run, out, "--model_path", tiny_run.path)
+    assert left.status == 0, left.said
+    return anndata.read_h5ad(out), left.said
+
+
+def test_a_prediction_says_what_is_known_of_it(tiny_run, predicted, tmp_path):
+    (found, said), held_out = predicted, read_held_out(tiny_run.path)
+    assert "Intervals of 80 %" in said
     genes = list(found.var_names)
     tables = pd.concat([pd.read_csv(tiny_run.path / f"fold_{fold}" / "per_gene_slide.csv") for fold in (0, 1)])
     of_gene = tables[(tables["scale"] == "fused") & (tables["truth"] == "smoothed")].groupby("gene")["pearson"]
@@ -85,8 +88,8 @@ def test_a_prediction_says_what_is_known_of_it(tiny_run, tmp_path):
     )
 
 
-def test_an_earlier_run_predicts_and_what_is_missing_is_said_once(tiny_run, runs, tmp_path):
-    run = runs[0]
+def test_an_earlier_run_predicts_and_what_is_missing_is_said_once(tiny_run, tmp_path):
+    run = tiny_run.copy(tmp_path)
     (run / "held_out.json").unlink()
     for fold in (0, 1):
         edit(run / f"fold_{fold}" / "best.pt", lambda content: content.pop("training_sample"))
@@ -95,16 +98,17 @@ def test_an_earlier_run_predicts_and_what_is_missing_is_said_once(tiny_run, runs
     found = anndata.read_h5ad(tmp_path / "x.h5ad")
     assert set(found.layers) == {"target", "neighbor", "global", "std"} and "novelty" not in found.obs
     assert "pcc_cv" not in found.var
-    assert run_test(tiny_run, "--model_path", run).status == 0 and (run / "held_out.json").is_file()
+    assert run_test(tiny_run, "--model_path", run, "--fold", 0).status == 0 and (run / "held_out.json").is_file()
 
 
-def test_several_runs_are_averaged_each_with_the_same_weight(tiny_run, runs, tmp_path):
+def test_several_runs_are_averaged_each_with_the_same_weight(tiny_run, runs, predicted, tmp_path):
     (runs[1] / "fold_1" / "best.pt").unlink()
     shutil.rmtree(runs[1] / "fold_1")
-    for name, given in (("both", runs), ("dml", runs[:1]), ("ridge", runs[1:])):
+    for name, given in (("both", runs), ("ridge", runs[1:])):
         left = predict(tiny_run, tmp_path / f"{name}.h5ad", "--model_path", *given)
         assert left.status == 0, left.said
-    both, dml, ridge = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("both", "dml", "ridge"))
+    both, ridge = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("both", "ridge"))
+    dml, _ = predicted
     genes = list(both.var_names)
     np.testing.assert_allclose(both.X, (dml[:, genes].X + ridge[:, genes].X) / 2, atol=1e-5)
     assert set(both.layers) == {"std", "lower", "upper"}, "one of the models has no single scales"
@@ -122,7 +126,7 @@ def test_several_runs_are_tested_like_a_run(tiny_run, runs, tmp_path):
     assert "epoch of each model chosen as in its own run" in summary["protocol_description"]
     tested, *single = (anndata.read_h5ad(run / "fold_1" / "predictions" / "B1.h5ad") for run in (folder, *runs))
     np.testing.assert_allclose(tested.X, (single[0].X + single[1].X) / 2, atol=1e-5)
-    assert run_test(tiny_run, "--model_path", *runs).status == 0, "again, into the same folder"
+    assert run_test(tiny_run, "--model_path", *runs, "--fold", 1).status == 0, "again, into the same folder"
     compared = call_main("--mode", "compare", "--runs", runs[0], folder, "--out", tmp_path / "compared")
     assert compared.status == 0, compared.said
     assert predict(tiny_run, tmp_path / "x.h5ad", "--model_path", *runs).status == 0

@@ -23,6 +23,7 @@ from modes.train import TrainOptions, make_step, train
 from modes.training.compose import Optimization, open_layout
 from modes.training.run_data import open_run_data
 from preprocess.extract_features_uni import main as extract
+from tests.shortcuts import keep_spots
 from utils.config import load_config
 from utils.files import load_names
 from utils.runs import generator_for, read_epochs, seed_everything
@@ -33,7 +34,7 @@ MODEL:
   {projection_dim: 32, neighbor_depth: 1, neighbor_mlp_ratio: 1, global_depth: 2, global_heads: 4, global_mlp_ratio: 1,
    fusion_mlp_dim: 32, gene_mlp_dim: 32, predictor_dim: 32}
 LOSS: {k: 4, use_kmeans: true}
-TRAINING: {batch_size: 20, epochs: 2, learning_rate: 1.0e-3}
+TRAINING: {batch_size: 8, epochs: 2, learning_rate: 1.0e-3}
 """
 FLOAT32_TOLERANCE = 1e-4  # relative, of every loss of every step
 FLOAT16_TOLERANCE = 2e-3  # float16 keeps 11 bits of a token: 5e-4 of its value
@@ -68,6 +69,7 @@ def data(tiny_data, tmp_path_factory) -> Data:
     root = tmp_path_factory.mktemp("exactness")
     folder, config_file = root / "without_tokens", root / "tiny.yaml"
     shutil.copytree(tiny_data, folder, ignore=shutil.ignore_patterns("?2*", "D*", "*_external"))
+    keep_spots(folder / "demo")
     config_file.write_text(CONFIG)
     for kind in ("target", "neighbor"):
         extract(["--config", str(config_file), "--extract_mode", kind, *shared(folder)])

@@ -23,6 +23,7 @@ from modes.predict import PredictOptions, predict
 from modes.test import test as run_test
 from modes.train import TrainOptions, train
 from preprocess.extract_features_uni import main as extract
+from tests.shortcuts import keep_spots
 from utils.checkpoint import load_checkpoint
 from utils.config import load_config
 
@@ -31,7 +32,10 @@ WIDTH = 204.8  # um: 128 px of the demo, whose patches are 64 px
 
 
 def _data(tiny_run, folder: Path, *without: str) -> Path:
-    return Path(shutil.copytree(tiny_run.data_dir, folder / "data", ignore=shutil.ignore_patterns(*without)))
+    """A copy of the data of `tiny_run`, whose external slide has a few spots."""
+    data_dir = Path(shutil.copytree(tiny_run.data_dir, folder / "data", ignore=shutil.ignore_patterns(*without)))
+    keep_spots(data_dir / "test" / "demo_external")
+    return data_dir
 
 
 def _extract(tiny_run, data_dir: Path, *flags: str) -> None:
@@ -49,8 +53,9 @@ def _train(tiny_run, data_dir: Path, folder: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wide(tiny_run, tmp_path_factory) -> Path:
-    """A data folder with caches of patches 204.8 um wide and no others. Read only."""
+    """A data folder with caches of patches 204.8 um wide and no others, of a few spots. Read only."""
     data_dir = _data(tiny_run, tmp_path_factory.mktemp("wide"), "*features*")
+    keep_spots(data_dir / "demo")
     _extract(tiny_run, data_dir, "--extract_mode", "all", "--views", "1", "--match_mpp", f"{WIDTH}")
     return data_dir
 

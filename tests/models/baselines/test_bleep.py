@@ -14,7 +14,7 @@ from models.table import build_model
 from utils.checkpoint import load_weights
 from utils.config import Model
 
-DIM, GENES, SPOTS = 10, 6, 80
+DIM, GENES, SPOTS = 10, 6, 60
 SIZES = Sizes(feature_dim=DIM, token_dim=DIM, num_genes=GENES, num_neighbors=5)
 
 
@@ -188,7 +188,7 @@ def test_autocast_and_half_precision_features_change_next_to_nothing():
 
 
 def test_the_planted_signal_is_found():
-    model, (features, expression) = _model(), _spots(400)
+    model, (features, expression) = _model(), _spots(200)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(60):
