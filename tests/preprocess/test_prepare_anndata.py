@@ -92,7 +92,7 @@ def same_as(table: AnnData, adata: AnnData, counts: np.ndarray) -> bool:
 @pytest.mark.parametrize("place", ["X", "layer", "raw"])
 def test_counts_of_every_place_and_form(tmp_path, image, kind, place, at_a_time, monkeypatch):
     monkeypatch.setattr(anndata_file, "_AT_A_TIME", at_a_time)
-    monkeypatch.setattr("preprocess.raw.prepare.compared_with_image", lambda *_: None)  # others draw the overlay
+    monkeypatch.setattr("preprocess.raw.prepare.compared_with_image", lambda *_: [])  # others draw the overlay
     adata = slide(1)
     counts = adata.X.toarray()
     form = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": np.asarray}[kind]
