@@ -99,7 +99,7 @@ def epoch_scores(results: Sequence[SlideResult], protocol: str = "clean") -> dic
     Against the smoothed target; averaged in the order of the protocol. Undefined values are NaN.
     """
     metrics = {"pcc_all": pearson, "mse": mse, "mae": mae}
-    scores = {}
+    scores: dict[str, float] = {}
     for scale in dict.fromkeys(scale for result in results for scale in result.predictions):
         parts: dict[str, list[np.ndarray]] = {}  # (metrics, genes) of slides whose genes are averaged first
         for result in results:
