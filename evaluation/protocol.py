@@ -22,7 +22,7 @@ from evaluation.fold_files import FoldScores
 from evaluation.gene_lists import ranked_on_test_list
 from evaluation.metrics import mae, mse, pearson
 from evaluation.slide_result import TRAINING_MEAN, SlideResult
-from evaluation.slide_scores import score_slide, score_training_mean
+from evaluation.slide_scores import long_table, score_slide, score_training_mean
 from utils.text import some
 
 PROTOCOLS = ("paper", "clean")
@@ -98,26 +98,20 @@ def epoch_scores(results: Sequence[SlideResult], protocol: str = "clean") -> dic
 
     Against the smoothed target; averaged in the order of the protocol. Undefined values are NaN.
     """
-    metrics = {"pcc_all": pearson, "mse": mse, "mae": mae}
-    scores: dict[str, float] = {}
-    for scale in dict.fromkeys(scale for result in results for scale in result.predictions):
-        parts: dict[str, list[np.ndarray]] = {}  # (metrics, genes) of slides whose genes are averaged first
-        for result in results:
-            if scale in result.predictions:
-                values = [metric(result.measured, result.predictions[scale]) for metric in metrics.values()]
-                parts.setdefault(result.slide if protocol == "paper" else result.patient, []).append(np.stack(values))
-        means = [_mean_defined(_mean_defined(np.stack(slides), axis=0), axis=1) for slides in parts.values()]
+    rows = []
+    for result in results:
+        for scale, predicted in result.predictions.items():
+            columns = {"pearson": pearson, "mse": mse, "mae": mae}
+            values = {name: metric(result.measured, predicted) for name, metric in columns.items()}
+            rows.append(long_table(result, scale, "smoothed", values))
+    per_gene = pd.concat(rows, ignore_index=True)
+    slides, patients = aggregation.slide_table(per_gene, {}), aggregation.patient_table(per_gene, {})
+    table = aggregation.fold_table(slides, patients, protocol).set_index("scale")
+    scores = {}
+    for scale, row in table.iterrows():
         suffix = "" if scale == "fused" else f"_{scale}"
-        found = zip(metrics, _mean_defined(np.stack(means), axis=0))
-        scores |= {f"{name}{suffix}": float(value) for name, value in found}
+        scores.update({f"{name}{suffix}": float(row[name]) for name in ("pcc_all", "mse", "mae")})
     return scores
-
-
-def _mean_defined(values: np.ndarray, axis: int) -> np.ndarray:
-    """Average the values that are not NaN along an axis; NaN where none is left."""
-    is_defined = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(is_defined, values, 0).sum(axis) / is_defined.sum(axis)
 
 
 def _shared_panel(results: Sequence[SlideResult]) -> list[str]:

@@ -72,7 +72,7 @@ def checked_names(names: Sequence[object], what: str, source: str | Path) -> lis
 
 def is_plain(name: str) -> bool:
     """Whether a name is not empty, of sane length, and without control characters or blanks around it."""
-    return len(name) <= LONGEST_NAME and (name.isalnum() or _PLAIN.fullmatch(name) is not None)
+    return len(name) <= LONGEST_NAME and _PLAIN.fullmatch(name) is not None
 
 
 def unknown(what: str, name: str, known: Collection[str]) -> str:

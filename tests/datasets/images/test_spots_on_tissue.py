@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 from pathlib import Path
 
@@ -165,8 +164,7 @@ def _real(image: Path, spots: Path, counts: Path) -> tuple[TissuePicture, np.nda
     """The picture, the centres of the selected spots with counts, and their totals."""
     table = pd.read_csv(spots, sep="\t")
     table.index = [f"{round(x)}x{round(y)}" for x, y in zip(table["x"], table["y"])]
-    rows = (line.split("\t", 1) for line in gzip.decompress(counts.read_bytes()).decode().splitlines()[1:])
-    totals = pd.Series({spot: np.fromstring(cells, np.int64, sep="\t").sum() for spot, cells in rows})
+    totals = pd.read_csv(counts, sep="\t", index_col=0).sum(axis=1)
     table = table[table["selected"] == 1].loc[lambda t: t.index.isin(totals.index)]
     with open_slide(image) as slide:
         picture = TissuePicture.of(slide)
