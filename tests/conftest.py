@@ -68,6 +68,15 @@ def tiny_data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def _takes_shortcuts():
+    """For tests that look neither at figures nor at an encoder: see `tests/shortcuts.py`."""
+    from tests.shortcuts import shortcuts
+
+    with shortcuts():
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _interrupts_arrive():
     """A suite that a script starts in the background inherits that interrupts are ignored; ours are about them."""

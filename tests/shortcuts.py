@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -41,10 +41,10 @@ def one_pixel(_figure, path: Path) -> tuple[Path, Path]:
     return Path(f"{path}.png"), Path(f"{path}.svg")
 
 
-def title_page(path: Path, predictions: list[Path], *, title: str, **_) -> Path:
+def title_page(path: Path, predictions: Sequence[Path], *, title: str, genes: Sequence[str] = ()) -> Path:
     """In the place of `write_explorer`; tests/evaluation/report opens its pages."""
     assert predictions and all(prediction.is_file() for prediction in predictions)
-    path.write_text(title)
+    path.write_text(f"{title}: {', '.join(genes)}")
     return path
 
 

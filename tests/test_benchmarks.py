@@ -15,7 +15,6 @@ from benchmarks import table
 from benchmarks.common import in_child
 from benchmarks.fabricated import SECTION_SIZES, round_section
 from benchmarks.flops import forward_flops, step_flops
-from tests.shortcuts import shortcuts
 from utils.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,10 +35,10 @@ EQUALITY = {
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
+def results(tmp_path_factory, _takes_shortcuts) -> Path:
     """Trial results of all benchmarks."""
     folder = tmp_path_factory.mktemp("results")
-    with pytest.MonkeyPatch.context() as patch, shortcuts():
+    with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GENE_DML_HER2ST", raising=False)
         for name in EQUALITY:
             importlib.import_module(f"benchmarks.bench_{name}").main(

@@ -22,7 +22,7 @@ import main
 from models.table import MODELS
 from preprocess import extract_features_uni
 from tests.command_line import call, call_main
-from tests.shortcuts import keep_spots, shortcuts
+from tests.shortcuts import keep_spots
 from utils.config import SECTIONS, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,7 +235,7 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def chain(tiny_data, tmp_path_factory) -> Chain:
+def chain(tiny_data, tmp_path_factory, _takes_shortcuts) -> Chain:
     """The commands of the README, one after the other, as written but small: three patients with one slide each.
 
     Left out are those for data that are not here: the preparing scripts and the other data sets have their own tests.
@@ -267,8 +267,7 @@ def chain(tiny_data, tmp_path_factory) -> Chain:
             continue
         for word, replacement in here.items():
             line = line.replace(word, replacement)
-        with shortcuts():
-            result.modes.add(run_line(line, result.run))
+        result.modes.add(run_line(line, result.run))
     return result
 
 

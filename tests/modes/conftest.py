@@ -11,7 +11,6 @@ import torch
 
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
-from tests.shortcuts import shortcuts
 
 CONFIG = """
 DATA: {type: demo, patch_size: 64, num_neighbors: 3, num_genes: 24, encoder: efficientnet-lite0}
@@ -40,9 +39,8 @@ class TinyRun:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _shortcuts():
-    with shortcuts():
-        yield
+def _shortcuts(_takes_shortcuts):
+    """All tests of modes."""
 
 
 @pytest.fixture(scope="session")

@@ -58,9 +58,9 @@ def test_methods_are_trained_compared_and_shown(work, capsys):
     assert (path.parent / "comparison.html").is_file()
 
     capsys.readouterr()
-    main(arguments_of(work, "gene_dml,ridge_neighbor"))
+    main(arguments_of(work, "mlp,gene_dml,ridge_neighbor"))
     said = capsys.readouterr().out
-    assert said.count("complete, nothing to do") == 2, "one seed of ridge, two folds"
+    assert said.count("complete, nothing to do") == 3 * 2, "two seeds of mlp and one of ridge, two folds each"
     assert METHODS["gene_dml"][0] in path.read_text()
     content = json.loads((path.parent / "accuracy.json").read_text())
     found = {row["method"]: row for row in content["rows"] if row["metric"] == "pcc_all"}

@@ -27,7 +27,7 @@ CONFIG = """
 DATA: {type: demo, patch_size: 56, num_neighbors: 3, num_genes: 16}
 MODEL: {projection_dim: 16, fusion_mlp_dim: 16, gene_mlp_dim: 16, predictor_dim: 16}
 LOSS: {k: 4, use_kmeans: true}
-TRAINING: {batch_size: 8, epochs: 1}
+TRAINING: {batch_size: 16, epochs: 1}
 """
 # What --model_size would set for HER2ST takes gigabytes; the widths, which are the point here, stay.
 FEW_LAYERS = [

@@ -20,16 +20,11 @@ from preprocess import prepare_anndata
 from preprocess.raw import anndata_file
 from tests.command_line import Left, call
 from tests.modes.test_from_raw import run_said
-from tests.shortcuts import shortcuts
 
 GENES = ["TP53", "ERBB2", "CD3E", "KRT5"]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "your_data.md"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _shortcuts():
-    with shortcuts():
-        yield
+pytestmark = pytest.mark.usefixtures("_takes_shortcuts")
 
 
 def slide(seed: int, *, hexagonal: bool = True, with_array: bool = True) -> AnnData:

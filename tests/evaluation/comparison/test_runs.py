@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -312,9 +313,11 @@ def test_names_tell_runs_apart(tmp_path):
 # --- the mode ---
 
 
-def test_the_mode_says_what_its_files_say_and_leaves_out_what_is_not_finished(make_run, tmp_path, capsys):
+def test_the_mode_says_what_its_files_say_and_leaves_out_what_is_not_finished(
+    make_run, tmp_path, capsys, _takes_shortcuts
+):
     runs = [make_run(tmp_path / name, signal=signal, predictions=False) for name, signal in (("a", 0.6), ("b", 0.3))]
-    halfway = make_run(tmp_path / "c", predictions=False)
+    halfway = shutil.copytree(runs[0], tmp_path / "c")
     (halfway / "fold_2" / "result.json").unlink()
     (tmp_path / "d" / "fold_0").mkdir(parents=True)
     compare([str(path) for path in sorted(tmp_path.iterdir())], None, intersect=False)

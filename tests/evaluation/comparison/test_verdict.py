@@ -178,17 +178,24 @@ def test_an_undefined_list_has_its_reason_and_a_way_out():
     assert "share none" in judge({**summary(pcc_h=None), "protocol": "paper"}, Circumstances())[-1]
 
 
-@pytest.fixture
-def neighbors(make_run, tmp_path) -> Path:
-    """A run whose folds hold what a comparison asks for, and beside it two ridges and what must be passed over."""
-    run = make_run(tmp_path / "exp_0", predictions=False, signal=0.6)
+@pytest.fixture(scope="module")
+def runs(make_run, tmp_path_factory) -> Path:
+    """exp_0, a run whose folds hold what a comparison asks for, and beside it two ridges and what must be passed over."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "exp_0", predictions=False, signal=0.6)
     for name, model, signal in (("patch", "ridge", 0.2), ("both", "ridge_neighbor", 0.4), ("other", "mlp", 0.9)):
-        folder = make_run(tmp_path / name, predictions=False, signal=signal)
-        (folder / "config.yaml").write_text(f"DATA: {{type: demo}}\nMODEL: {{name: {model}}}\n")
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "config.yaml").write_text("MODEL: {name: ridge_neighbor}\n")
-    (tmp_path / "notes.txt").write_text("no run")
-    return run
+        run = make_run(folder / name, predictions=False, signal=signal)
+        (run / "config.yaml").write_text(f"DATA: {{type: demo}}\nMODEL: {{name: {model}}}\n")
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "config.yaml").write_text("MODEL: {name: ridge_neighbor}\n")
+    (folder / "notes.txt").write_text("no run")
+    return folder
+
+
+@pytest.fixture
+def neighbors(runs, tmp_path) -> Path:
+    """The run of a copy of `runs`, to be changed."""
+    return shutil.copytree(runs, tmp_path / "runs") / "exp_0"
 
 
 def test_the_ridge_beside_a_run_is_found_the_stronger_first(neighbors):
@@ -215,7 +222,7 @@ def test_a_ridge_of_other_folds_is_passed_over_and_seeds_look_beside_their_folde
     assert ridge_beside(seed, "gene_dml").name == "both"
 
 
-def test_the_sentences_stand_first_wherever_a_run_is_shown(neighbors):
+def test_the_sentences_stand_first_wherever_a_run_is_shown(neighbors, _takes_shortcuts):
     scores = summarise(neighbors)
     said = judge(scores, Circumstances(model="gene_dml", ridge=ridge_beside(neighbors, "gene_dml")))
     judged = {"verdict": said, **scores}
