@@ -1,4 +1,4 @@
-"""What tests of other things leave out: the drawing of figures and of the explorer, and reading an encoder again and again."""
+"""What tests of other things leave out: drawing figures, and doing the same to the same encoder or image again and again."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.images import overlay
+from datasets.images.slides import Slide
+from datasets.images.spots_on_tissue import TissuePicture
 from models.patch_encoders import build
 
-_read = build.load_patch_encoder
+_read, _look_at = build.load_patch_encoder, TissuePicture.of
+_SEEN: dict[tuple[str, int, int], TissuePicture] = {}
 
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
-    """A figure is one pixel and the explorer its title; both are there. The encoder of an unchanged file is read once."""
+    """A figure is one pixel and the explorer its title; both are there. Of an unchanged file the encoder is read and the tissue
+    found once.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for module in ("report.fold_figures", "report.write", "comparison.write"):
             patch.setattr(f"evaluation.{module}.save_figure", one_pixel)
         for module in ("evaluation.report.explorer", "modes.prediction.summary", "modes.external_test"):
             patch.setattr(f"{module}.write_explorer", title_page)
         patch.setattr(build, "load_patch_encoder", lambda spec, path: _read_once(spec, path, path.stat().st_mtime_ns))
+        patch.setattr(TissuePicture, "of", look_once)
+        patch.setattr(overlay, "draw_overlay", dot)
         yield
 
 
@@ -31,6 +40,20 @@ def shortcuts() -> Iterator[None]:
 def _read_once(spec, path: Path, _mtime_ns: int):
     """An encoder is frozen, so whoever runs it can have the same."""
     return _read(spec, path)
+
+
+def look_once(slide: Slide) -> TissuePicture:
+    """In the place of `TissuePicture.of`; a copy of an image has its name, its length and its time."""
+    stat = slide.path.stat()
+    key = (slide.path.name, stat.st_size, stat.st_mtime_ns)
+    if key not in _SEEN:
+        _SEEN[key] = _look_at(slide)
+    return _SEEN[key]
+
+
+def dot(_picture: TissuePicture, centers: np.ndarray, _is_on_tissue: np.ndarray) -> Image.Image:
+    """In the place of `draw_overlay`; other spots give another colour."""
+    return Image.new("RGB", (1, 1), tuple(int(total) % 256 for total in (*centers.sum(axis=0), len(centers))))
 
 
 def one_pixel(_figure, path: Path) -> tuple[Path, Path]:

@@ -1,8 +1,8 @@
 """Comparison of runs over the same patients: means with intervals, paired tests, effect per gene.
 
 A comparison is only one if both sides were asked the same question: runs whose protocol, folds, patients, slides (of the
-test and of the training), spots, genes, features or fixed gene lists differ are refused with the differences. Seeds of one
-method are averaged per patient first, so that the patients stay the sample. The tests themselves are in
+test and of the training), spots, genes, images, features or fixed gene lists differ are refused with the differences.
+Seeds of one method are averaged per patient first, so that the patients stay the sample. The tests themselves are in
 `evaluation.intervals`.
 """
 
@@ -19,6 +19,7 @@ from evaluation import aggregation
 from evaluation.fold_files import FoldRecord, read_run
 from evaluation.intervals import bootstrap_interval, gene_effect, paired_wilcoxon
 from evaluation.summary import CHOICES
+from utils.text import some
 
 COMPARED = ("pcc_all", "pcc_h", "mse", "mae")
 _PER_GENE = {"pcc_all": "pearson", "pcc_h": "pearson"}  # else the metric has one name in both tables
@@ -240,7 +241,7 @@ def _seen_in_training(record: FoldRecord) -> set[str]:
 
 
 def _feature_differences(first: FoldRecord, other: FoldRecord) -> list[str]:
-    """In what the patches and their encoder differ. Folds that do not say are taken to be alike."""
+    """In what the images, their patches and the encoder differ. Folds that do not say are taken to be alike."""
     a, b = (dict(record.split.get("features", {})) for record in (first, other))
     tokens = [features.pop("tokens", {}) for features in (a, b)]
     # Models without tokens have none to differ, and the pooled feature as the only one is a method, not a feature.
@@ -249,11 +250,17 @@ def _feature_differences(first: FoldRecord, other: FoldRecord) -> list[str]:
             features | {f"tokens: {name}": variant.get(name) for name in ("views", "token_pool")}
             for features, variant in zip((a, b), tokens)
         )
-    return [
+    differences = [
         f"{name.replace('_', ' ')} {b[name]}, expected {a[name]}"
         for name in a
         if name in b and a[name] != b[name] and "unknown" not in (a[name], b[name])
     ]
+    images, other_images = (
+        {slide: parts["image"] for slide, parts in record.split.get("digests", {}).items() if "image" in parts}
+        for record in (first, other)
+    )
+    changed = sorted(slide for slide in images.keys() & other_images if images[slide] != other_images[slide])
+    return differences + ([f"other images of the slides {some(changed)}"] if changed else [])
 
 
 def _training_differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> list[str]:

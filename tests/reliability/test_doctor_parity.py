@@ -22,6 +22,7 @@ from tests.modes.test_bad_input import BAD_TABLES, Place, outside, place
 from tests.reliability.test_locks import HOLD, ROOT
 
 __all__ = ["place"]
+pytestmark = pytest.mark.usefixtures("_takes_shortcuts")
 
 Spoil = Callable[[Place], list[object] | None]
 KINDS = ("target", "neighbor", "token")

@@ -268,6 +268,20 @@ def test_other_features_are_compared_only_when_told(tmp_path, base):
     assert compare_runs([base, without]).attrs["notes"] == []
 
 
+def test_other_images_are_compared_only_when_told(tmp_path):
+    original, again, stained = ({"T1": {"counts": "c", "image": name}} for name in ("i", "i", "j"))
+    lists = {**LISTS, "highly_predictive": ["g3"]}
+    first = write_run(tmp_path / "first", BASE, digests=original)
+    same = write_run(tmp_path / "same", BASE, digests=again)
+    other = write_run(tmp_path / "other", BASE, digests=stained, lists=lists)
+    assert compare_runs([first, same]).attrs["notes"] == []
+    with pytest.raises(ValueError, match=r"other: fold 0 has other images of the slides T1(.|\n)*--intersect"):
+        compare_runs([first, other])
+    table = compare_runs([first, other], intersect=True)
+    assert any("other images of the slides T1" in note for note in table.attrs["notes"])
+    assert row(table, "pcc_h", "other")["difference"] == 0, "the list of the first run is taken for both"
+
+
 def test_other_training_data_are_refused_and_other_choices_of_the_epoch_told(tmp_path, base):
     other = write_run(tmp_path / "other", BASE, train_slides=["T1", "T2"])
     with pytest.raises(ValueError, match=r"fold 0 was trained on other slides \(T2 not in both\)"):
