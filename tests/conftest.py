@@ -84,6 +84,14 @@ def _interrupts_arrive():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nobody_waits_for_the_disk():
+    """No test pulls the plug."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _few_threads():
     """Tests are small: more threads only fight each other."""
