@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Report:
-    return fuzz(READERS, tmp_path_factory.mktemp("soak"), seed=0, files_each=4)
+    return fuzz(READERS, tmp_path_factory.mktemp("soak"), seed=0, files_each=4, start="fork")
 
 
 def test_damaged_files_are_refused_by_name_or_read_as_what_they_are(report):

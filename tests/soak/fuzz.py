@@ -156,11 +156,12 @@ def _told(error: BaseException) -> str:
 
 
 class Worker:
-    """A process that reads; replaced when it dies or does not answer."""
+    """A process that reads; replaced when it dies or does not answer. start: of multiprocessing's methods."""
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.soak.readers"])
+    def __init__(self, start: str) -> None:
+        self._context = multiprocessing.get_context(start)
+        if start == "forkserver":
+            self._context.set_forkserver_preload(["tests.soak.readers"])
         self.slowest = 0.0  # seconds of the processor
         self._start()
 
@@ -202,10 +203,18 @@ class Worker:
 
 
 def fuzz(
-    readers: Sequence[Reader], folder: Path, seed: int, files_each: int, say: Callable[[str], object] = str
+    readers: Sequence[Reader],
+    folder: Path,
+    seed: int,
+    files_each: int,
+    say: Callable[[str], object] = str,
+    start: str = "forkserver",
 ) -> Report:
-    """Damage `files_each` copies of each reader's true file and read them. say: is told of each reader that is done."""
-    report, worker = Report(), Worker()
+    """Damage `files_each` copies of each reader's true file and read them.
+
+    say: is told of each reader that is done.  start: "fork" where this process has the readers already.
+    """
+    report, worker = Report(), Worker(start)
     for reader in readers:
         started, known = time.monotonic(), len(report.findings)
         _fuzz_one(

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -30,11 +31,19 @@ from utils.runs import note_versions, read_epochs, read_versions, write_json
 _NAMES = ("slide", "patient", "scale", "truth", "gene")
 
 
+def whole_run(folder: Path) -> Path:
+    """A copy of a run that is made once for all readers, beside their folders."""
+    made = folder.parent / "whole_run"
+    if not made.exists():
+        write_run(made, predictions=False)
+        find_folds(made)
+        write_summary(made, summarise(made))
+    return Path(shutil.copytree(made, folder / "run"))
+
+
 def run_file(folder: Path, *, name: str) -> Path:
-    write_run(folder / "run", predictions=False)
-    find_folds(folder / "run")
-    write_summary(folder / "run", summarise(folder / "run"))
-    return folder / "run" / name if name == "summary.json" else folder / "run" / "fold_0" / name
+    run = whole_run(folder)
+    return run / name if name == "summary.json" else run / "fold_0" / name
 
 
 def record_of(path: Path, *, part: str) -> object:
@@ -102,8 +111,7 @@ def _of_run(name: str, read: Callable[[Path], object], *oracles: Callable[[Path]
 
 def run_folder_file(folder: Path, *, name: str) -> Path:
     """A file beside the folds of a run."""
-    write_run(folder / "run", predictions=False)
-    path = folder / "run" / name
+    path = whole_run(folder) / name
     if name == HELD_OUT_FILE:
         known = HeldOut("run", ["A", "B"], GENES, [0.5] * len(GENES), [math.nan] * len(GENES), 0.8, [], {"A": 0.7})
         write_json(path, asdict(known))
