@@ -42,12 +42,12 @@ def mean_over_genes(
     pearson = per_gene["pearson"]
     # A gene outside a list is NaN in the column of the list, and means skip NaN.
     listed = {f"pcc_{name}": pearson.where(per_gene["gene"].isin(list(genes))) for name, genes in gene_lists.items()}
-    values = per_gene[[*keys, *METRIC_NAMES]].assign(**listed, undefined_pearson=pearson.isna(), num_genes=1)
+    values = per_gene[[*keys, *METRIC_NAMES]].assign(**listed, undefined_pearson=pearson.isna())
     groups = values.groupby(keys, sort=False)
     table = groups[[*METRIC_NAMES, *listed]].mean().rename(columns={"pearson": "pcc_all"})
     # Named before the other metrics: these are what a reader looks for.
     table = table[["pcc_all", *listed, *METRIC_NAMES[1:]]]
-    return table.join(groups[["undefined_pearson", "num_genes"]].sum()).reset_index()
+    return table.assign(undefined_pearson=groups["undefined_pearson"].sum(), num_genes=groups.size()).reset_index()
 
 
 def slide_table(per_gene_slide: pd.DataFrame, gene_lists: Mapping[str, Sequence[str]]) -> pd.DataFrame:

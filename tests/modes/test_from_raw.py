@@ -128,19 +128,17 @@ def run_said(said: str, tmp_path: Path) -> list[str]:
 
 
 def write_sheet(folder: Path, generations: tuple[object, ...], patients: Sequence[str]) -> Path:
-    """A sheet of sections of several generations of Space Ranger; "hd" is Visium HD."""
+    """A sheet of sections of about ten spots, of several generations of Space Ranger; "hd" is Visium HD."""
     symbols = ["GAPDH", "TP53", "ERBB2", "KRT5"]
     lines = ["sample,patient,outs,image"]
     for number, (generation, patient) in enumerate(zip(generations, patients, strict=True)):
         home = folder / f"s{number}"
-        picture = np.random.default_rng(5 + number).integers(0, 255, (660, 740, 3), dtype=np.uint8)
+        picture = np.random.default_rng(5 + number).integers(0, 255, (500, 430, 3), dtype=np.uint8)
         if generation == "hd":
-            outs, image = write_hd_outs(home / "outs", symbols, sizes=(8,)).folder, home / "image.tif"
+            outs, image = write_hd_outs(home / "outs", symbols, sizes=(8,), shape=(112, 84)).folder, home / "image.tif"
             Image.fromarray(picture).save(image)
         else:
-            written = write_outs(
-                home / "outs", picture[:400, :520], symbols, generation=generation, pitch=90.0, seed=number
-            )
+            written = write_outs(home / "outs", picture[:310], symbols, generation=generation, pitch=90.0, seed=number)
             outs, image = written.folder, written.image
         lines.append(f"S{number},{patient},{outs},{image}")
     sheet = folder / "samples.csv"
@@ -166,9 +164,10 @@ def test_a_sample_sheet_becomes_a_training_set_and_what_is_said_next_runs(tmp_pa
     assert torch.load(checkpoint, weights_only=True)["genes"] == ["ERBB2", "GAPDH", "KRT5", "TP53"]
     again = call(prepare_visium.main, "--samples", sheet, "--name", "mine")
     assert again.status == 0 and again.said.count(" kept") == len(patients), again.said
-    # The same sheet as an external set, for the run that has just been trained.
-    run = checkpoint.parent.parent
-    left = call(prepare_visium.main, "--samples", sheet, "--name", "theirs", "--test", "--model_path", run)
+    # Its last two sections, between both sheets all generations, as an external set for the run that has just been trained.
+    run, lines, theirs = checkpoint.parent.parent, sheet.read_text().splitlines(), tmp_path / "theirs.csv"
+    theirs.write_text("\n".join([lines[0], *lines[-2:]]))
+    left = call(prepare_visium.main, "--samples", theirs, "--name", "theirs", "--test", "--model_path", run)
     assert left.status == 0, left.said
     run_said(left.said, tmp_path)
     assert (run / "external" / "theirs").is_dir() or list(run.glob("fold_0/external/theirs"))

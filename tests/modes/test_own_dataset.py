@@ -24,6 +24,7 @@ from datasets.tables.slide_table import load_slide
 from models.patch_encoders.table import PATCH_ENCODERS
 from preprocess import extract_features_uni, prepare_anndata, prepare_visium, select_genes
 from tests.command_line import Left, call
+from tests.shortcuts import keep_spots
 from tests.space_ranger import write_outs
 from utils.files import load_names
 
@@ -125,6 +126,7 @@ def test_the_page_step_by_step(folder):
 def run_external_set_of_page(folder: Path) -> None:
     """The set of docs/external.md that is neither Visium nor published, through to its scores, for the run of `mine`."""
     shutil.copytree(folder / "data" / "mine", folder / "data" / "test" / "my_set", ignore=features)
+    keep_spots(folder / "data" / "test" / "my_set", 5)
     (description,) = blocks("predict.md", "yaml")
     (folder / "data/test/my_set/dataset.yaml").write_text(description.replace("her2st", "mine"))
     lines = [line for block in blocks("predict.md", "bash") for line in block.splitlines() if "my_set" in line]

@@ -27,18 +27,18 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "your_data.md"
 pytestmark = pytest.mark.usefixtures("_takes_shortcuts")
 
 
-def slide(seed: int, *, hexagonal: bool = True, with_array: bool = True) -> AnnData:
-    """A slide of 6 rows of 5 spots, 64 px apart, in random order."""
-    random = np.random.default_rng(seed)
-    row, column = (axis.ravel() for axis in np.mgrid[0:6, 0:5])
+def slide(seed: int, *, hexagonal: bool = True, with_array: bool = True, rows: int = 6) -> AnnData:
+    """A slide of some rows of 5 spots, 64 px apart, in random order."""
+    random, count = np.random.default_rng(seed), 5 * rows
+    row, column = (axis.ravel() for axis in np.mgrid[0:rows, 0:5])
     x = 60.0 + 64 * column + (32 * (row % 2) if hexagonal else 0)
     y = 60.0 + 64 * row * (np.sqrt(0.75) if hexagonal else 1)
-    obs = pd.DataFrame(index=[f"BC{seed}{i:02d}-1" for i in range(30)])
+    obs = pd.DataFrame(index=[f"BC{seed}{i:02d}-1" for i in range(count)])
     if with_array:
         obs["array_row"], obs["array_col"] = row, 2 * column + row % 2 if hexagonal else column
-    counts = sparse.csr_matrix(random.poisson(3.0, (30, len(GENES))).astype(np.float32))
+    counts = sparse.csr_matrix(random.poisson(3.0, (count, len(GENES))).astype(np.float32))
     adata = AnnData(counts, obs=obs, var=pd.DataFrame(index=GENES), obsm={"spatial": np.stack([x, y], axis=1)})
-    return adata[random.permutation(30)].copy()
+    return adata[random.permutation(count)].copy()
 
 
 def _picture(path: Path, seed: int) -> Path:
@@ -54,13 +54,13 @@ def image(tmp_path) -> Path:
 
 @pytest.fixture
 def several(tmp_path) -> AnnData:
-    """Three slides of three patients, their rows mixed, and a folder of their images."""
-    joined = anndata.concat([slide(i) for i in range(3)], label="slide", keys=["S0", "S1", "S2"])
+    """Three small slides of three patients, their rows mixed, and a folder of their images."""
+    joined = anndata.concat([slide(i, rows=2) for i in range(3)], label="slide", keys=["S0", "S1", "S2"])
     joined.obs["patient"] = joined.obs["slide"].map({"S0": "P1", "S1": "P2", "S2": "P3"}).astype("category")
     (tmp_path / "images").mkdir()
     for name in ("S0", "S1", "S2"):
         _picture(tmp_path / "images" / f"{name}.png", seed=int(name[1:]))
-    return joined[np.random.default_rng(0).permutation(90)].copy()
+    return joined[np.random.default_rng(0).permutation(joined.n_obs)].copy()
 
 
 def prepare(adata: AnnData, folder: Path, image: object, *more: object, external: bool = True) -> Left:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from PIL import Image
 
 from datasets.known_sets import SPECS
 from datasets.layout import Layout
-from datasets.tables.counts import read_counts
-from datasets.tables.expression import highest_mean_panel
+from datasets.tables.counts import gene_names, read_counts
+from datasets.tables.expression import gene_sums, highest_mean_panel, panel_of_sums
 from datasets.tables.slide_table import load_slide
 from preprocess.prepare_her2st import main, prepare_her2st
 from preprocess.raw.prepare import Options
@@ -24,6 +25,7 @@ from utils.files import load_names
 HER2ST = SPECS["her2st"]
 GENES = ["ACTB", "B2M", "GAPDH", "KRT19", "MT-CO1", "ZYX"]
 SMALL = Options(num_genes=3)
+SUMS = Path(__file__).resolve().parents[1] / "golden" / "panel_real.npz"  # recorded by this program alone
 
 
 def write_slide(raw: Path, slide: str, *, seed: int = 0, image: bool = True, genes: list[str] = GENES) -> None:
@@ -50,16 +52,22 @@ def write_slide(raw: Path, slide: str, *, seed: int = 0, image: bool = True, gen
         )
 
 
-@pytest.fixture
-def raw(tmp_path) -> Path:
-    """The repository's form: everything in data/."""
-    folder = tmp_path / "raw" / "data"
+@pytest.fixture(scope="module")
+def download(tmp_path_factory) -> Path:
+    """The repository's form: everything in data/. Read only."""
+    raw = tmp_path_factory.mktemp("download") / "raw"
     for slide in ("A1", "A2", "B1", "C2"):
-        write_slide(folder, slide, image=slide != "C2")
-    labels = folder / "ST-pat" / "lbl"
+        write_slide(raw / "data", slide, image=slide != "C2")
+    labels = raw / "data" / "ST-pat" / "lbl"
     labels.mkdir(parents=True)
     (labels / "A1_labeled_coordinates.tsv").write_text("Row.names\tx\ty\tpixel_x\tpixel_y\tlabel\n")
-    return tmp_path / "raw"
+    return raw
+
+
+@pytest.fixture
+def raw(download, tmp_path) -> Path:
+    """A download of one's own."""
+    return Path(shutil.copytree(download, tmp_path / "raw"))
 
 
 def test_command_writes_the_documented_layout_and_reports(raw, tmp_path):
@@ -85,7 +93,7 @@ def test_command_writes_the_documented_layout_and_reports(raw, tmp_path):
 
 
 def test_counts_and_pixels_are_those_of_the_download(raw, tmp_path):
-    prepare_her2st(raw, tmp_path / "data", SMALL)
+    prepare_her2st(raw, tmp_path / "data", SMALL, "B1")
     layout = Layout(tmp_path / "data", HER2ST)
     source = read_counts(raw / "data" / "ST-cnts" / "B1.tsv.gz")
     slide = load_slide(layout, "B1")
@@ -130,7 +138,7 @@ def test_a_second_run_keeps_everything(raw, tmp_path, capsys):
 )
 def test_files_that_differ_are_replaced_with_overwrite_only(raw, tmp_path, name, message):
     data = tmp_path / "data"
-    prepare_her2st(raw, data, SMALL)
+    prepare_her2st(raw, data, SMALL, "A1")
     write_slide(raw / "data", "A1", seed=0, genes=GENES[::-1])  # the same names of files, other content
     spots = raw / "data" / "ST-spotfiles" / "A1_selection.tsv"
     spots.write_text(spots.read_text() + "11\t9\t11\t9\t110\t90\t1\n")
@@ -140,10 +148,10 @@ def test_files_that_differ_are_replaced_with_overwrite_only(raw, tmp_path, name,
             (data / "her2st" / other).unlink()
     before = (data / "her2st" / name).read_bytes()
     with pytest.raises(ValueError, match=message) as caught:
-        prepare_her2st(raw, data, SMALL)
+        prepare_her2st(raw, data, SMALL, "A1")
     assert name in str(caught.value) and "Use --overwrite to replace it" in str(caught.value)
     assert (data / "her2st" / name).read_bytes() == before
-    prepare_her2st(raw, data, Options(num_genes=3, overwrite=True))
+    prepare_her2st(raw, data, Options(num_genes=3, overwrite=True), "A1")
     assert (data / "her2st" / name).read_bytes() != before
 
 
@@ -151,18 +159,18 @@ def test_a_panel_chosen_on_purpose_is_kept_and_said(raw, tmp_path, capsys):
     panel = Layout(tmp_path / "data", HER2ST).panel_path
     panel.parent.mkdir(parents=True)
     np.save(panel, np.array(["ACTB", "ZYX"], dtype=object), allow_pickle=True)  # as published
-    prepare_her2st(raw, tmp_path / "data", SMALL)
+    prepare_her2st(raw, tmp_path / "data", SMALL, "A1")
     assert load_names(panel) == ["ACTB", "ZYX"]
     assert "is kept: it holds 2 genes, 2 of the 3 genes chosen now are not among them" in capsys.readouterr().out
     np.save(panel, np.array(["ACTB", "ABSENT"]))
     with pytest.raises(ValueError, match=r"Slide A1: .*genes asked for but not there: ABSENT"):
-        prepare_her2st(raw, tmp_path / "data", SMALL)
+        prepare_her2st(raw, tmp_path / "data", SMALL, "A1")
 
 
 def test_images_can_be_linked(raw, tmp_path):
     linked = Options(num_genes=3, link=True)
     for _ in range(2):
-        prepare_her2st(raw, tmp_path / "data", linked)
+        prepare_her2st(raw, tmp_path / "data", linked, "A1")
     image = Layout(tmp_path / "data", HER2ST).image_path("A1")
     assert image.is_symlink() and image.resolve() == (raw / "data/ST-imgs/A/A1/HE_BT_0.jpg").resolve()
 
@@ -172,7 +180,7 @@ def test_another_image_in_the_place_is_an_error(raw, tmp_path):
     folder.mkdir(parents=True)
     Image.new("RGB", (20, 20)).save(folder / "old.png")
     with pytest.raises(ValueError, match=r"Slide A1 of her2st has 2 images .*HE_BT_0\.jpg, A/A1/old\.png"):
-        prepare_her2st(raw, tmp_path / "data", SMALL)
+        prepare_her2st(raw, tmp_path / "data", SMALL, "A1")
 
 
 def test_chosen_slides_and_strangers(raw, tmp_path, capsys):
@@ -216,7 +224,7 @@ def test_sources_that_are_no_download(tmp_path):
 
 def test_too_large_a_panel_is_refused(raw, tmp_path):
     with pytest.raises(ValueError, match=r"panel of 7 genes was asked for, but the slides have 6 genes in common"):
-        prepare_her2st(raw, tmp_path / "data", Options(num_genes=7))
+        prepare_her2st(raw, tmp_path / "data", Options(num_genes=7), "A1,A2")
 
 
 def test_real_download(her2st_raw, tmp_path, capsys):
@@ -255,11 +263,24 @@ def test_real_tables_with_exchanged_columns_are_noticed(her2st_raw, tmp_path, ca
 
 
 def test_real_panel_is_the_recorded_one(her2st_raw, golden):
-    """The panel of all 36 sections: its total in every spot of C2 and the places of eight genes are recorded."""
-    recorded = golden("expression_real_C2")
-    slides = {name: read_counts(her2st_raw / "ST-cnts" / f"{name}.tsv.gz") for name in HER2ST.slides}
-    panel = highest_mean_panel(slides.values(), 250)
+    """The panel of all 36 sections: its total in every spot of C2 and the places of eight genes are recorded.
+
+    Of 34 of them the names of the genes are read, and what they have of each in common is recorded: the sum of `gene_sums`.
+    The panel needs the other two, a small one and the largest; what these have of its genes is recorded, too.
+    """
+    recorded, of_sums = golden("expression_real_C2"), np.load(SUMS)
+    tables = {name: her2st_raw / "ST-cnts" / f"{name}.tsv.gz" for name in HER2ST.slides}
+    slides = {name: read_counts(tables[name]) for name in ("C2", "F3")}
+    sums = {name: gene_sums(slide) for name, slide in slides.items()}
+    names = [gene_names(path) for slide, path in tables.items() if slide not in slides]
+    rest = pd.Series(of_sums["rest"].astype(np.float64), index=sorted(set.intersection(*map(set, names))))
+    panel = panel_of_sums([sums["C2"], rest, sums["F3"]], 250)
     assert [panel[column] for column in recorded["gene_columns"]] == recorded["genes"].tolist()
     spots = [f"{x}x{y}" for x, y in zip(recorded["x"], recorded["y"], strict=True)]
     totals = np.asarray(slides["C2"][spots, panel].X.sum(axis=1)).ravel()
     np.testing.assert_array_equal(totals, recorded["panel_total"])
+    for name, of_slide in sums.items():
+        np.testing.assert_allclose(of_slide[panel], of_sums[name], rtol=1e-6)
+    assert highest_mean_panel(slides.values(), 250) == panel_of_sums(sums.values(), 250)
+    without = [panel_of_sums(some, 250) for some in ([rest, sums["C2"]], [rest, sums["F3"]], sums.values())]
+    assert panel not in without

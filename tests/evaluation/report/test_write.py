@@ -7,20 +7,25 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation.comparison.runs import compare_methods
 from evaluation.comparison.write import comparison_text, write_comparison
 from evaluation.report.fold_figures import figures_of, figures_on_disk, write_figures
+from evaluation.report.style import save_figure
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
+from tests.shortcuts import one_pixel
 from utils.text import UNIT
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -65,6 +70,37 @@ def assert_self_contained(outline: Outline) -> None:
     assert "url(" not in "".join(outline.words) and "@import" not in "".join(outline.words)
 
 
+@contextmanager
+def drawing_only(*patterns: str) -> Iterator[None]:
+    """Figures of folds and comparisons are drawn where the path matches one of these; of the others there are the files."""
+
+    def save(figure: Figure, path: Path) -> tuple[Path, Path]:
+        return (save_figure if any(map(path.match, patterns)) else one_pixel)(figure, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("report.fold_figures", "comparison.write"):
+            patch.setattr(f"evaluation.{module}.save_figure", save)
+        yield
+
+
+@pytest.fixture(scope="module")
+def summary_of_run(finished_run: Path) -> Mapping[str, object]:
+    """Read only."""
+    return summarise(finished_run)
+
+
+@pytest.fixture
+def summary(summary_of_run: Mapping[str, object]) -> dict:
+    """The summary of `finished_run`, one's own."""
+    return deepcopy(dict(summary_of_run))
+
+
+@pytest.fixture(scope="module")
+def paper_summary(make_run: Callable[..., Path], tmp_path_factory) -> Mapping[str, object]:
+    """Of a run under the paper protocol. Read only."""
+    return summarise(make_run(tmp_path_factory.mktemp("paper") / "paper", protocol="paper", predictions=False))
+
+
 @pytest.fixture(scope="module")
 def reported(finished_run: Path, tmp_path_factory) -> Path:
     """A run with summary, figures and report: a whole fold, and one as a baseline that is fitted in one step leaves
@@ -77,12 +113,12 @@ def reported(finished_run: Path, tmp_path_factory) -> Path:
         (run_dir / "fold_1" / name).unlink()
     (run_dir / "versions.json").unlink()
     write_summary(run_dir, summarise(run_dir, ["Fold D was skipped: <no slide>."]))
-    write_report(run_dir, genes=["ZYX"], count=1)
+    with drawing_only("fold_0/figures/*"):  # no picture of the other is looked at
+        write_report(run_dir, genes=["ZYX"], count=1)
     return run_dir
 
 
-def test_summary_markdown_names_the_protocol_first(finished_run: Path, tmp_path: Path) -> None:
-    summary = summarise(finished_run)
+def test_summary_markdown_names_the_protocol_first(summary: dict, tmp_path: Path) -> None:
     json_path, markdown_path = write_summary(tmp_path, summary)
     lines = markdown_path.read_text().splitlines()
     assert lines[0].startswith("**Clean protocol:")
@@ -98,25 +134,21 @@ def test_summary_markdown_names_the_protocol_first(finished_run: Path, tmp_path:
     assert json.loads(json_path.read_text()) == json.loads(json.dumps(summary))
 
 
-def test_paper_protocol_prints_its_bias(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path / "paper", protocol="paper", predictions=False)
-    summary = summarise(run_dir)
-    text = format_table(summary)
+def test_paper_protocol_prints_its_bias(paper_summary: Mapping[str, object], tmp_path: Path) -> None:
+    text = format_table(paper_summary)
     assert text.startswith("paper protocol:") and "mean over folds" in text
     assert "Note: The epoch is chosen on the test fold" in text
-    markdown = write_summary(run_dir, summary)[1].read_text()
+    markdown = write_summary(tmp_path, paper_summary)[1].read_text()
     assert markdown.startswith("**Paper protocol:") and "- The epoch is chosen on the test fold" in markdown
 
 
-def test_summary_json_does_not_depend_on_the_order_of_keys(finished_run: Path, tmp_path: Path) -> None:
-    summary = summarise(finished_run)
+def test_summary_json_does_not_depend_on_the_order_of_keys(summary: dict, tmp_path: Path) -> None:
     first = write_summary(tmp_path / "a", summary)[0].read_bytes()
     second = write_summary(tmp_path / "b", dict(reversed(summary.items())))[0].read_bytes()
     assert first == second
 
 
-def test_summary_without_optional_parts_and_with_undefined_scores(finished_run: Path, tmp_path: Path) -> None:
-    summary = summarise(finished_run)
+def test_summary_without_optional_parts_and_with_undefined_scores(summary: dict, tmp_path: Path) -> None:
     for name in ("intervals", "scales", "pcc_h", "selection_price", "patients", "gene_list_sizes", "num_genes"):
         del summary[name]
     summary["folds"][0]["pcc_h"] = None
@@ -129,8 +161,7 @@ def test_summary_without_optional_parts_and_with_undefined_scores(finished_run: 
     assert json.loads((tmp_path / "summary.json").read_text())["folds"][1]["pcc_all"] is None
 
 
-def test_an_interval_table_stands_only_where_a_score_has_an_interval(finished_run: Path, tmp_path: Path) -> None:
-    summary = summarise(finished_run)
+def test_an_interval_table_stands_only_where_a_score_has_an_interval(summary: dict, tmp_path: Path) -> None:
     heading = "## Mean over patients with bootstrap 95 % interval"
     assert heading not in write_summary(tmp_path, summary)[1].read_text(), "three patients have none"
     summary["intervals"]["mse"] |= {"low": 0.1, "high": 0.3}
@@ -138,14 +169,13 @@ def test_an_interval_table_stands_only_where_a_score_has_an_interval(finished_ru
 
 
 def test_every_scale_is_explained_below_its_table_and_undefined_scores_have_no_column(
-    finished_run: Path, tmp_path: Path
+    summary: dict, tmp_path: Path
 ) -> None:
     def part(summary) -> str:
         return (
             write_summary(tmp_path, summary)[1].read_text().split("## Every scale and every target")[1].split("##")[0]
         )
 
-    summary = summarise(finished_run)
     text = part(summary)
     assert "smoothed: each target is the mean over the spot and its neighbors (3 x 3 on the array)" in text
     assert "heads of one model that was trained with all scales together" in text and "MODEL.use_global=false" in text
@@ -158,27 +188,24 @@ def test_every_scale_is_explained_below_its_table_and_undefined_scores_have_no_c
 
 
 def test_pcc_h_that_is_chosen_on_the_test_is_marked_in_a_clean_run_alone(
-    finished_run: Path, make_run: Callable[..., Path], tmp_path: Path
+    summary: dict, paper_summary: Mapping[str, object], tmp_path: Path
 ) -> None:
-    summary = summarise(finished_run)
     text = write_summary(tmp_path / "clean", summary)[1].read_text()
     marked = f"{summary['pcc_h']['paper']['mean']:.4f} (chosen on the test, do not report)"
     rows = [line for line in text.splitlines() if line.startswith(("| paper:", "| clean:"))]
     assert [marked in row for row in rows] == [True, False, True, False]
-    paper = summarise(make_run(tmp_path / "paper", protocol="paper", predictions=False))
-    assert "do not report" not in write_summary(tmp_path / "paper", paper)[1].read_text()
+    assert "do not report" not in write_summary(tmp_path / "paper", paper_summary)[1].read_text()
 
 
-def test_summary_that_lacks_required_keys_is_refused(finished_run: Path, tmp_path: Path) -> None:
-    summary = summarise(finished_run)
+def test_summary_that_lacks_required_keys_is_refused(summary: dict, tmp_path: Path) -> None:
     del summary["protocol"], summary["folds"][1]["mse"], summary["headline"]["pcc_h"]
     with pytest.raises(ValueError, match=r"lacks protocol, folds\[1\]\.mse, headline\.pcc_h\. .*--mode test"):
         write_summary(tmp_path, summary)
     assert not list(tmp_path.iterdir())
 
 
-def test_terminal_table_is_aligned(finished_run: Path) -> None:
-    lines = format_table(summarise(finished_run)).splitlines()
+def test_terminal_table_is_aligned(summary: dict) -> None:
+    lines = format_table(summary).splitlines()
     rule = next(line for line in lines if line.startswith("---"))
     ends = [match.end() for match in re.finditer("-+", rule)]
     rows = [line for line in lines if re.match(r"\d \(", line)]
@@ -220,7 +247,8 @@ def test_figures_are_made_again_only_when_something_changed(reported: Path, tmp_
         "distribution", "bars", "patients",
     }  # fmt: skip
     (fold_dir / "metrics.jsonl").write_text('{"epoch": 1, "train/total": 1.0}\n')
-    assert "curves" in {picture.kind for picture in figures_of(fold_dir, count=1, genes=["ZYX"])}
+    with drawing_only():
+        assert "curves" in {picture.kind for picture in figures_of(fold_dir, count=1, genes=["ZYX"])}
     assert png.stat().st_mtime_ns > before and (fold_dir / "figures" / "training_curves.svg").is_file()
 
 
@@ -232,7 +260,8 @@ def test_clusters_are_drawn_by_slide_where_one_patient_trains_and_not_at_all_of_
     of_all = pd.read_csv(path)
 
     def shown() -> list[str]:
-        return [picture.alt for picture in figures_of(fold_dir, count=0) if picture.kind == "clusters"]
+        with drawing_only("clusters"):
+            return [picture.alt for picture in figures_of(fold_dir, count=0) if picture.kind == "clusters"]
 
     assert [alt.split(" of which")[0] for alt in shown()] == ["Patients"]
     one = of_all[of_all["patient"] == "B"]
@@ -246,7 +275,8 @@ def test_clusters_are_drawn_by_slide_where_one_patient_trains_and_not_at_all_of_
 
 def test_figures_of_an_earlier_drawing_are_made_again(finished_run: Path, tmp_path: Path) -> None:
     fold_dir = shutil.copytree(finished_run / "fold_0", tmp_path / "fold_0")
-    write_figures(fold_dir, count=0)
+    with drawing_only():
+        write_figures(fold_dir, count=0)
     index = json.loads((fold_dir / "figures" / "index.json").read_text())
     assert figures_on_disk(fold_dir, count=0) is not None
     del index["made_from"]["drawing"]
@@ -305,9 +335,9 @@ def test_comparison(make_run: Callable[..., Path], finished_run: Path, tmp_path:
     weaker = make_run(tmp_path / "weaker", signal=0.3, predictions=False)
     table = compare_methods({"gene_dml": [finished_run], "ridge <b>": [weaker]})
     markdown, csv, page = write_comparison(table, tmp_path / "out")
-    again = pd.read_csv(csv)
-    np.testing.assert_allclose(again["mean"], table["mean"])
-    assert list(again["method"]) == list(table["method"])
+    as_read = pd.read_csv(csv)
+    np.testing.assert_allclose(as_read["mean"], table["mean"])
+    assert list(as_read["method"]) == list(table["method"])
     text = markdown.read_text()
     assert text.startswith("# Comparison with gene_dml") and "## MSE, lower is better" in text
     row = table[(table["metric"] == "pcc_all") & (table["method"] == "ridge <b>")].iloc[0]
@@ -324,7 +354,9 @@ def test_comparison(make_run: Callable[..., Path], finished_run: Path, tmp_path:
     assert_self_contained(outline)
     assert len(outline.all("table")) == 4 and len(outline.all("img")) == 1
     table.loc[table["metric"] == "pcc_h", "mean"] = np.nan
-    for text in (write_comparison(table, tmp_path / "out")[0].read_text(), comparison_text(table)):
+    with drawing_only():
+        again = write_comparison(table, tmp_path / "out")[0].read_text()
+    for text in (again, comparison_text(table)):
         assert (
             "Undefined for every method, and left out: PCC(H)." in text
             and text.count("genes better than gene_dml") == 3
