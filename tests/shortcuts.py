@@ -32,7 +32,7 @@ def shortcuts() -> Iterator[None]:
             patch.setattr(f"{module}.write_explorer", title_page)
         patch.setattr(build, "load_patch_encoder", lambda spec, path: _read_once(spec, path, path.stat().st_mtime_ns))
         patch.setattr(TissuePicture, "of", look_once)
-        patch.setattr(overlay, "draw_overlay", dot)
+        patch.setattr(overlay, "draw_overlay", one_colour)
         yield
 
 
@@ -51,9 +51,10 @@ def look_once(slide: Slide) -> TissuePicture:
     return _SEEN[key]
 
 
-def dot(_picture: TissuePicture, centers: np.ndarray, _is_on_tissue: np.ndarray) -> Image.Image:
+def one_colour(picture: TissuePicture, centers: np.ndarray, _is_on_tissue: np.ndarray) -> Image.Image:
     """In the place of `draw_overlay`; other spots give another colour."""
-    return Image.new("RGB", (1, 1), tuple(int(total) % 256 for total in (*centers.sum(axis=0), len(centers))))
+    height, width, _ = picture.picture.shape
+    return Image.new("RGB", (width, height), tuple(int(v) % 256 for v in (*centers.sum(axis=0), len(centers))))
 
 
 def one_pixel(_figure, path: Path) -> tuple[Path, Path]:

@@ -57,6 +57,7 @@ DATA: {{type: demo, data_dir: {data}, patch_size: 64, num_neighbors: 3, num_gene
 MODEL:
   {{projection_dim: 32, neighbor_depth: 1, neighbor_mlp_ratio: 1, global_depth: 2, global_heads: 4, global_mlp_ratio: 1,
    fusion_mlp_dim: 32, gene_mlp_dim: 32, predictor_dim: 32}}
+LOSS: {{k: 4}}
 TRAINING: {{batch_size: 64, epochs: 1, learning_rate: 1.0e-3}}
 """
 
@@ -243,7 +244,8 @@ def chain(tiny_data, tmp_path_factory, _takes_shortcuts) -> Chain:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("readme")
     data = Path(shutil.copytree(tiny_data, folder / "data", ignore=shutil.ignore_patterns("?2*", "D*")))
-    keep_spots(data / "test" / "demo_external")
+    for root in (data / "demo", data / "test" / "demo_external"):
+        keep_spots(root)
     config = folder / "tiny.yaml"
     config.write_text(TINY.format(data=data, logs=folder / "logs"))
     here = {
@@ -255,7 +257,7 @@ def chain(tiny_data, tmp_path_factory, _takes_shortcuts) -> Chain:
         "logs/her2st/dml": str(folder / "logs" / "tiny"),
         "slide.svs": str(data / "test" / "demo_external" / "ST-imgs" / "X" / "X1" / "X1.jpg"),
         "slide.h5ad": str(folder / "slide.h5ad"),
-        "--pitch_um 100": "--pitch_px 64",  # the demo's picture does not say how large a pixel is
+        "--pitch_um 100": "--pitch_px 128",  # the demo's picture does not say how large a pixel is
         "ERBB2,GNAS": "COL1A1,CD74",
         "--k 18": "--k 4",
         "--model_size base": "",
