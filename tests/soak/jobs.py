@@ -6,6 +6,7 @@ import contextlib
 import gc
 import hashlib
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -132,10 +133,9 @@ def _work(job: Job, folder: Path, started: Started, kill_at: int | None, by: int
 
 
 def _hook(folder: Path, counter: int, kill_at: int | None, by: int) -> Callable[[str, tuple], None]:
-    count, below = 0, f"{folder}{os.sep}"
+    numbers, below = itertools.count(1), f"{folder}{os.sep}"
 
     def hook(event: str, arguments: tuple) -> None:
-        nonlocal count
         if event == "open":
             path, _, flags = arguments
             if not isinstance(flags, int) or not flags & _WRITES:
@@ -146,9 +146,9 @@ def _hook(folder: Path, counter: int, kill_at: int | None, by: int) -> Callable[
             return
         if not isinstance(path, str | bytes | os.PathLike) or not os.path.abspath(os.fsdecode(path)).startswith(below):
             return
-        count += 1
+        number = next(numbers)  # one step: no other thread comes in between
         os.write(counter, b".")
-        if count == kill_at:
+        if number == kill_at:
             os.kill(os.getpid(), by)
 
     return hook

@@ -111,7 +111,7 @@ def kills(
     """Kill at file events, and at random moments in chains of up to four; what is left must be as if undisturbed.
 
     events: at how many, of which every fourth and the last gets SIGTERM; 0 for all of them, one by one.
-    in_a_row: instead SIGTERM after a third of the events, and SIGKILL after as many of what goes on with it.
+    in_a_row: instead SIGTERM after a quarter of the events, and SIGKILL after as many of what goes on with it.
     """
     findings = []
     for program in programs(folder, names):
@@ -145,7 +145,7 @@ def kills(
 def _plans(num_events: int, chosen: int, in_a_row: bool) -> list[tuple[list[dict], str]]:
     """Kills at file events, in words too; see `kills`."""
     if in_a_row:
-        after = num_events // 3
+        after = num_events // 4  # what is begun is ended on SIGTERM, and as many must be left
         both = [{"kill_at": after, "by": by} for by in (signal.SIGTERM, signal.SIGKILL)]
         return [(both, f"SIGTERM and SIGKILL after {after} of {num_events} file events each")]
     at = (
