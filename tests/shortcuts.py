@@ -47,6 +47,8 @@ def look_once(slide: Slide) -> TissuePicture:
     stat = slide.path.stat()
     key = (slide.path.name, stat.st_size, stat.st_mtime_ns)
     if key not in _SEEN:
+        if len(_SEEN) == 20:
+            _SEEN.clear()
         _SEEN[key] = _look_at(slide)
     return _SEEN[key]
 
