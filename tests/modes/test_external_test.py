@@ -221,6 +221,31 @@ def test_one_fold_alone_goes_into_its_own_folder_and_without_token_caches_gives_
     assert set(both) <= set(alone)  # the folds have panels of their own, the mean can only have what they share
 
 
+def test_every_slide_of_a_set_is_scored_on_its_own_counts_and_written_under_its_name(tested, tiny_run, tmp_path):
+    data_dir = Path(shutil.copytree(tested[0], tmp_path / "data"))
+    root = data_dir / "test" / "demo_external"
+    for path in [path for path in root.rglob("*X1*") if path.is_file()]:
+        for added, name in enumerate(("X2", "X3"), start=1):
+            copied = root / str(path.relative_to(root)).replace("X1", name)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copy(path, copied)
+            if path.suffix == ".parquet":
+                (pd.read_parquet(path) + added).to_parquet(copied)
+    folder = external_test(
+        tiny_run.copy(tmp_path), "demo_external", 0, [f"DATA.data_dir={data_dir}"], CPU, with_report=False
+    )
+    scores = pd.read_csv(folder / "per_slide.csv").query("scale == 'fused' and truth == 'smoothed'").set_index("slide")
+    assert sorted(scores.index) == ["X1", "X2", "X3"]
+    found = {name: anndata.read_h5ad(folder / "predictions" / f"{name}.h5ad") for name in scores.index}
+    for name, adata in found.items():
+        layout = Layout(data_dir, get_spec("demo_external", data_dir), patch_size=64)
+        counts = load_slide(layout, name)
+        measured = slide_targets(counts[adata.obs_names], list(adata.var_names))
+        np.testing.assert_allclose(adata.layers["measured"], measured, atol=1e-6)
+        assert scores.loc[name, "mse"] == pytest.approx(((measured - adata.X) ** 2).mean(), rel=1e-3)
+    assert len({adata.layers["measured"].tobytes() for adata in found.values()}) == 3
+
+
 def test_an_imported_checkpoint_without_means_or_lists_is_scored_all_the_same(tested, tiny_run, tmp_path):
     """A run of one fold, as `import_reference` leaves it: results go beside the run, what is unknown is undefined."""
     run = tiny_run.copy(tmp_path)
