@@ -18,7 +18,9 @@ import argparse
 import statistics
 import time
 
+import timm  # noqa: F401, here and not in each process: the encoder
 import torch
+import torch._dynamo  # here and not in each process: the optimiser
 from torch import nn
 
 from benchmarks.bench_step import make_scene, section_lengths, whole_step

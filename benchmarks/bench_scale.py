@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch._dynamo  # here and not in each process: the optimiser
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import out_of_core

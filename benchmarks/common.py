@@ -201,8 +201,7 @@ def in_child(function: Callable, *arguments: object) -> ChildResult:
     process. Raises RuntimeError with what the child said if it failed or was killed (out of memory).
     """
     context = multiprocessing.get_context("forkserver")
-    # With what the first encoder and the first optimiser of a process load.
-    context.set_forkserver_preload(["__main__", function.__module__, "timm", "torch._dynamo"])
+    context.set_forkserver_preload(["__main__", function.__module__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, torch.get_num_threads(), function, arguments))
     process.start()

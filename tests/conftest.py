@@ -71,7 +71,7 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def _takes_shortcuts():
-    """For tests that look neither at figures nor at an encoder: see `tests/shortcuts.py`."""
+    """For tests that look at no figure, no encoder and no overlay: see `tests/shortcuts.py`."""
     from tests.shortcuts import shortcuts
 
     with shortcuts():

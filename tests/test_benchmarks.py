@@ -29,8 +29,8 @@ EQUALITY = {
     "kmeans": lambda extra: extra["all_equal"],
     "loading": lambda extra: extra["are_equal"],
     "prepare": lambda extra: extra["are_kept"],
-    "scale": lambda extra: extra["loss_difference"] < 1e-5,
     "cpu_step": lambda extra: len(extra["losses"]) == 1,
+    "scale": lambda extra: extra["loss_difference"] < 1e-5,
 }
 
 

@@ -235,6 +235,13 @@ def _other_counts(first: FoldRecord, other: FoldRecord) -> list[str]:
     return [slide for slide in tested if any(a[slide].get(part) != b[slide].get(part) for part in ("counts", "spots"))]
 
 
+def _other_images(first: FoldRecord, other: FoldRecord) -> list[str]:
+    """Slides, of the training or the test, whose images have other fingerprints, where both folds know them."""
+    a, b = (record.split.get("digests", {}) for record in (first, other))
+    known = [slide for slide in sorted(set(a) & set(b)) if "image" in a[slide] and "image" in b[slide]]
+    return [slide for slide in known if a[slide]["image"] != b[slide]["image"]]
+
+
 def _seen_in_training(record: FoldRecord) -> set[str]:
     """Slides whose counts the fold has used, to learn or to choose the epoch."""
     return {slide for part in ("train_slides", "validation_slides") for slide in record.split.get(part, [])}
@@ -255,12 +262,9 @@ def _feature_differences(first: FoldRecord, other: FoldRecord) -> list[str]:
         for name in a
         if name in b and a[name] != b[name] and "unknown" not in (a[name], b[name])
     ]
-    images, other_images = (
-        {slide: parts["image"] for slide, parts in record.split.get("digests", {}).items() if "image" in parts}
-        for record in (first, other)
-    )
-    changed = sorted(slide for slide in images.keys() & other_images if images[slide] != other_images[slide])
-    return differences + ([f"other images of the slides {some(changed)}"] if changed else [])
+    if changed := _other_images(first, other):
+        differences.append(f"other images of the slides {some(changed)}")
+    return differences
 
 
 def _training_differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> list[str]:

@@ -237,10 +237,9 @@ def test_every_slide_of_a_set_is_scored_on_its_own_counts_and_written_under_its_
     scores = pd.read_csv(folder / "per_slide.csv").query("scale == 'fused' and truth == 'smoothed'").set_index("slide")
     assert sorted(scores.index) == ["X1", "X2", "X3"]
     found = {name: anndata.read_h5ad(folder / "predictions" / f"{name}.h5ad") for name in scores.index}
+    layout = Layout(data_dir, get_spec("demo_external", data_dir), patch_size=64)
     for name, adata in found.items():
-        layout = Layout(data_dir, get_spec("demo_external", data_dir), patch_size=64)
-        counts = load_slide(layout, name)
-        measured = slide_targets(counts[adata.obs_names], list(adata.var_names))
+        measured = slide_targets(load_slide(layout, name)[adata.obs_names], list(adata.var_names))
         np.testing.assert_allclose(adata.layers["measured"], measured, atol=1e-6)
         assert scores.loc[name, "mse"] == pytest.approx(((measured - adata.X) ** 2).mean(), rel=1e-3)
     assert len({adata.layers["measured"].tobytes() for adata in found.values()}) == 3
