@@ -8,6 +8,7 @@
 * clusters within a patient, or a slide: the group loss of each patient (slide) of a batch by itself, over clusters in
   proportion to its spots, two at least; the mean over spots. No other patient's cluster is in the softmax.
 * batches balanced over patients, or slides: as many spots of each in every batch; of the smaller ones some twice.
+* features standardised per slide: every feature of a slide brought to mean 0 and deviation 1, in each cache by itself.
 * stain normalisation: the images brought to the stain of the first slide (Macenko, by torchstain) before the extraction.
 
 A switch becomes part of the program if it helps on two of the three data sets. The folds of the real ones train on one
@@ -46,6 +47,7 @@ from benchmarks.accuracy import (
     write_accuracy,
 )
 from benchmarks.common import RESULTS, machine, software
+from datasets.features.cache import opened, write_cache
 from datasets.images.plain_reader import open_picture
 from evaluation.comparison.runs import compare_methods
 from models.contract import Embeddings
@@ -55,14 +57,15 @@ from modes.training.run_data import RunData
 from utils.cli import run, say
 from utils.config import load_config
 from utils.devices import device_from
-from utils.files import require_file
+from utils.files import require_file, write_text
 
-# name: (what it is, what labels a spot; None: other images)
+# name: (what it is, what labels a spot; None: other images or features)
 SWITCHES = {
     "within_patient": ("clusters within a patient", "patient"),
     "within_slide": ("clusters within a slide", "slide"),
     "balanced_patient": ("batches balanced over patients", "patient"),
     "balanced_slide": ("batches balanced over slides", "slide"),
+    "standardised": ("features standardised per slide", None),
     "stain": ("stain normalised (Macenko)", None),
 }
 ONE_PATIENT = ("mob", "her2st")  # in the training of a fold
@@ -110,7 +113,7 @@ def balanced_rows(labels: Tensor, rows: Tensor, batch_size: int, generator: torc
 
 @contextmanager
 def switched_on(name: str) -> Iterator[None]:
-    """Train meanwhile as the switch has it; as always where it changes the images alone, or is none."""
+    """Train meanwhile as the switch has it; as always where it changes images or features alone, or is none."""
     label = SWITCHES[name][1] if name in SWITCHES else None
     if label is None:
         yield
@@ -174,6 +177,26 @@ def normalised(data: DataSet) -> DataSet:
     return replace(data, lay_out=lay_out)
 
 
+def standardise_caches(data_dir: Path) -> None:
+    """Bring every feature of a slide to mean 0 and deviation 1 over what was encoded, in each cache below `data_dir`, once.
+
+    Neighbor tiles that cross an edge are zero, take no part and stay zero.
+    """
+    done = data_dir / "standardised.txt"
+    if done.exists():
+        return
+    for path in sorted(data_dir.rglob("*.h5")):
+        say(f"{path.relative_to(data_dir)}: standardised")
+        with opened(path) as cache:
+            numbers, identity, spot_ids, centers = cache.read(), cache.identity, cache.spot_ids, cache.centers
+        encoded = numbers.astype(np.float32)
+        is_inside = encoded.any(axis=-1)
+        mean, deviation = encoded[is_inside].mean(axis=0), encoded[is_inside].std(axis=0)
+        encoded[is_inside] = (encoded[is_inside] - mean) / np.maximum(deviation, 1e-6)
+        write_cache(path, identity, spot_ids, centers, [encoded.astype(numbers.dtype)])
+    write_text(done, "The features of every slide have mean 0 and deviation 1.\n")
+
+
 def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -208,10 +231,10 @@ def main(argv: list[str] | None = None) -> Path:
     complete, path = {}, out / "accuracy.md"
     for name in ("gene_dml", *names):
         say(f"== {TITLES[name]}")
-        is_stained = name == "stain"
-        shared = prepare(
-            normalised(data) if is_stained else data, work / "stain" if is_stained else work, arguments.raw
-        )
+        own_work = work / name if SWITCHES.get(name, ("", ""))[1] is None else work
+        shared = prepare(normalised(data) if name == "stain" else data, own_work, arguments.raw)
+        if name == "standardised":
+            standardise_caches(own_work / "data")
         config = load_config(data.config, [*shared, *chosen, *arguments.set])
         with switched_on(name):
             complete[name] = train_method(config, name, data.config, seeds, arguments.device)

@@ -212,13 +212,17 @@ def _differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> _D
             fatal.append(f"fold {index} tests patients {b.split['test_patients']}, expected {a.split['test_patients']}")
         elif a.result["slides"] != b.result["slides"]:
             fatal.append(f"fold {index} scores slides (spots) {b.result['slides']}, expected {a.result['slides']}")
-        elif changed := _other_counts(a, b):
+        elif changed := sorted(set(_changed(a, b, "counts", "spots")) & set(a.split.get("test_slides", []))):
             fatal.append(f"fold {index} was tested on other counts of the slides {', '.join(changed)}")
         elif gone := set(a.genes) ^ set(b.genes):
             mendable.append(f"fold {index} has {len(b.genes)} genes, expected {len(a.genes)}; {len(gone)} not in both")
         elif features := _feature_differences(a, b):
             # Lists fixed from training data depend on the features; those of the first run are then taken for all.
             mendable += [f"fold {index} has {text}" for text in features] + _list_differences(a, b)
+        elif changed := _changed(a, b, "tokens"):
+            # Other last digits, of another device, are no difference unless the lists of genes become others.
+            lists = _list_differences(a, b)
+            mendable += [f"{text}; the token caches of the slides {some(changed)} hold other numbers" for text in lists]
         else:
             fatal += _list_differences(a, b)
         if slides := _seen_in_training(a) ^ _seen_in_training(b):
@@ -228,18 +232,14 @@ def _differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> _D
     return _Differences(fatal, mendable)
 
 
-def _other_counts(first: FoldRecord, other: FoldRecord) -> list[str]:
-    """Test slides whose counts or spots have other digests. Folds that record none are taken to be alike."""
+def _changed(first: FoldRecord, other: FoldRecord, *parts: str) -> list[str]:
+    """Slides, of the training or the test, of which one of these parts has another digest, where both folds know it."""
     a, b = (record.split.get("digests", {}) for record in (first, other))
-    tested = sorted(set(a) & set(b) & {slide for slide in first.split.get("test_slides", [])})
-    return [slide for slide in tested if any(a[slide].get(part) != b[slide].get(part) for part in ("counts", "spots"))]
-
-
-def _other_images(first: FoldRecord, other: FoldRecord) -> list[str]:
-    """Slides, of the training or the test, whose images have other fingerprints, where both folds know them."""
-    a, b = (record.split.get("digests", {}) for record in (first, other))
-    known = [slide for slide in sorted(set(a) & set(b)) if "image" in a[slide] and "image" in b[slide]]
-    return [slide for slide in known if a[slide]["image"] != b[slide]["image"]]
+    return [
+        slide
+        for slide in sorted(set(a) & set(b))
+        if any(a[slide][part] != b[slide][part] for part in parts if part in a[slide] and part in b[slide])
+    ]
 
 
 def _seen_in_training(record: FoldRecord) -> set[str]:
@@ -262,7 +262,7 @@ def _feature_differences(first: FoldRecord, other: FoldRecord) -> list[str]:
         for name in a
         if name in b and a[name] != b[name] and "unknown" not in (a[name], b[name])
     ]
-    if changed := _other_images(first, other):
+    if changed := _changed(first, other, "image"):
         differences.append(f"other images of the slides {some(changed)}")
     return differences
 

@@ -1,8 +1,10 @@
 """The switches that were tried on the group loss: each changes what it says, and trains through to its table."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,16 @@ from PIL import Image
 
 from benchmarks import switches
 from benchmarks.accuracy import DATA_SETS, DataSet
+from datasets.features.cache import opened, read_features, write_cache
 from models.contract import Embeddings
 from models.layers.precision import unit
 from models.losses import GeneDMLLoss
 from utils.config import Loss
+
+
+def laid_out(source: Path, _raw: Path, data_dir: Path) -> None:
+    if not data_dir.exists():
+        shutil.copytree(source, data_dir)
 
 
 def embeddings_of(num_spots: int) -> Embeddings:
@@ -48,23 +56,44 @@ def test_the_switches_train_and_are_compared(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(switches, "train_method", partial(switches.train_method, folds=[0]))
     found = {"methods": {"gene_dml": {"learning_rate": "1e-3", "weight_decay": "0", "epochs": 1}}}
     (tmp_path / "search.json").write_text(json.dumps(found))
-    tiny = DataSet("tiny", tiny_run.config_name, lambda _raw, _data: None, views=1)
+    tiny = DataSet("tiny", tiny_run.config_name, partial(laid_out, tiny_run.data_dir), views=1)
     monkeypatch.setitem(DATA_SETS, "tiny", tiny)
-    (tmp_path / "data").symlink_to(tiny_run.data_dir)
     arguments = ["--data", "tiny", "--work", str(tmp_path), "--search", str(tmp_path / "search.json"), "--seeds", "0"]
-    names = "within_patient,balanced_slide"
+    names = "within_patient,balanced_slide,standardised"
     path = switches.main([*arguments, "--switches", names, "--device", "cpu", "--out", str(tmp_path / "out")])
     rows = path.read_text().splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:5]] == [
+    assert [row.split("|")[1].strip() for row in rows[2:6]] == [
         "Gene-DML",
         "clusters within a patient",
         "batches balanced over slides",
+        "features standardised per slide",
     ]
     losses = []
-    for name in ("gene_dml", "within_patient", "balanced_slide"):
-        (log,) = tmp_path.glob(f"accuracy/**/{name}/seed_0/fold_0/metrics.jsonl")
+    for name in ("gene_dml", *names.split(",")):
+        (log,) = tmp_path.glob(f"**/accuracy/**/{name}/seed_0/fold_0/metrics.jsonl")
         losses.append(json.loads(log.read_text().splitlines()[0]))
-    assert len({record["train/group"] for record in losses}) == 3
+    assert len({record["train/group"] for record in losses}) == 4
+
+
+def test_features_have_no_mean_and_one_deviation_a_slide_and_masked_tiles_stay_zero(tiny_run, tmp_path):
+    laid_out(tiny_run.data_dir, tmp_path, tmp_path / "data")
+    neighbor = next((tmp_path / "data").rglob("n_features_*/*.h5"))
+    with opened(neighbor) as cache:
+        tiles, others = cache.read(), (cache.identity, cache.spot_ids, cache.centers)
+    tiles[0, :3] = 0
+    write_cache(neighbor, *others, [tiles])
+    before = {path: read_features(path) for path in sorted((tmp_path / "data").rglob("*.h5"))}
+    switches.standardise_caches(tmp_path / "data")
+    after = {path: read_features(path) for path in before}
+    for path, old in before.items():
+        was_inside = old.any(axis=-1)
+        inside = after[path][was_inside].astype(np.float64)
+        assert np.abs(inside.mean(axis=0)).max() < 1e-3 and np.abs(inside.std(axis=0) - 1).max() < 1e-2, path
+        assert not after[path][~was_inside].any()
+    assert not after[neighbor][0, :3].any() and after[neighbor][0, 3:].any()
+    files = {path: path.stat().st_mtime_ns for path in before}
+    switches.standardise_caches(tmp_path / "data")
+    assert {path: path.stat().st_mtime_ns for path in before} == files, "a second time changes nothing"
 
 
 def test_images_are_brought_to_one_stain(tmp_path):

@@ -282,6 +282,21 @@ def test_other_images_are_compared_only_when_told(tmp_path):
     assert row(table, "pcc_h", "other")["difference"] == 0, "the list of the first run is taken for both"
 
 
+def test_other_numbers_in_token_caches_explain_other_lists_of_genes(tmp_path):
+    lists = {**LISTS, "highly_predictive": ["g3"]}
+    first = write_run(tmp_path / "first", BASE, digests={"T1": {"counts": "c", "tokens": "t"}})
+    same = write_run(tmp_path / "same", BASE, digests={"T1": {"counts": "c", "tokens": "t"}}, lists=lists)
+    with pytest.raises(ValueError, match="another list 'highly_predictive'"):
+        compare_runs([first, same], intersect=True)
+    digits = write_run(tmp_path / "digits", BASE, digests={"T1": {"counts": "c", "tokens": "u"}})
+    assert compare_runs([first, digits]).attrs["notes"] == []
+    other = write_run(tmp_path / "other", BASE, digests={"T1": {"counts": "c", "tokens": "u"}}, lists=lists)
+    with pytest.raises(ValueError, match=r"the token caches of the slides T1 hold other numbers(.|\n)*--intersect"):
+        compare_runs([first, other])
+    table = compare_runs([first, other], intersect=True)
+    assert row(table, "pcc_h", "other")["difference"] == 0, "the list of the first run is taken for both"
+
+
 def test_other_training_data_are_refused_and_other_choices_of_the_epoch_told(tmp_path, base):
     other = write_run(tmp_path / "other", BASE, train_slides=["T1", "T2"])
     with pytest.raises(ValueError, match=r"fold 0 was trained on other slides \(T2 not in both\)"):
