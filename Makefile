@@ -34,9 +34,9 @@ demo: setup
 	$(PYTHON) main.py --mode predict --image $(DEMO)/data/test/demo_external/ST-imgs/X/X1/X1.jpg --model_path $(DEMO)/logs/demo/dml/demo --mpp 1.6 --pitch_um 100 --genes COL1A1,ERBB2 --out $(DEMO)/predicted/X1.h5ad --overwrite
 	@echo "Report: $(DEMO)/logs/demo/dml/demo/report.html"
 
-# One process a core, one thread each: threads of small tensors only wait for each other.
+# One process a core, one thread each: threads of small tensors only wait for each other. What tests start is compiled once.
 test: setup-dev
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Damaged files, kills, full disks, two processes at once; an hour. SEED=1 tries others.
 SEED := 0

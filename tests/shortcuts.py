@@ -6,24 +6,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
+from xxhash import xxh3_128_digest
 
 from datasets.images import overlay
 from datasets.images.slides import Slide
 from datasets.images.spots_on_tissue import TissuePicture
 from models.patch_encoders import build
+from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, Tokens
+from utils.files import sha256
 
-_read, _look_at = build.load_patch_encoder, TissuePicture.of
+_read, _encode, _look_at = build.load_patch_encoder, build.encode, TissuePicture.of
+_TOKENS: WeakKeyDictionary[TimmModel, dict[tuple, Tokens]] = WeakKeyDictionary()
 _SEEN: dict[tuple[str, int, int], TissuePicture] = {}
 
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
-    """A figure is one pixel and the explorer its title; both are there. Of an unchanged file the encoder is read and the tissue
-    found once.
+    """A figure is one pixel and the explorer its title; both are there. Of an unchanged file the encoder is read, a batch of
+    patches encoded and the tissue found once.
     """
     with pytest.MonkeyPatch.context() as patch:
         for module in ("report.fold_figures", "report.write", "comparison.write"):
@@ -31,6 +38,8 @@ def shortcuts() -> Iterator[None]:
         for module in ("evaluation.report.explorer", "modes.prediction.summary", "modes.external_test"):
             patch.setattr(f"{module}.write_explorer", title_page)
         patch.setattr(build, "load_patch_encoder", lambda spec, path: _read_once(spec, path, path.stat().st_mtime_ns))
+        patch.setattr(build, "sha256", lambda path: _hash_once(path, path.stat().st_mtime_ns))
+        patch.setattr(build, "encode", encode_once)
         patch.setattr(TissuePicture, "of", look_once)
         patch.setattr(overlay, "draw_overlay", one_colour)
         yield
@@ -40,6 +49,22 @@ def shortcuts() -> Iterator[None]:
 def _read_once(spec, path: Path, _mtime_ns: int):
     """An encoder is frozen, so whoever runs it can have the same."""
     return _read(spec, path)
+
+
+@lru_cache(maxsize=4)
+def _hash_once(path: Path, _mtime_ns: int) -> str:
+    return sha256(path)
+
+
+def encode_once(spec: PatchEncoderSpec, encoder: TimmModel, images: Tensor) -> Tokens:
+    """In the place of `encode`: the same patches in the same batch are encoded once."""
+    if images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return _encode(spec, encoder, images)
+    known = _TOKENS.setdefault(encoder, {})
+    key = (xxh3_128_digest(images.contiguous().numpy()), images.shape, images.dtype)
+    if key not in known:
+        known[key] = _encode(spec, encoder, images)
+    return known[key]
 
 
 def look_once(slide: Slide) -> TissuePicture:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from utils.files import reading, write_atomically
+from utils.files import reading, require_file, write_atomically
 from utils.text import brief
 from utils.trained_fold import ALL_PATIENTS_FOLDER, TrainedFold
 from utils.untrusted.tensors import check_tensors, load_tensors
@@ -163,14 +164,19 @@ def has_ended(checkpoint: str | Path) -> bool:
     Training marks it (`finished`). Of a checkpoint without the mark, from an older version, the last.pt beside it tells;
     where there is none, nothing is left to train.
     """
-    fold = load_checkpoint(checkpoint, memory_map=True)
-    if fold.finished is not None:
-        return fold.finished
-    last = Path(checkpoint).with_name("last.pt")
-    if not last.is_file():
-        return True
+    path = require_file(checkpoint, "Check the path.")
+    found = path.stat()
+    is_finished = _mark_of(path, found.st_ino, found.st_mtime_ns, found.st_size)
+    last = path.with_name("last.pt")
+    if is_finished is not None or not last.is_file():
+        return is_finished is not False
     fold = load_checkpoint(last, memory_map=True)
     return fold.progress.is_finished(fold.config, fold.split.score_name)
+
+
+@lru_cache(maxsize=256)  # every place that lists folds asks
+def _mark_of(path: Path, *_version: int) -> bool | None:
+    return load_checkpoint(path, memory_map=True).finished
 
 
 def is_complete(folder: Path) -> bool:

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +175,24 @@ def versions() -> dict[str, str]:
     """Versions of the program, its commit where it is a git checkout, the packages and the device."""
     found = {
         "gene_dml": VERSION,
-        "commit": commit_of(Path(__file__).resolve().parents[1]),
+        "commit": _own_commit(),
         "python": platform.python_version(),
         "system": platform.platform(),
     }
-    found |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    found |= {name: _version_of(name) for name in _PACKAGES}
     found["cuda"] = torch.version.cuda or "none"
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return found
+
+
+@cache  # of the code that was loaded, whatever happens to the files
+def _own_commit() -> str:
+    return commit_of(Path(__file__).resolve().parents[1])
+
+
+@cache
+def _version_of(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
 def commit_of(root: str | Path) -> str:

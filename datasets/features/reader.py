@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from scipy import sparse
 from torch import Tensor
 
 from datasets.features.cache import read_features
@@ -63,12 +64,18 @@ class FeatureReader:
         self._genes: dict[tuple[str, ...], pd.Index] = {}
 
     def read_tables(
-        self, slides: Sequence[str], genes: Sequence[str] | None = None, *, keep: Collection[str] | None = None
+        self,
+        slides: Sequence[str],
+        genes: Sequence[str] | None = None,
+        *,
+        keep: Collection[str] | None = None,
+        spare_bytes: int = 0,
     ) -> list[SlideRecord]:
         """Read the tables of the slides and verify every cache, before any feature is read.
 
         genes: read only their counts; None = all.  keep: of these hold only the counts of these genes, as far as the slide
-        has them, so that memory does not grow with all genes; None = all.
+        has them, so that memory does not grow with all genes; None = all.  spare_bytes: as long as they suffice, hold the
+        others, too, so that `read_genes` has what it is asked for.
         Raises ValueError listing every slide that cannot be used and the command that repairs it.
         """
         records: list[SlideRecord] = []
@@ -81,7 +88,8 @@ class FeatureReader:
                 problems.append(str(error))
                 continue
             summary = self._pooled(summarise(table))
-            table = table if keep is None else with_genes(table, keep)
+            spare_bytes -= _bytes_of(table)
+            table = table if keep is None or spare_bytes >= 0 else with_genes(table, keep)
             records.append(SlideRecord(table, start, start + table.n_obs, **vars(seen), summary=summary))
             start += table.n_obs
         if problems:
@@ -90,14 +98,17 @@ class FeatureReader:
         return records
 
     def read_genes(self, records: Sequence[SlideRecord], genes: Collection[str]) -> list[SlideRecord]:
-        """Read the counts of these genes, as far as the slides have them, in place of those that the tables hold.
+        """Hold the counts of these genes, as far as the slides have them, in place of those that the tables hold.
 
-        Raises ValueError for a slide whose files have changed since.
+        What no table holds is read again. Raises ValueError for a slide whose files have changed since.
         """
         found = []
         for record in records:
-            of_slide = record.counts.genes[record.counts.genes.isin(list(genes))].tolist()
-            table = load_slide(self.layout, record.name, of_slide) if of_slide else record.table
+            of_slide = record.counts.genes[record.counts.genes.isin(list(genes))]
+            is_held = of_slide.isin(record.table.var_names).all()
+            table = (
+                with_genes(record.table, of_slide) if is_held else load_slide(self.layout, record.name, list(of_slide))
+            )
             if table.obs_names.tolist() != record.table.obs_names.tolist():
                 raise ValueError(
                     f"the counts or spots of slide {record.name} have changed while they were read. Run the command again."
@@ -242,6 +253,11 @@ class FeatureReader:
             whole[record.start : record.stop] = features
         assert whole is not None, "at least one slide is read"
         return whole
+
+
+def _bytes_of(table: AnnData) -> int:
+    counts = sparse.csr_matrix(table.X)
+    return counts.data.nbytes + counts.indices.nbytes + counts.indptr.nbytes
 
 
 def _joined(problems: Sequence[str]) -> str:

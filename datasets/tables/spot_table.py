@@ -27,9 +27,9 @@ def read_spots(path: str | Path) -> pd.DataFrame:
     path = require_file(path, "It should list the spots of a slide, tab separated: x, y, pixel_x, pixel_y.")
     with reading(path, "a tab separated table of spots"):
         table = cells_of(text_of(path), "\t").reset_index(drop=True)
-    for name in table.columns.difference(SPOT_COLUMNS):
-        numbers = pd.to_numeric(table[name], errors="coerce")
-        table[name] = table[name] if numbers.isna().any() else numbers
+    for name in table.columns:
+        if name not in SPOT_COLUMNS and not (numbers := pd.to_numeric(table[name], errors="coerce")).isna().any():
+            table[name] = numbers
     return check_spots(table, str(path))
 
 
@@ -41,8 +41,8 @@ def check_spots(table: pd.DataFrame, source: str) -> pd.DataFrame:
             f"{source}: column(s) {', '.join(missing)} missing; found {some(list(table.columns), 10)}. "
             f"Expected a tab separated table with {', '.join(SPOT_COLUMNS)}."
         )
-    numbers = table.loc[:, list(SPOT_COLUMNS)].apply(pd.to_numeric, errors="coerce")
-    problems = []
+    numbers = {name: pd.to_numeric(table[name], errors="coerce") for name in SPOT_COLUMNS}
+    index, problems = pd.Index([]), []
     for name in SPOT_COLUMNS:
         values = numbers[name].to_numpy(dtype=np.float64)
         for what, is_wrong in (
@@ -55,10 +55,9 @@ def check_spots(table: pd.DataFrame, source: str) -> pd.DataFrame:
     if not len(table):
         problems.append("no spots in it")
     if not problems:
-        ids = spot_ids(numbers["x"].to_numpy(), numbers["y"].to_numpy())
-        twice = pd.Index(ids)[pd.Index(ids).duplicated()].unique().tolist()
-        if twice:
-            problems.append(f"spots listed twice: {some(twice)}")
+        index = pd.Index(spot_ids(numbers["x"], numbers["y"]), name="spot")
+        if not index.is_unique:
+            problems.append(f"spots listed twice: {some(index[index.duplicated()].unique().tolist())}")
     if SELECTED in table.columns:
         words = table[SELECTED].astype(str).str.strip().str.lower()
         is_selected = words.map({"1": 1, "0": 0, "1.0": 1, "0.0": 0, "true": 1, "false": 0})
@@ -67,12 +66,12 @@ def check_spots(table: pd.DataFrame, source: str) -> pd.DataFrame:
         numbers[SELECTED] = is_selected
     if problems:
         raise ValueError(f"{source}: {'; '.join(problems)}. Correct these rows or take the original file again.")
-    return table.assign(**numbers).set_index(pd.Index(ids, name="spot"))
+    return table.assign(**numbers).set_index(index)
 
 
-def spot_ids(x: np.ndarray, y: np.ndarray) -> list[str]:
+def spot_ids(x: np.ndarray | pd.Series, y: np.ndarray | pd.Series) -> list[str]:
     """Name each spot "round(x)xround(y)"."""
-    return [f"{column}x{row}" for column, row in zip(rounded(x), rounded(y), strict=True)]
+    return [f"{column}x{row}" for column, row in zip(rounded(x).tolist(), rounded(y).tolist(), strict=True)]
 
 
 def check_inside(adata: AnnData, image_size: tuple[int, int], image: str | Path = "the image") -> None:

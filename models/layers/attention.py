@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -36,11 +37,9 @@ def in_chunks(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
 
 def relative_offset_index(side: int) -> Tensor:
     """Index (side^2, side^2) of the absolute offset (|drow|, |dcol|) between the cells of a square, row-major."""
-    cells = torch.arange(side * side)
-    row, column = cells // side, cells % side
-    row_offset = (row[:, None] - row[None, :]).abs()
-    column_offset = (column[:, None] - column[None, :]).abs()
-    return side * row_offset + column_offset
+    row, column = np.divmod(np.arange(side * side), side)
+    row_offset, column_offset = (np.abs(place[:, None] - place[None, :]) for place in (row, column))
+    return torch.from_numpy(side * row_offset + column_offset)
 
 
 def attend_plainly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

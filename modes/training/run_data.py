@@ -34,6 +34,7 @@ from utils.parallel.team import ALONE, Team
 from utils.runs import generator_for
 from utils.trained_fold import SplitRecord
 
+_SPARE_BYTES = 1 << 30  # for the counts of all genes, until the panel is known
 OF_CONFIGURATION = "--set DATA.num_genes=N, N"
 
 
@@ -115,7 +116,11 @@ def open_run_data(
     panel = fixed_panel(config, layout) if folds else None
     reader = FeatureReader(layout, config.DATA.encoder, with_neighbors=needs.neighbors)
     is_whole = genes is None and not folds
-    records = reader.read_tables(slides, keep=None if is_whole else [*(genes or ()), *(panel or ())])
+    records = reader.read_tables(
+        slides,
+        keep=None if is_whole else [*(genes or ()), *(panel or ())],
+        spare_bytes=_SPARE_BYTES if folds and panel is None else 0,
+    )
     if (note := note_on_counts(records)) and not is_rehearsal:
         say(note)
     check_clusters(config, records, folds)

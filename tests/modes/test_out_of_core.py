@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from datasets.batches import BatchMaker
-from datasets.features import neighbor_files
+from datasets.features import neighbor_files, reader
 from datasets.features.cache import read_features
 from datasets.features.neighbor_files import NeighborFiles, Residence
 from datasets.features.reader import FeatureReader
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.shares import share_of
+from datasets.tables.slide_table import load_slide
 from modes.train import train
+from modes.training import run_data as run_data_module
 from modes.training.compose import open_layout
 from modes.training.plan import find_folds
 from modes.training.run_data import RunData, open_run_data
@@ -108,6 +110,20 @@ def test_only_the_counts_of_the_panels_are_held(on_disk):
     assert whole.counts.digest == store.slides[0].counts.digest
     assert (whole.table[:, store.slides[0].table.var_names].X != store.slides[0].table.X).nnz == 0
     assert len({id(record.counts.genes) for record in store.slides}) == 1, "equal lists of genes are one"
+
+
+def test_counts_of_all_genes_are_held_while_they_are_few_and_read_again_otherwise(config, on_disk, monkeypatch):
+    loaded, slides = [], on_disk.store.slides
+    monkeypatch.setattr(reader, "load_slide", lambda *given: loaded.append(given[1]) or load_slide(*given))
+    one_slide = 12 * slides[0].table.n_obs * len(slides[0].counts.genes)
+    for spare, times in ((1 << 30, 1), (one_slide, 2), (0, 2)):
+        loaded.clear()
+        monkeypatch.setattr(run_data_module, "_SPARE_BYTES", spare)
+        found = opened(config, "disk").store.slides
+        assert loaded.count(slides[-1].name) == times and loaded.count(slides[0].name) == (1 if spare else 2)
+        for record, expected in zip(found, slides, strict=True):
+            assert record.table.var_names.equals(expected.table.var_names)
+            assert record.table.X.dtype == expected.table.X.dtype and (record.table.X != expected.table.X).nnz == 0
 
 
 def find(run_data: RunData):
