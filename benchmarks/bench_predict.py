@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import anndata
 import numpy as np
@@ -58,16 +59,19 @@ class Found:
     processor: float
 
 
+@cache
+def stained_tiles() -> list[bytes]:
+    """Tiles of tissue, compressed."""
+    coarse = np.array([190, 120, 170]) + np.random.default_rng(0).integers(
+        -45, 46, (TEXTURES, TILE // 12, TILE // 12, 3)
+    )
+    textures = [Image.fromarray(one.astype(np.uint8)).resize((TILE, TILE), Image.Resampling.BILINEAR) for one in coarse]
+    return [zlib.compress(texture.tobytes(), 1) for texture in textures]
+
+
 def write_slide(path: Path, side: int, tissue: float) -> None:
     """A disc of tissue on glass, a share `tissue` of the slide, as a tiled TIFF with a pyramid; tiles repeat."""
-    random = np.random.default_rng(0)
-    coarse = np.array([190, 120, 170]) + random.integers(-45, 46, (TEXTURES, TILE // 12, TILE // 12, 3))
-    textures = [
-        np.asarray(Image.fromarray(one.astype(np.uint8)).resize((TILE, TILE), Image.Resampling.BILINEAR))
-        for one in coarse
-    ]
-    stained = [zlib.compress(texture.tobytes(), 1) for texture in textures]
-    glass = zlib.compress(np.full((TILE, TILE, 3), 244, dtype=np.uint8).tobytes(), 1)
+    stained, glass = stained_tiles(), zlib.compress(np.full((TILE, TILE, 3), 244, dtype=np.uint8).tobytes(), 1)
 
     def tiles(length: int) -> Iterator[bytes]:
         for row in range(-(-length // TILE)):

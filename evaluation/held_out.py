@@ -19,14 +19,14 @@ import pandas as pd
 
 from evaluation import aggregation
 from evaluation.fold_files import FoldRecord, read_run
-from evaluation.predictions import HELD_OUT_FILE, INTERVAL_LEVEL, MEASURED, HeldOut, read_prediction
+from evaluation.predictions import HELD_OUT_FILE, INTERVAL_LEVEL, HeldOut, read_compared
 from utils.runs import write_json
 
 
 def measure_held_out(run_dir: str | Path) -> HeldOut:
     """Measure what the complete folds of a run have shown; reads their tables and prediction files.
 
-    Raises ValueError or FileNotFoundError as `fold_files.read_run` and `read_prediction`.
+    Raises ValueError or FileNotFoundError as `fold_files.read_run` and `read_compared`.
     """
     records, _ = read_run(run_dir)
     genes = list(dict.fromkeys(gene for record in records for gene in record.genes))
@@ -63,9 +63,9 @@ def residuals_of(records: Sequence[FoldRecord], genes: Sequence[str]) -> dict[st
             if not path.is_file() or held is None:
                 parts[patient] = None
                 continue
-            found = read_prediction(path)[:, record.genes]
-            values = np.full((found.n_obs, len(genes)), np.nan, dtype=np.float32)
-            values[:, place] = np.abs(np.asarray(found.layers[MEASURED]) - np.asarray(found.X))
+            predicted, measured = read_compared(path, record.genes)
+            values = np.full((len(predicted), len(genes)), np.nan, dtype=np.float32)
+            values[:, place] = np.abs(measured - predicted)
             held.append(values)
     return {patient: np.concatenate(held) for patient, held in parts.items() if held}
 

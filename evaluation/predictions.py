@@ -14,13 +14,13 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
-from anndata.io import write_elem
+from anndata.io import read_elem, write_elem
 from PIL import Image
 
 from evaluation.slide_result import SCALES
 from utils.files import reading, require_file, safe_name, write_atomically
 from utils.text import brief, checked_names, some
-from utils.untrusted.hdf5 import probe_hdf5
+from utils.untrusted.hdf5 import opened_hdf5, probe_hdf5
 
 MEASURED = "measured"
 MEASURED_UNSMOOTHED = "measured_unsmoothed"
@@ -29,6 +29,7 @@ LOWRES_PIXELS = 600
 PLACEHOLDER = "none: a white sheet"
 HELD_OUT_FILE = "held_out.json"
 INTERVAL_LEVEL = 0.8
+_WHAT, _REMEDY = "a prediction (.h5ad)", "It may be truncated: predict again, into another file."
 _MEASURE_AGAIN = "Make it again: python main.py --mode test --model_path RUN"
 
 
@@ -136,9 +137,8 @@ def read_prediction(path: Path) -> anndata.AnnData:
     path = require_file(
         path, "Predictions are written by: python main.py --config_name CONFIG --mode test --model_path RUN"
     )
-    what, remedy = "a prediction (.h5ad)", "It may be truncated: predict again, into another file."
-    with reading(path, what, remedy):
-        probe_hdf5(path, what, remedy)
+    with reading(path, _WHAT, _REMEDY):
+        probe_hdf5(path, _WHAT, _REMEDY)
         adata = anndata.read_h5ad(path)
     missing = [f"uns['{key}']" for key in ("spatial", "unit", "gene_dml") if key not in adata.uns]
     missing += ["obsm['spatial']"] if "spatial" not in adata.obsm else []
@@ -150,6 +150,18 @@ def read_prediction(path: Path) -> anndata.AnnData:
     for what, names in (("slides", adata.uns["spatial"]), ("spots", adata.obs_names), ("genes", adata.var_names)):
         checked_names(list(names), what, path)
     return adata
+
+
+def read_compared(path: Path, genes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read what was predicted and what was measured of some genes, (N, G) each, and nothing else of a prediction file.
+
+    Raises FileNotFoundError, or ValueError when it is none or lacks a gene or the measured values.
+    """
+    with opened_hdf5(path, _WHAT, _REMEDY) as file:
+        place = read_elem(file["var"]).index.get_indexer(pd.Index(genes))
+        if (place < 0).any():
+            raise ValueError(f"it lacks the genes {some([gene for gene, at in zip(genes, place) if at < 0])}")
+        return read_elem(file["X"])[:, place], read_elem(file[f"layers/{MEASURED}"])[:, place]
 
 
 def slide_of(adata: anndata.AnnData) -> str:

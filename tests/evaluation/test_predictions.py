@@ -10,7 +10,7 @@ import pytest
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from evaluation.predictions import read_prediction, slide_of, tissue_image, write_prediction
+from evaluation.predictions import read_compared, read_prediction, slide_of, tissue_image, write_prediction
 
 matplotlib.use("Agg")
 UNIT = "log10(1 + counts per 10 000 of the panel)"
@@ -132,6 +132,19 @@ def test_unknown_and_missing_scales_are_errors(tmp_path: Path) -> None:
 def test_slide_name_may_not_leave_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_prediction(tmp_path / "A1.h5ad", **slide_arguments(slide="../A1"))
+
+
+def test_what_was_predicted_and_measured_is_read_alone(tmp_path: Path) -> None:
+    arguments = slide_arguments()
+    write_prediction(tmp_path / "A1.h5ad", **arguments)
+    predicted, measured = read_compared(tmp_path / "A1.h5ad", ["GENE3", "GENE0"])
+    np.testing.assert_array_equal(predicted, arguments["predictions"]["fused"].astype(np.float32)[:, [3, 0]])
+    np.testing.assert_array_equal(measured, arguments["measured"].astype(np.float32)[:, [3, 0]])
+    with pytest.raises(ValueError, match=r"A1\.h5ad cannot be read as a prediction .*lacks the genes TP53"):
+        read_compared(tmp_path / "A1.h5ad", ["GENE3", "TP53"])
+    write_prediction(tmp_path / "B1.h5ad", **slide_arguments(measured=None, measured_unsmoothed=None))
+    with pytest.raises(ValueError, match=r"B1\.h5ad cannot be read as a prediction"):
+        read_compared(tmp_path / "B1.h5ad", ["GENE3"])
 
 
 def test_reading_what_is_no_prediction(tmp_path: Path) -> None:
