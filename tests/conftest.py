@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG = (  # those that take longest
@@ -25,6 +24,7 @@ LONG = (  # those that take longest
     "test_first_run.py",
     "test_predict.py",
     "test_cuda_path.py",
+    "test_readme.py",
     "test_write.py",
 )
 
@@ -95,6 +95,8 @@ def _nobody_waits_for_the_disk():
 @pytest.fixture(autouse=True)
 def _few_threads():
     """Tests are small: more threads only fight each other."""
+    import torch  # not where pytest only hands tests out
+
     torch.set_num_threads(1)
 
 
@@ -110,6 +112,8 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     """Long files first, so that at the end no process works on one while the others wait; GPU tests need a GPU."""
+    import torch
+
     items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return

