@@ -183,16 +183,18 @@ def standardise_caches(data_dir: Path) -> None:
     Neighbor tiles that cross an edge are zero, take no part and stay zero.
     """
     done = data_dir / "standardised.txt"
-    if done.exists():
-        return
+    before = done.stat().st_mtime_ns if done.exists() else 0
     for path in sorted(data_dir.rglob("*.h5")):
+        if path.stat().st_mtime_ns <= before:
+            continue
         say(f"{path.relative_to(data_dir)}: standardised")
         with opened(path) as cache:
             numbers, identity, spot_ids, centers = cache.read(), cache.identity, cache.spot_ids, cache.centers
         encoded = numbers.astype(np.float32)
         is_inside = encoded.any(axis=-1)
-        mean, deviation = encoded[is_inside].mean(axis=0), encoded[is_inside].std(axis=0)
-        encoded[is_inside] = (encoded[is_inside] - mean) / np.maximum(deviation, 1e-6)
+        inside = encoded[is_inside]
+        mean, deviation = inside.mean(axis=0, dtype=np.float64), inside.std(axis=0, dtype=np.float64)
+        encoded[is_inside] = (inside - mean) / np.maximum(deviation, 1e-6)
         write_cache(path, identity, spot_ids, centers, [encoded.astype(numbers.dtype)])
     write_text(done, "The features of every slide have mean 0 and deviation 1.\n")
 
@@ -239,7 +241,7 @@ def main(argv: list[str] | None = None) -> Path:
         with switched_on(name):
             complete[name] = train_method(config, name, data.config, seeds, arguments.device)
         if len(complete) > 1:
-            # The list of PCC(H) is chosen by features, which differ with the stain; all take that of Gene-DML.
+            # The list of PCC(H) is chosen by features, which two switches change; all take that of Gene-DML.
             path = write_accuracy(out, compare_methods(complete, metrics=METRICS, intersect=True), about)
     say(path.read_text(encoding="utf-8"))
     return path

@@ -17,6 +17,7 @@ from utils.cli import progress
 
 _ROWS_READ = 256
 _PARTS = COUNTS, SPOTS, FEATURES, TOKENS, IMAGE = "counts", "spots", "features", "tokens", "image"
+TARGET = "target"  # of the features those of the patches alone, by which a list of genes is chosen
 
 
 def digests_of(store: SpotStore, slides: Sequence[str], tokens: BlockStore | None = None) -> dict[str, dict[str, str]]:
@@ -24,13 +25,14 @@ def digests_of(store: SpotStore, slides: Sequence[str], tokens: BlockStore | Non
 
     Of files only those of neighbor features are read that are not held in memory: all of them, once, and verified.
     tokens: the token caches of all slides of the store, in its order; None where the tokens are not cached.
-    Returns {slide: {"counts": ..., "spots": ..., "features": ...}}, with "tokens" and "image" where they are known.
+    Returns {slide: {"counts": ..., "spots": ..., "target": ..., "features": ...}}, with "tokens" and "image" where they are
+    known; "features" are those of the patches ("target") and, where they are read, of the neighbors.
     """
     digests = {
         record.name: {
             COUNTS: record.counts.digest,
             SPOTS: _spots(record.table),
-            FEATURES: _features(store, record),
+            **_features(store, record),
         }
         for record in progress(store.named(slides), description="digests", unit="slide", leave=False)
     }
@@ -89,16 +91,17 @@ def _spots(table: AnnData) -> str:
     return digest.hexdigest()
 
 
-def _features(store: SpotStore, record: SlideRecord) -> str:
+def _features(store: SpotStore, record: SlideRecord) -> dict[str, str]:
     """XXH3, which is as fast as memory, of the features of a slide."""
     digest, neighbors = xxh3_64(), store.neighbor_features
     digest.update(_bytes(store.target_features[record.start : record.stop]))
+    target = digest.hexdigest()
     if isinstance(neighbors, Tensor):
         digest.update(_bytes(neighbors[record.start : record.stop]))
     elif neighbors is not None:
         for rows in record.rows.split(_ROWS_READ):
             digest.update(_bytes(neighbors.read(rows)))
-    return digest.hexdigest()
+    return {TARGET: target, FEATURES: digest.hexdigest()}
 
 
 def _bytes(values: Tensor) -> memoryview:

@@ -158,10 +158,15 @@ def read_compared(path: Path, genes: Sequence[str]) -> tuple[np.ndarray, np.ndar
     Raises FileNotFoundError, or ValueError when it is none or lacks a gene or the measured values.
     """
     with opened_hdf5(path, _WHAT, _REMEDY) as file:
-        place = read_elem(file["var"]).index.get_indexer(pd.Index(genes))
+        known, predicted, measured = (read_elem(file[name]) for name in ("var", "X", f"layers/{MEASURED}"))
+        place = known.index.get_indexer(pd.Index(genes))
         if (place < 0).any():
             raise ValueError(f"it lacks the genes {some([gene for gene, at in zip(genes, place) if at < 0])}")
-        return read_elem(file["X"])[:, place], read_elem(file[f"layers/{MEASURED}"])[:, place]
+        if not predicted.shape == measured.shape == (len(predicted), len(known)):
+            raise ValueError(
+                f"of {len(known)} genes it holds {predicted.shape} predicted, {measured.shape} measured values"
+            )
+        return predicted[:, place], measured[:, place]
 
 
 def slide_of(adata: anndata.AnnData) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from utils.trained_fold import ALL_PATIENTS_FOLDER, TrainedFold
 from utils.untrusted.tensors import check_tensors, load_tensors
 
 SCHEMA = 1
+_ENDED: set[tuple[Path, int, int, int]] = set()  # checkpoints with the mark: whatever lists folds asks again
 _CONTINUE = "Go on with it: the command of the training, with --resume."
 _BY_NAME = "To predict with it as it is, name the file:"
 
@@ -166,17 +166,19 @@ def has_ended(checkpoint: str | Path) -> bool:
     """
     path = require_file(checkpoint, "Check the path.")
     found = path.stat()
-    is_finished = _mark_of(path, found.st_ino, found.st_mtime_ns, found.st_size)
+    version = (path, found.st_ino, found.st_mtime_ns, found.st_size)
+    if version in _ENDED:
+        return True
+    fold = load_checkpoint(path, memory_map=True)
+    if fold.finished:
+        _ENDED.add(version)
+    if fold.finished is not None:
+        return fold.finished
     last = path.with_name("last.pt")
-    if is_finished is not None or not last.is_file():
-        return is_finished is not False
+    if not last.is_file():
+        return True
     fold = load_checkpoint(last, memory_map=True)
     return fold.progress.is_finished(fold.config, fold.split.score_name)
-
-
-@lru_cache(maxsize=256)  # every place that lists folds asks
-def _mark_of(path: Path, *_version: int) -> bool | None:
-    return load_checkpoint(path, memory_map=True).finished
 
 
 def is_complete(folder: Path) -> bool:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system that has none
@@ -34,7 +33,9 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> Owner:
-        return _owner(os.getpid())
+        host = socket.gethostname()
+        pid = os.getpid()
+        return cls(host, _place(host), pid, _start_of(pid) or 0)
 
     def may_live(self) -> bool:
         """Whether the process may still run; one of another machine may, one whose number another process has does not."""
@@ -48,12 +49,6 @@ class Owner:
             return True
         found = _start_of(self.pid)
         return found is None or found == self.start
-
-
-@lru_cache(maxsize=1)  # a child has another number
-def _owner(pid: int) -> Owner:
-    host = socket.gethostname()
-    return Owner(host, _place(host), pid, _start_of(pid) or 0)
 
 
 def _place(host: str) -> str:

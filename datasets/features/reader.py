@@ -74,8 +74,8 @@ class FeatureReader:
         """Read the tables of the slides and verify every cache, before any feature is read.
 
         genes: read only their counts; None = all.  keep: of these hold only the counts of these genes, as far as the slide
-        has them, so that memory does not grow with all genes; None = all.  spare_bytes: as long as they suffice, hold the
-        others, too, so that `read_genes` has what it is asked for.
+        has them, so that memory does not grow with all genes; None = all.  spare_bytes: of counts of other genes that may
+        be held all the same, slide after slide until they are used up, so that `read_genes` need not read again.
         Raises ValueError listing every slide that cannot be used and the command that repairs it.
         """
         records: list[SlideRecord] = []

@@ -74,7 +74,8 @@ def compare_methods(
     mean over the patient's slides.
     metrics: pcc_all, pcc_h, pcc_<list> or a metric of `evaluation.metrics`. scale, truth: of the rows that are compared.
     intersect: compare what the runs share (folds, genes) instead of refusing, and accept other features (encoder, patch
-    size, neighbors, token variant). Protocols, patients, slides and spots of a shared fold must agree in any case.
+    size, neighbors, token variant, images, numbers). Protocols, patients, slides and spots of a shared fold must agree in
+    any case.
     Raises ValueError with every difference between the runs.
     """
     runs = {name: [read_run(path)[0] for path in paths] for name, paths in methods.items()}
@@ -219,10 +220,10 @@ def _differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> _D
         elif features := _feature_differences(a, b):
             # Lists fixed from training data depend on the features; those of the first run are then taken for all.
             mendable += [f"fold {index} has {text}" for text in features] + _list_differences(a, b)
-        elif changed := _changed(a, b, "tokens"):
+        elif changed := sorted(set(_changed(a, b, "target")) & _seen_in_training(a)):
             # Other last digits, of another device, are no difference unless the lists of genes become others.
             lists = _list_differences(a, b)
-            mendable += [f"{text}; the token caches of the slides {some(changed)} hold other numbers" for text in lists]
+            mendable += [f"{text}; the features of the slides {some(changed)} are other numbers" for text in lists]
         else:
             fatal += _list_differences(a, b)
         if slides := _seen_in_training(a) ^ _seen_in_training(b):

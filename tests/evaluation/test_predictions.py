@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import matplotlib
 import numpy as np
 import pytest
+from anndata.io import write_elem
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
@@ -142,6 +144,12 @@ def test_what_was_predicted_and_measured_is_read_alone(tmp_path: Path) -> None:
     np.testing.assert_array_equal(measured, arguments["measured"].astype(np.float32)[:, [3, 0]])
     with pytest.raises(ValueError, match=r"A1\.h5ad cannot be read as a prediction .*lacks the genes TP53"):
         read_compared(tmp_path / "A1.h5ad", ["GENE3", "TP53"])
+    with h5py.File(tmp_path / "A1.h5ad", "r+") as file:
+        values = file["layers/measured"][:1]
+        del file["layers/measured"]
+        write_elem(file, "layers/measured", values)
+    with pytest.raises(ValueError, match=r"A1\.h5ad .*holds \(30, 5\) predicted, \(1, 5\) measured values"):
+        read_compared(tmp_path / "A1.h5ad", ["GENE3"])
     write_prediction(tmp_path / "B1.h5ad", **slide_arguments(measured=None, measured_unsmoothed=None))
     with pytest.raises(ValueError, match=r"B1\.h5ad cannot be read as a prediction"):
         read_compared(tmp_path / "B1.h5ad", ["GENE3"])

@@ -94,6 +94,9 @@ def test_features_have_no_mean_and_one_deviation_a_slide_and_masked_tiles_stay_z
     files = {path: path.stat().st_mtime_ns for path in before}
     switches.standardise_caches(tmp_path / "data")
     assert {path: path.stat().st_mtime_ns for path in before} == files, "a second time changes nothing"
+    write_cache(neighbor, *others, [tiles])  # extracted again
+    switches.standardise_caches(tmp_path / "data")
+    assert np.array_equal(read_features(neighbor), after[neighbor])
 
 
 def test_images_are_brought_to_one_stain(tmp_path):

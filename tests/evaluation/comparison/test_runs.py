@@ -282,16 +282,22 @@ def test_other_images_are_compared_only_when_told(tmp_path):
     assert row(table, "pcc_h", "other")["difference"] == 0, "the list of the first run is taken for both"
 
 
-def test_other_numbers_in_token_caches_explain_other_lists_of_genes(tmp_path):
+def test_other_features_of_a_training_slide_explain_other_lists_of_genes(tmp_path):
+    def run(name: str, features: dict[str, str], **changes):
+        digests = {slide: {"counts": "c", "tokens": name, "target": digest} for slide, digest in features.items()}
+        return write_run(tmp_path / name, BASE, digests=digests, **changes)
+
     lists = {**LISTS, "highly_predictive": ["g3"]}
-    first = write_run(tmp_path / "first", BASE, digests={"T1": {"counts": "c", "tokens": "t"}})
-    same = write_run(tmp_path / "same", BASE, digests={"T1": {"counts": "c", "tokens": "t"}}, lists=lists)
-    with pytest.raises(ValueError, match="another list 'highly_predictive'"):
-        compare_runs([first, same], intersect=True)
-    digits = write_run(tmp_path / "digits", BASE, digests={"T1": {"counts": "c", "tokens": "u"}})
-    assert compare_runs([first, digits]).attrs["notes"] == []
-    other = write_run(tmp_path / "other", BASE, digests={"T1": {"counts": "c", "tokens": "u"}}, lists=lists)
-    with pytest.raises(ValueError, match=r"the token caches of the slides T1 hold other numbers(.|\n)*--intersect"):
+    first = run("first", {"T1": "t", "A1": "a"})
+    assert compare_runs([first, run("digits", {"T1": "u", "A1": "a"})]).attrs["notes"] == []
+    for same in (
+        run("same", {"T1": "t", "A1": "a"}, lists=lists),
+        run("of_a_test", {"T1": "t", "A1": "b"}, lists=lists),
+    ):
+        with pytest.raises(ValueError, match="another list 'highly_predictive'"):
+            compare_runs([first, same], intersect=True)
+    other = run("other", {"T1": "u", "A1": "a"}, lists=lists)
+    with pytest.raises(ValueError, match=r"the features of the slides T1 are other numbers(.|\n)*--intersect"):
         compare_runs([first, other])
     table = compare_runs([first, other], intersect=True)
     assert row(table, "pcc_h", "other")["difference"] == 0, "the list of the first run is taken for both"
