@@ -95,7 +95,8 @@ class DatasetSpec:
         return self.microns_per_pixel
 
     def check_slides(self, slides: Collection[str], source: Path) -> None:
-        """Raise ValueError for names in patient_of_slide that no slide bears: whoever it was written for is not where it says.
+        """Raise ValueError for names in patient_of_slide that no slide bears: whoever it was written for is not where it says;
+        and for a patient in two spellings, who would be trained on and tested.
 
         slides: those that there are.  source: the file to correct.
         """
@@ -106,8 +107,12 @@ class DatasetSpec:
                 f"{source}: patient_of_slide names what is no slide of {self.name}: {some(named)}. Correct these "
                 "names, or remove their lines."
             )
-        for slide in sorted(slides):
-            self.patient_of(slide)
+        patients = {self.patient_of(slide) for slide in sorted(slides)}
+        if not self.external and (twice := two_spellings(patients)):
+            raise ValueError(
+                f"{source}: the patients {' and '.join(map(repr, twice))} of {self.name} differ in their spelling alone, and a "
+                "split by patient would train on the one and test on the other. Write them alike, or give them other names."
+            )
 
     @property
     def is_patient_of_its_own(self) -> bool:
@@ -125,6 +130,14 @@ class DatasetSpec:
 def _nearest(name: str, names: Collection[str]) -> str:
     close = difflib.get_close_matches(name, sorted(names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def two_spellings(patients: Collection[str]) -> list[str]:
+    """Return the first names that differ only in large and small letters, blanks, hyphens or underscores; [] for none."""
+    spelled: dict[str, list[str]] = {}
+    for name in sorted(patients):
+        spelled.setdefault(re.sub(r"[\s_-]+", "-", name.strip()).casefold(), []).append(name)
+    return next((names for names in spelled.values() if len(names) > 1), [])
 
 
 def read_spec(path: str | Path, *, name: str, external: bool = False) -> DatasetSpec:

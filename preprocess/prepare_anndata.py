@@ -22,6 +22,7 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 
+from datasets.field_of_view import MOST_MICRONS
 from datasets.images.slides import open_slide
 from datasets.layout import IMAGE_SUFFIXES
 from preprocess.raw.anndata_file import AnnDataFile, SlideInFile, find_slides, read_slide
@@ -63,6 +64,10 @@ def sections_of(given: argparse.Namespace) -> list[Section]:
     )
     slides = find_slides(source)
     names = [safe_name(slide.name or given.sample or given.name, "Slide") for slide in slides]
+    if given.mpp is not None and not 0 < given.mpp < MOST_MICRONS:
+        raise ValueError(
+            f"--mpp is micrometres per pixel, more than 0 and less than {MOST_MICRONS}, found {given.mpp:g}."
+        )
     if given.sample is not None and given.slide_column is not None:
         raise ValueError("--sample names the only slide of a file, and --slide_column names several. Leave one out.")
     images = images_of(given.image, names, is_one=given.slide_column is None)

@@ -172,7 +172,13 @@ def _gene_counts(file: h5py.File, source: AnnDataFile, rows: np.ndarray, barcode
     stored = file["raw/var" if source.is_raw else "var"]
     ids = checked_names(frame_of(stored).index.tolist(), "genes", source.path)
     column = source.gene_column
-    if column is None and all(map(is_ensembl, ids)):  # the symbols that lie beside them, as CELLxGENE writes them
+    if column is None and ids == [str(number) for number in range(len(ids))]:
+        raise ValueError(
+            f"{source.path}: its genes have no names but 0, 1, 2, ...; var has the columns "
+            f"{some(_names_in(stored), 12) or 'none'}. Say which holds the names: --gene_column NAME."
+        )
+    # The symbols that lie beside ids, as CELLxGENE writes them; spike-ins have no such id.
+    if column is None and sum(map(is_ensembl, ids)) > len(ids) / 2:
         column = next((name for name in _names_in(stored) if name.lower() in SYMBOL_COLUMNS), None)
     var = frame_of(stored, [column] if column else [])
     if column is not None and column not in var:

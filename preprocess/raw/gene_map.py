@@ -31,6 +31,7 @@ SYMBOL_COLUMNS = (
     "gene name",
     "external_gene_name",
     "hgnc_symbol",
+    "approved_symbol",
 )
 GIVE_MAP = f"Give --gene_map FILE, {WHERE}, or prepare them as two data sets."
 
@@ -38,9 +39,10 @@ GIVE_MAP = f"Give --gene_map FILE, {WHERE}, or prepare them as two data sets."
 def read_gene_map(path: str | Path) -> dict[str, str]:
     """Ensembl id (without version) -> symbol, from a table separated by tabs or commas, with a header or without.
 
-    The column of ids is the one that holds them; the symbols are in the column with a usual name of it, or in the next.
-    Raises ValueError naming the file if either is not found, or a gene has several symbols. Rows without a symbol are
-    left out.
+    The column of ids is the one that holds them; the symbols are in the column with a usual name of it, and in the next where
+    there is no header, or no third column.
+    Raises ValueError naming the file if either is not found, the symbols are ids or numbers, or a gene has several symbols.
+    Rows without a symbol are left out.
     """
     path = require_file(path, f"--gene_map should be {WHERE}.")
     with reading(path, "a table of genes", remedy=f"Expected {WHERE}."):
@@ -51,11 +53,12 @@ def read_gene_map(path: str | Path) -> dict[str, str]:
         raise ValueError(
             f"{path}: no column holds Ensembl ids; the first row is {some(table.iloc[0].tolist())}. Expected {WHERE}."
         )
-    header = [] if is_ensembl(table.loc[0, ids]) else [str(name).strip().lower() for name in table.iloc[0]]
-    symbols = next((i for i, name in enumerate(header) if name in SYMBOL_COLUMNS), ids + 1)
-    if symbols not in table:
-        raise ValueError(f"{path}: no column of symbols follows the Ensembl ids. Expected {WHERE}.")
+    symbols = _column_of_symbols(table, ids, path)
     rows = table.loc[table[ids].map(is_ensembl) & (table[symbols] != "")]
+    if rows[symbols].map(lambda name: name.isdigit() or name.startswith("ENS")).mean() > 0.5:
+        raise ValueError(
+            f"{path}: what should be symbols are ids: {some(rows[symbols].tolist(), 3)}. Expected {WHERE}."
+        )
     genes = rows[ids].map(without_version)
     conflicts = rows[symbols].groupby(genes).unique()
     conflicts = conflicts[conflicts.map(len) > 1]
@@ -63,6 +66,22 @@ def read_gene_map(path: str | Path) -> dict[str, str]:
         listed = [f"{gene} ({', '.join(names)})" for gene, names in conflicts.items()]
         raise ValueError(f"{path} gives several symbols to one gene: {some(listed, 3)}. Keep one row for each of them.")
     return dict(zip(genes, checked_names(rows[symbols].tolist(), "genes", path), strict=True))
+
+
+def _column_of_symbols(table: pd.DataFrame, ids: int, path: Path) -> int:
+    if not is_ensembl(table.loc[0, ids]):
+        header = [re.sub(r"\s+", "_", str(name).strip().lower()) for name in table.iloc[0]]
+        known = next((i for i, name in enumerate(header) if name in SYMBOL_COLUMNS), None)
+        if known is not None:
+            return known
+        if table.shape[1] > 2:
+            raise ValueError(
+                f"{path}: none of its columns has a usual name of symbols; found {some(table.iloc[0].tolist(), 10)}. Call "
+                "the one that holds them gene_name."
+            )
+    if ids + 1 not in table:
+        raise ValueError(f"{path}: no column of symbols follows the Ensembl ids. Expected {WHERE}.")
+    return ids + 1
 
 
 def symbols_of(names: Sequence[str], gene_map: Mapping[str, str] | None) -> list[str]:

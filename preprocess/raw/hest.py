@@ -102,17 +102,19 @@ def check_metadata(metadata: pd.DataFrame, samples: Sequence[str], path: Path) -
 
 def patients_of(metadata: pd.DataFrame, samples: Sequence[str]) -> dict[str, str]:
     """Map samples to patients. The table numbers patients within a study, so the study is part of the name; samples of a
-    study that names no patient count as one, since sections of one person must not be split between training and test.
+    study that names no patient count as one, since sections of one person must not be split between training and test; and
+    so do names that differ in large and small letters alone.
 
     Raises ValueError for a sample without a study, which cannot be told from others.
     """
-    patients = {}
+    patients, spelled = {}, {}
     for sample in samples:
         title, patient = str(metadata.loc[sample, "dataset_title"]), str(metadata.loc[sample, "patient"])
         if not title.strip():
             raise ValueError(f"The metadata name no study (dataset_title) of {sample}, so its patient is not known.")
         study = f"{_slug(title)[:24].strip('-')}-{hashlib.sha256(title.encode()).hexdigest()[:4]}"
         patients[sample] = f"{study}-{_slug(patient)}" if patient.strip() else study
+        patients[sample] = spelled.setdefault(patients[sample].casefold(), patients[sample])
     return patients
 
 

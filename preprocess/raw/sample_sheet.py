@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from datasets.spec import two_spellings
 from utils.files import reading, require_file, safe_name
 from utils.text import some
 from utils.untrusted.text import cells_of, text_of
@@ -55,6 +56,9 @@ def read_sample_sheet(path: str | Path, *, for_training: bool) -> list[SheetRow]
     ]
     problems = _of_rows(rows, numbers, path) + _repeated(rows, numbers)
     patients = sorted({row.patient for row in rows})
+    if for_training and (twice := two_spellings(patients)):
+        where = [f"{row.patient} in row {number}" for number, row in zip(numbers, rows) if row.patient in twice]
+        problems.append(f"patients that differ in their spelling alone: {some(where)}. Write them alike")
     if for_training and len(patients) < 2 and not problems:
         problems.append(
             f"all {len(rows)} sections are of patient {patients[0]}. Training leaves whole patients out: add sections of "

@@ -150,6 +150,30 @@ def test_symbols_beside_ensembl_ids_are_taken_without_being_asked(tmp_path, imag
     assert set(prepared(adata, tmp_path / "own", image).var_names) == set(adata.var_names)
 
 
+def test_symbols_beside_ids_are_taken_among_spike_ins_too(tmp_path, image):
+    adata = slide(1)
+    adata.var["feature_name"] = adata.var_names
+    adata.var_names = [*(f"ENSG{i:011d}" for i in range(3)), "ERCC-00002"]
+    assert set(prepared(adata, tmp_path, image).var_names) == set(GENES)
+
+
+def test_numbers_of_rows_are_no_names_of_genes(tmp_path, image):
+    adata = slide(1)
+    adata.var["gene_name"] = adata.var_names
+    adata.var_names = [str(i) for i in range(4)]
+    left = prepare(adata, tmp_path, image)
+    assert left.status == 2 and "no names but 0, 1, 2" in left.said and "--gene_column NAME" in left.said
+    assert "var has the columns gene_name" in left.said
+    assert set(prepared(adata, tmp_path, image, "--gene_column", "gene_name").var_names) == set(GENES)
+
+
+@pytest.mark.parametrize("mpp", ["0", "-1", "nan", "400"])
+def test_sizes_of_a_pixel_that_are_none(tmp_path, image, mpp):
+    left = prepare(slide(1), tmp_path, image, "--mpp", mpp)
+    assert left.status == 2 and "--mpp is micrometres per pixel, more than 0 and less than 100" in left.said
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize(
     ("factors", "flags", "microns"),
     [

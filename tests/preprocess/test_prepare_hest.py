@@ -169,6 +169,8 @@ def test_patients_are_numbered_within_a_study(raw, tmp_path, capsys):
     assert patients["SPA3"] == patients["SPA4"], "unknown patients of one study may be one person"
     other = table.assign(dataset_title=["A", "B", "C", "D"], patient="Patient 1")
     assert len(set(patients_of(other, list(other.index)).values())) == 4
+    spelled = table.assign(dataset_title="A", patient=["Patient 1", "patient 1", "Patient 2", "PATIENT 2"])
+    assert list(patients_of(spelled, list(spelled.index)).values()) == [f"A-559a-Patient-{i}" for i in (1, 1, 2, 2)]
     for name in ("SPA3", "SPA4"):
         write_sample(raw, name, exchanged=True)
     prepare_hest(raw, tmp_path / "data", SMALL, name="own")

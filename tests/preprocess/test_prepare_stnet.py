@@ -154,10 +154,12 @@ def test_sources_without_a_section(tmp_path):
     "text",
     [
         f"Gene stable ID,Gene type,Gene name\n{ACTB}.18,protein_coding,ACTB\n{ERBB2},protein_coding,ERBB2\n{UNKNOWN},x,\n",
+        f"Gene stable ID,Gene stable ID version,HGNC symbol\n{ACTB},{ACTB}.18,ACTB\n{ERBB2},{ERBB2}.1,ERBB2\n",
+        f"HGNC ID\tApproved symbol\tEnsembl gene ID\tNCBI Gene ID\n1\tACTB\t{ACTB}\t60\n2\tERBB2\t{ERBB2}\t2064\n",
         f"symbol\tgene_id\nACTB\t{ACTB}\nERBB2\t{ERBB2}\nNONE\t-\n",
         f"{ACTB}\tACTB\n{ERBB2}\tERBB2\n",
     ],
-    ids=["biomart", "symbols first", "no header"],
+    ids=["biomart", "biomart with versions", "hgnc", "symbols first", "no header"],
 )
 def test_gene_maps_of_several_origins(tmp_path, text):
     path = tmp_path / "map.txt"
@@ -172,6 +174,15 @@ def test_tables_that_map_nothing_are_refused(tmp_path):
     path.write_text("ACTB\tactin\nERBB2\treceptor\n")
     with pytest.raises(ValueError, match="no column holds Ensembl ids; the first row is ACTB, actin"):
         read_gene_map(path)
+    path.write_text(f"id\tlabel\tentrez\n{ACTB}\tACTB\t60\n")
+    with pytest.raises(
+        ValueError, match=r"none of its columns has a usual name .* id, label, entrez\. Call .* gene_name"
+    ):
+        read_gene_map(path)
+    for ids in (f"{ACTB}\t60\n{ERBB2}\t2064\n", f"{ACTB}\t{ACTB}.18\n{ERBB2}\t{ERBB2}.1\n"):
+        path.write_text(ids)
+        with pytest.raises(ValueError, match=r"map\.tsv: what should be symbols are ids: (60|ENSG)"):
+            read_gene_map(path)
     path.write_text(f"name\tid\nx\t{ACTB}\n")
     with pytest.raises(ValueError, match="no column of symbols follows the Ensembl ids"):
         read_gene_map(path)

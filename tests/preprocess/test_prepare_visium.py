@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,6 +56,34 @@ def _prepare(outs: Outs, data_dir: Path, panel: Path, *more: str, image: Path | 
     ]
     main([*flags, "--data_dir", str(data_dir), *more])
     return Layout(data_dir, get_spec("visium", data_dir))
+
+
+def _with_barcodes(outs: Outs, change: Callable[[list[str]], list[str]]) -> None:
+    with h5py.File(outs.folder / "filtered_feature_bc_matrix.h5", "r+") as file:
+        barcodes = change([barcode.decode() for barcode in file["matrix/barcodes"]])
+        del file["matrix/barcodes"]
+        file["matrix/barcodes"] = np.array(barcodes, dtype="S")
+
+
+def test_counts_of_several_samples_are_refused(tmp_path, picture, panel_file):
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    _with_barcodes(outs, lambda names: [name.replace("-1", "-2") if i % 2 else name for i, name in enumerate(names)])
+    with pytest.raises(
+        ValueError, match=r"bc_matrix\.h5 holds the counts of 2 samples \(barcodes end in -1, -2\).*own outs"
+    ):
+        _prepare(outs, tmp_path / "data", panel_file)
+    assert not (tmp_path / "data").exists()
+
+
+def test_counts_of_another_slide_are_refused(tmp_path, picture, panel_file):
+    """The arrays of all slides have the same barcodes; other spots lie under the tissue."""
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    beside = [name for name, inside in zip(outs.barcodes, outs.in_tissue) if not inside]
+    _with_barcodes(outs, lambda names: [*beside, *names[len(beside) :]])
+    said = rf"counts of {len(beside)} spots that are not under tissue .* none of {len(beside)} that are .*Take both from one"
+    with pytest.raises(ValueError, match=said):
+        _prepare(outs, tmp_path / "data", panel_file)
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(("generation", "matrix"), [(1, "h5"), (2, "h5"), (1, "h5 v2"), (2, "mtx"), (3, "h5")])

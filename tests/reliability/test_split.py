@@ -54,6 +54,13 @@ def test_a_misspelt_section(layout_of, more):
         layout_of(lines(animals) + more).patients_on_disk()
 
 
+@pytest.mark.parametrize("other", ["Animal_1", "animal 1", "ANIMAL-1"])
+def test_a_patient_in_two_spellings(layout_of, other):
+    animals = ANIMALS | {"MOB1": "animal-1", "MOB2": other}
+    with pytest.raises(ValueError, match=rf"dataset\.yaml: the patients .*'{other}'.* differ in their spelling alone"):
+        layout_of(lines(animals)).patients_on_disk()
+
+
 def test_a_written_pattern_explains_the_others(layout_of):
     layout = layout_of("patient_of_slide: {MOB2: MOB1}\npatient_pattern: '^(.+)$'\n")
     assert layout.patients_on_disk() == ANIMALS | {"MOB1": "MOB1", "MOB2": "MOB1", "MOB3": "MOB3", "MOB4": "MOB4"}

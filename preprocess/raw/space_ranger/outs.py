@@ -6,12 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.tables.positions import read_positions
+from datasets.tables.positions import Positions, read_positions
 from preprocess.raw.files import files_below, find_optional, plain_image_size
 from preprocess.raw.space_ranger.bins import BIN_UM, choose_bins, find_bins, read_bins
-from preprocess.raw.space_ranger.matrices import read_matrix
+from preprocess.raw.space_ranger.matrices import GeneCounts, read_matrix
 from preprocess.raw.space_ranger.output import SpaceRangerOutput, read_scale_factors, with_bin_size
 from preprocess.raw.space_ranger.samples import POSITIONS, check_one_sample
+from utils.text import some
 
 CONTENTS = (
     "Space Ranger's outs/: spatial/tissue_positions.csv (.parquet; or tissue_positions_list.csv before 2.0) and "
@@ -46,6 +47,7 @@ def read_outs(source: Path, bin_um: float | None = None) -> SpaceRangerOutput:
     hires = find_optional(files, r"(.*_)?tissue_hires_image\.(png|jpe?g|tiff?)(\.gz)?", f"Smaller image in {source}")
     counts = read_matrix(files, source, CONTENTS)
     check_one_sample([path for path in (positions_path, counts.path, factors, hires) if path is not None], source)
+    _check_barcodes(counts, positions, positions_path)
     stated = {} if factors is None else read_scale_factors(factors)
     return SpaceRangerOutput(
         folder=source,
@@ -55,6 +57,27 @@ def read_outs(source: Path, bin_um: float | None = None) -> SpaceRangerOutput:
         scale_factors=with_bin_size(stated, under_tissue.ids, positions_path),
         hires_size=None if hires is None else plain_image_size(hires),
     )
+
+
+def _check_barcodes(counts: GeneCounts, positions: Positions, positions_path: Path) -> None:
+    """Raise ValueError for counts of several samples, or of another one: the arrays of all slides have the same barcodes.
+
+    Of one run the filtered counts are of the very spots under tissue, and the raw ones of all spots.
+    """
+    wells = sorted({barcode.rpartition("-")[2] for barcode in counts.barcodes if re.fullmatch(r"\w+-\d+", barcode)})
+    if len(wells) > 1:
+        raise ValueError(
+            f"{counts.path} holds the counts of {len(wells)} samples (barcodes end in -{', -'.join(wells[:3])}), as "
+            "spaceranger aggr writes them. Give each sample's own outs/."
+        )
+    counted, under_tissue = set(counts.barcodes), set(positions.under_tissue().ids)
+    beside, without = (counted & set(positions.ids)) - under_tissue, under_tissue - counted
+    if beside and without:
+        raise ValueError(
+            f"{counts.path} has counts of {len(beside)} spots that are not under tissue by {positions_path}, and none of "
+            f"{len(without)} that are ({some(sorted(without), 3)}): they are of different slides, or of different runs of "
+            "Space Ranger. Take both from one outs/."
+        )
 
 
 def _positions_file(files: Sequence[Path], source: Path) -> Path:
