@@ -77,6 +77,8 @@ def check_counts(
         twice = pd.Index(names)[pd.Index(names).duplicated()].unique().tolist()
         if twice:
             problems.append(f"duplicated {what}: {some(twice)}")
+    if len(columns) and list(columns) == [str(number) for number in range(len(columns))]:
+        problems.append("genes have no names but 0, 1, 2, ...")
     if genes is not None and (missing := sorted(set(genes) - set(columns))):
         problems.append(f"genes asked for but not there: {some(missing)}")
     if not problems:

@@ -203,6 +203,7 @@ def _place(layout: Layout, section: Section, own: OwnSet, sizes: dict[str, float
         joined, prepared = place_slide(layout, raw, options)
     assert joined.n_obs == prepared.spots
     prepared.notes += notes
+    sizes.pop(section.slide, None)  # of an earlier preparation
     if microns is not None:
         sizes[section.slide] = microns
     return prepared

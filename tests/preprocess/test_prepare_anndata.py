@@ -167,6 +167,13 @@ def test_numbers_of_rows_are_no_names_of_genes(tmp_path, image):
     assert set(prepared(adata, tmp_path, image, "--gene_column", "gene_name").var_names) == set(GENES)
 
 
+def test_a_size_of_a_pixel_does_not_outlive_its_preparation(tmp_path, image):
+    adata = slide(1)
+    for flags, microns in (((), None), (("--mpp", 0.5), 0.5), ((), None)):
+        prepared(adata, tmp_path, image, "--overwrite", *flags)
+        assert get_spec("own", tmp_path / "data").microns_of("own") == microns
+
+
 @pytest.mark.parametrize("mpp", ["0", "-1", "nan", "400"])
 def test_sizes_of_a_pixel_that_are_none(tmp_path, image, mpp):
     left = prepare(slide(1), tmp_path, image, "--mpp", mpp)

@@ -98,12 +98,14 @@ def test_masks_that_are_none(tmp_path):
     for name, image in (
         ("shape", Image.new("L", (100, 100), 255)),
         ("black", Image.new("L", SIZE)),
+        ("picture", Image.new("RGB", SIZE, (240, 200, 220))),
         ("clear", Image.new("RGBA", SIZE)),
     ):
         image.save(tmp_path / f"{name}.png")
     for name, message in (
         ("shape", "another shape than the slide"),
         ("black", "black everywhere"),
+        ("picture", "black nowhere"),
         ("clear", "transparent"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -101,6 +101,7 @@ def changed(row: int, column: str, value: object) -> pd.DataFrame:
         (TABLE.rename(index={"2x4": "10x13"}), "duplicated spots: 10x13"),
         (TABLE.rename(index={"2x4": "3.9x4", "3x4": "4x4"}), "duplicated spots: 4x4"),
         (TABLE.rename(columns={"A.B": "GENE1"}), "duplicated genes: GENE1"),
+        (TABLE.set_axis(list("0123456789")[: TABLE.shape[1]], axis=1), "genes have no names but 0, 1, 2"),
         (TABLE.rename(index={"2x4": "AAAC-1"}), "spot ids should look like '10x13', found AAAC-1"),
     ],
 )
