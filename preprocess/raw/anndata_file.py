@@ -148,6 +148,11 @@ def _spot_table(table: AnnData, source: str) -> tuple[pd.DataFrame, list[str]]:
             raise ValueError(f"{source}: {error} Are there several slides in it (--slide_column)?") from error
         grid = array.grid
         notes = [f"no array_row and array_col: from the pixels, a {array.kind} array of {array.pitch_px:.1f} px"]
+    if shared := int(pd.DataFrame(grid).duplicated().sum()):
+        raise ValueError(
+            f"{source}: {shared} of {len(grid)} spots have the place on the array of another one. Are there several slides in "
+            "it (--slide_column)?"
+        )
     spots = pd.DataFrame(
         {
             "x": grid[:, 0],

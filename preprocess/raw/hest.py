@@ -107,7 +107,8 @@ def patients_of(metadata: pd.DataFrame, samples: Sequence[str]) -> dict[str, str
 
     Raises ValueError for a sample without a study, which cannot be told from others.
     """
-    patients, spelled = {}, {}
+    patients: dict[str, str] = {}
+    spelled: dict[str, str] = {}
     for sample in samples:
         title, patient = str(metadata.loc[sample, "dataset_title"]), str(metadata.loc[sample, "patient"])
         if not title.strip():

@@ -167,6 +167,14 @@ def test_numbers_of_rows_are_no_names_of_genes(tmp_path, image):
     assert set(prepared(adata, tmp_path, image, "--gene_column", "gene_name").var_names) == set(GENES)
 
 
+def test_two_slides_that_no_column_tells_apart(tmp_path, image):
+    adata = slide(1)
+    adata.obs["array_col"], adata.obs["array_row"] = np.arange(30) % 15, 0
+    left = prepare(adata, tmp_path, image)
+    assert left.status == 2 and "15 of 30 spots have the place on the array of another one" in left.said
+    assert "--slide_column" in left.said
+
+
 def test_a_size_of_a_pixel_does_not_outlive_its_preparation(tmp_path, image):
     adata = slide(1)
     for flags, microns in (((), None), (("--mpp", 0.5), 0.5), ((), None)):
