@@ -4,7 +4,8 @@ python preprocess/import_features.py --source FEATURES --format trident --config
 
 FEATURES holds one file a slide, SLIDE.h5, or what CLAM writes (h5_files, pt_files, patches). Each spot gets the feature of
 the patch of its barcode where both name them, else of the one whose centre is nearest; it is at most half a patch away,
-whatever the order of the file. Train on the caches with --set DATA.tokens=pooled.
+whatever the order of the file. The coordinates of HEST are corners of patches whose width the file does not say: both are
+found from the barcodes, which the spot table then needs. Train on the caches with --set DATA.tokens=pooled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import utils._interrupts  # noqa: F401, I001  first: the rest takes seconds
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,13 @@ from scipy.spatial import KDTree
 from datasets.features.cache import write_cache
 from datasets.features.identity import UNKNOWN, CacheIdentity
 from datasets.features.places import find_cache
+from datasets.field_of_view import TOLERANCE, covered_px
 from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
 from datasets.tables.spot_table import read_spots
+from models.patch_encoders.table import PATCH_ENCODERS
 from utils.cli import run, say
 from utils.config import load_config
 from utils.flags import parse_names
@@ -46,12 +49,13 @@ FORMATS = ("trident", "clam", "hest")
 SMALL_SHARE = 0.02  # of a slide's spots that may take the nearest patch although they lie in none
 FITTING_SHARE = 0.5  # of a slide's spots; with fewer in a patch, the file is of another slide
 _WIDEST = 1_000_000  # level-0 px of a patch
+_SAME_PLACE = 2.5  # level-0 px between a patch and its spot, as preprocess/raw/hest_patches.py allows
 
 
 @dataclass(frozen=True)
 class Patches:
     """What a file holds of N patches: features (N, D), centers (N, 2) level-0 px, width in level-0 px where it says so, and
-    barcodes (N) where it names them."""
+    barcodes (N) where it names them. Of HEST, centers are what it gives as coordinates, until `place_hest`."""
 
     features: np.ndarray
     centers: np.ndarray
@@ -148,6 +152,52 @@ def _width(value: Any, path: Path) -> int:
     return round(width)
 
 
+def place_hest(
+    patches: Patches, centers: np.ndarray, barcodes: Sequence[str] | None, width: int, path: Path
+) -> Patches:
+    """Find centres and width of HEST's patches, whose coordinates are corners, from the pairs that share a barcode.
+
+    A corner lies as near to a neighbor as to its own spot, so that without pairs only coordinates of the spots are taken.
+    centers (N, 2), barcodes: of the spots.  width: of a patch in level-0 px if the coordinates are centres.
+    Raises ValueError where the pairs disagree, and where barcodes are needed.
+    """
+    named = _named(patches, barcodes, len(centers))
+    pairs = np.flatnonzero(named >= 0)
+    found = f"{path}: {len(pairs)} of {len(centers)} spots are named in it"
+    if len(pairs) < FITTING_SHARE * len(centers):
+        distances, _ = KDTree(patches.centers).query(centers, p=np.inf)
+        is_same = distances <= _SAME_PLACE
+        if is_same.any() and not ((distances <= width / 2) & ~is_same).any():
+            return patches
+        raise ValueError(
+            f"{found}, and {is_same.sum()} lie on one of its coordinates (the nearest is typically {np.median(distances):g} px "
+            "away). HEST's coordinates are the corners of its patches; only barcodes tell whose. Give the spot table a column "
+            f"`barcode` with those of the file (it names {len(patches.barcodes or [])}), or make the data set from HEST's own "
+            "files with preprocess/prepare_hest.py."
+        )
+    offsets = centers[pairs] - patches.centers[named[pairs]]
+    half = float(np.median(offsets))
+    away = (np.abs(offsets - half) > _SAME_PLACE).any(axis=1)
+    if half < -_SAME_PLACE or away.any():
+        low, typical, high = (tuple(row) for row in np.quantile(offsets, [0, 0.5, 1], axis=0).round(1).tolist())
+        raise ValueError(
+            f"{found}; from its coordinates to them it is typically {typical} px (x, y), from {low} to {high}. Expected half "
+            f"a patch for all and on both axes, within {_SAME_PLACE} px, or 0. The file is of another slide or version, or its "
+            "coordinates or those of the spots are not those of the full resolution. Take both from the same download."
+        )
+    if half <= _SAME_PLACE:
+        return patches
+    whole = int(half + 0.1)  # HEST takes a whole half from the centre and cuts the fraction of a px off
+    return replace(patches, centers=patches.centers + half, covered_px=_width(2 * whole, path))
+
+
+def _named(patches: Patches, barcodes: Sequence[str] | None, count: int) -> np.ndarray:
+    """Find the patch (N,) that has the barcode of each of `count` spots; -1 where none has it or one side names none."""
+    if barcodes is None or patches.barcodes is None:
+        return np.full(count, -1)
+    return pd.Index(patches.barcodes).get_indexer(list(barcodes))
+
+
 def match(
     patches: Patches, table: AnnData, barcodes: Sequence[str] | None, width: int, path: Path, max_missing: float
 ) -> np.ndarray:
@@ -158,9 +208,7 @@ def match(
     """
     centers = table.obsm["spatial"]
     _, nearest = KDTree(patches.centers).query(centers, p=np.inf)
-    named = np.full(len(centers), -1)
-    if barcodes is not None and patches.barcodes is not None:
-        named = pd.Index(patches.barcodes).get_indexer(list(barcodes))
+    named = _named(patches, barcodes, len(centers))
     rows = np.where(named >= 0, named, nearest)
     offsets = np.abs(patches.centers[rows] - centers)
     is_inside = offsets.max(axis=1) <= width / 2
@@ -187,16 +235,46 @@ def match(
     return np.where(is_inside, rows, nearest)
 
 
+def _check_width(layout: Layout, features: np.ndarray, path: Path) -> None:
+    """Raise ValueError for features that are not as wide as those of the encoder whose name the cache will bear."""
+    spec, width = PATCH_ENCODERS.get(layout.encoder), features.shape[1]
+    if spec is not None and width != spec.pooled_dim:
+        raise ValueError(
+            f"{path}: its features have width {width}, those of {spec.name} have {spec.pooled_dim}: another encoder made them. "
+            "Name it with --encoder."
+        )
+
+
+def _check_covered(layout: Layout, covered: int | None, asked: int, path: Path) -> None:
+    """Raise ValueError for patches that cover more or less than DATA.patch_um asks for, by more than `TOLERANCE`."""
+    if layout.patch_um is not None and covered is not None and abs(covered / asked - 1) > TOLERANCE:
+        raise ValueError(
+            f"{path}: its patches are {covered} px wide ({layout.patch_um * covered / asked:.0f} um), and DATA.patch_um asks "
+            f"for {layout.patch_um:g} um ({asked} px). Correct DATA.patch_um, or make the features again from patches of that "
+            "width."
+        )
+
+
 def import_slide(layout: Layout, slide: str, files: SlideFiles, kind: str, max_missing: float, overwrite: bool) -> None:
-    """Write the target cache of a slide. Raises ValueError as `match`, and for a cache that is there."""
+    """Write the target cache of a slide.
+
+    Raises ValueError as `place_hest` and `match`, for a cache that is there, and for features of another encoder or of
+    patches of another width than the configuration says.
+    """
     target, table, patches = find_cache(layout, "target", slide), load_slide(layout, slide), read_patches(files, kind)
     spots = read_spots(layout.spots_path(slide))
     barcodes = spots.loc[table.obs_names, "barcode"].astype(str).tolist() if "barcode" in spots else None
     if target.exists() and not overwrite:
         raise ValueError(f"{target} is there already. Give --overwrite to replace these features.")
-    width = patches.covered_px or layout.patch_size
-    rows = match(patches, table, barcodes, width, files.coords, max_missing)
+    _check_width(layout, patches.features, files.coords)
+    centers = table.obsm["spatial"]
     with open_slide(layout.image_path(slide)) as image:
+        asked = covered_px(layout, slide, centers, image.microns_per_pixel) or layout.patch_size
+        if kind == "hest":
+            patches = place_hest(patches, centers, barcodes, asked, files.coords)
+        _check_covered(layout, patches.covered_px, asked, files.coords)
+        width = patches.covered_px or asked
+        rows = match(patches, table, barcodes, width, files.coords, max_missing)
         identity = CacheIdentity(
             kind="target",
             encoder=layout.encoder,

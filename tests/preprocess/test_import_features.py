@@ -16,6 +16,7 @@ from datasets.features.cache import read_features, read_identity
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
+from datasets.tables.spot_table import read_spots
 from modes.test import test as run_test
 from modes.train import TrainOptions, train
 from preprocess.import_features import main
@@ -23,6 +24,7 @@ from tests.soak import user_readers
 from utils.config import load_config
 
 ENCODER, SIDE = "efficientnet-lite0", 64
+HEST_SIDE = 80  # level-0 px of a patch of HEST, of which its file says nothing
 
 
 @pytest.fixture
@@ -56,13 +58,22 @@ def write(layout: Layout, slide: str, kind: str, shift: float = 0.0, leave_out: 
     with h5py.File(folder / f"{slide}.h5", "w") as file:
         values = features[order]
         file["embeddings" if kind == "hest" else "features"] = values[None] if kind == "trident" else values
-        corners = centers[order] + shift if kind == "hest" else centers[order] - SIDE // 2 + shift
-        file["coords"] = corners
+        file["coords"] = centers[order] - (HEST_SIDE if kind == "hest" else SIDE) // 2 + shift
+        if kind == "hest":
+            file["barcodes"] = np.array([[name] for name in named_spots(layout, slide)], dtype="S")[order]
         if kind == "trident":
             file["coords"].attrs.update(patch_size=32, patch_size_level0=SIDE, level0_magnification=40)
         if kind == "clam":
             file["coords"].attrs.update(patch_size=32, patch_level=1, downsample=[2.0, 2.0])
     return features
+
+
+def named_spots(layout: Layout, slide: str) -> list[str]:
+    """Add barcodes to the spot table; returns them in the order of the spots."""
+    path = layout.spots_path(slide)
+    spots = pd.read_csv(path, sep="\t").assign(barcode=lambda rows: [f"BC{i}-1" for i in rows.index])
+    spots.to_csv(path, sep="\t", index=False)
+    return read_spots(path).loc[load_slide(layout, slide).obs_names, "barcode"].tolist()
 
 
 def imported(layout: Layout, config: Path, kind: str, *flags: str) -> None:
@@ -79,6 +90,7 @@ def test_each_spot_gets_its_own_feature(layout, config, kind):
     assert np.array_equal(read_features(path), expected)
     identity = read_identity(path)
     assert (identity.encoder, identity.encoder_sha256, identity.patch_size) == (ENCODER, "unknown", SIDE)
+    assert identity.covered_px == (HEST_SIDE if kind == "hest" else None)
     with pytest.raises(ValueError, match=r"A1\.h5 is there already"):
         imported(layout, config, kind)
 
@@ -117,30 +129,103 @@ def test_features_of_clam_in_a_file_of_tensors(layout, config, says_width):
 
 def test_barcodes_go_before_the_nearest_patch_but_not_against_the_coordinates(layout, config, capsys):
     """Patches lie anywhere within half a patch of their spots, so that many are nearer to another one."""
-    expected = write(layout, "A1", "hest")
-    table = load_slide(layout, "A1")
-    spots = pd.read_csv(layout.spots_path("A1"), sep="\t").assign(barcode=lambda rows: [f"BC{i}-1" for i in rows.index])
-    spots.to_csv(layout.spots_path("A1"), sep="\t", index=False)
-    ids = [f"{round(x)}x{round(y)}" for x, y in zip(spots["x"], spots["y"], strict=True)]
-    names = dict(zip(ids, spots["barcode"], strict=True))
+    expected = write(layout, "A1", "trident")
+    table, names = load_slide(layout, "A1"), named_spots(layout, "A1")
     order = np.random.default_rng(1).permutation(table.n_obs)
     path = layout.data_dir.parent / "features" / "A1.h5"
     with h5py.File(path, "r+") as file:
-        file["barcodes"] = np.array([[names[table.obs_names[row]]] for row in order], dtype="S")
+        file["barcodes"] = np.array([[names[row]] for row in order], dtype="S")
         file["coords"][...] = file["coords"][()].mean(axis=0)  # all at one place: no coordinate tells them apart
     with pytest.raises(ValueError, match=r"named in it; their patch is typically .* another slide"):
-        imported(layout, config, "hest")
+        imported(layout, config, "trident")
     with h5py.File(path, "r+") as file:
         random = np.random.default_rng(2)
         centers = table.obsm["center"][order]
-        file["coords"][...] = centers + random.integers(-SIDE // 2, SIDE // 2 + 1, centers.shape)
-    imported(layout, config, "hest")
+        file["coords"][...] = centers - SIDE // 2 + random.integers(-SIDE // 2, SIDE // 2 + 1, centers.shape)
+    imported(layout, config, "trident")
     assert np.array_equal(read_features(layout.cache_path("target", "A1")), expected)
     assert f"{table.n_obs} of the spots are named in it" in capsys.readouterr().out
     with h5py.File(path, "r+") as file:
         file["barcodes"][:2] = b"BC0-1"
     with pytest.raises(ValueError, match=r"A1\.h5 holds \d+ different barcodes for \d+ patches"):
-        imported(layout, config, "hest", "--overwrite")
+        imported(layout, config, "trident", "--overwrite")
+
+
+@pytest.mark.parametrize("with_barcodes", [True, False])
+def test_coordinates_of_hest_that_are_centres(layout, config, with_barcodes):
+    expected = write(layout, "A1", "hest", shift=HEST_SIDE // 2 + 1)
+    if not with_barcodes:
+        with h5py.File(layout.data_dir.parent / "features" / "A1.h5", "r+") as file:
+            del file["barcodes"]
+    imported(layout, config, "hest")
+    path = layout.cache_path("target", "A1")
+    assert np.array_equal(read_features(path), expected)
+    assert read_identity(path).covered_px is None
+
+
+@pytest.mark.parametrize("lacks_it", ["file", "spot table", "both differ"])
+def test_corners_of_hest_without_barcodes_are_refused(layout, config, lacks_it):
+    """A corner lies between four spots, so that the nearest spot is often a neighbor."""
+    count, spots_path = len(write(layout, "A1", "hest")), layout.spots_path("A1")
+    if lacks_it == "spot table":
+        pd.read_csv(spots_path, sep="\t").drop(columns="barcode").to_csv(spots_path, sep="\t", index=False)
+    else:
+        with h5py.File(layout.data_dir.parent / "features" / "A1.h5", "r+") as file:
+            if lacks_it == "file":
+                del file["barcodes"]
+            else:
+                file["barcodes"][1:] = np.array([[f"X{i}-1"] for i in range(1, count)], dtype="S")
+    named = 1 if lacks_it == "both differ" else 0
+    has = 0 if lacks_it == "file" else count
+    with pytest.raises(
+        ValueError,
+        match=rf"A1\.h5: {named} of {count} spots .* corners .*`barcode` .*\(it names {has}\).*prepare_hest\.py",
+    ):
+        imported(layout, config, "hest")
+    assert not layout.cache_path("target", "A1").exists()
+
+
+@pytest.mark.parametrize("change", ["one row", "one axis", "other side"])
+def test_corners_of_hest_that_lie_differently_to_their_spots_are_refused(layout, config, change):
+    write(layout, "A1", "hest", shift=HEST_SIDE if change == "other side" else 0)
+    with h5py.File(layout.data_dir.parent / "features" / "A1.h5", "r+") as file:
+        corners = file["coords"][()]
+        corners[{"one row": 3, "one axis": np.s_[:, 1], "other side": np.s_[:0]}[change]] += 6
+        file["coords"][...] = corners
+    typical = {"one row": r"40\.\d, 40\.\d", "one axis": r"40\.\d, 34\.\d", "other side": r"-[34]\d\.\d, -[34]\d\.\d"}[
+        change
+    ]
+    with pytest.raises(
+        ValueError, match=rf"typically \({typical}\) px \(x, y\), from .* to .*Expected half a patch for all"
+    ):
+        imported(layout, config, "hest")
+
+
+@pytest.mark.parametrize("kind", ["trident", "hest"])
+def test_a_width_that_is_not_the_asked_one_is_refused(layout, config, kind):
+    write(layout, "A1", kind)
+    side = HEST_SIDE if kind == "hest" else SIDE
+    microns = layout.spec.microns_of("A1")
+    text = config.read_text()
+    config.write_text(text.replace("num_genes: 24", f"num_genes: 24, patch_um: {1.5 * side * microns}"))
+    with pytest.raises(
+        ValueError,
+        match=rf"A1\.h5: its patches are {side} px wide \({side * microns:.0f} um\), and DATA\.patch_um asks for "
+        rf".* um \({side * 3 // 2} px\)",
+    ):
+        imported(layout, config, kind)
+    config.write_text(text.replace("num_genes: 24", f"num_genes: 24, patch_um: {1.1 * side * microns}"))
+    imported(layout, config, kind)
+    (path,) = layout.data_dir.glob("**/A1.h5")
+    assert (read_identity(path).covered_px or SIDE) == side
+
+
+def test_features_of_another_width_than_the_encoders_are_refused(layout, config):
+    write(layout, "A1", "trident")
+    with pytest.raises(ValueError, match=r"A1\.h5: its features have width 112, those of uni have 1024.*--encoder"):
+        imported(layout, config, "trident", "--encoder", "uni")
+    assert not list(layout.data_dir.glob("**/A1.h5"))
+    imported(layout, config, "trident", "--encoder", "timm:resnet10t")  # of no row: its width is not known here
 
 
 def test_a_file_of_another_slide_is_refused(layout, config):
