@@ -35,6 +35,8 @@ _TABLES = ("per_gene_slide", "per_gene", "per_slide", "per_patient")
 _NAMES = ("slide", "patient", "scale", "truth", "gene")  # columns of text
 _SPLIT = {"fold": int, "name": str, "protocol": str, "test_patients": list}
 _RESULT = {"protocol": str, "gene_lists": dict, "slides": dict, "num_slides": int, "num_spots": int, "notes": list}
+_FOLD = re.compile(r"fold_(\d+)")
+_COPIED = "A fold that was copied into a run counts twice or is of another training: move it away."
 _RERUN = "Run the fold again: python main.py --mode train ... --resume (or --mode test for a trained fold)."
 
 
@@ -107,11 +109,17 @@ def write_fold(scores: FoldScores, fold_dir: str | Path, extra: Mapping[str, Any
 def read_fold(fold_dir: str | Path) -> FoldRecord:
     """Read a complete fold.
 
-    Raises FileNotFoundError or ValueError that names the file and what makes it whole again.
+    Raises FileNotFoundError or ValueError that names the file and what makes it whole again, and ValueError for a folder
+    fold_<n> that holds another fold.
     """
     fold_dir = Path(fold_dir)
     result = _read_json(fold_dir / "result.json", _RESULT)
     split = _read_json(fold_dir / "split.json", _SPLIT)
+    if (match := _FOLD.fullmatch(fold_dir.name)) and int(match[1]) != split["fold"]:
+        raise ValueError(
+            f"{fold_dir}: split.json is of fold {split['fold']}; expected fold {int(match[1])}, as the folder is named. "
+            f"{_COPIED}"
+        )
     if result.get("protocol") != split["protocol"]:
         raise ValueError(
             f"{fold_dir}: split.json was made for the protocol {split['protocol']!r}, result.json for "
@@ -145,7 +153,7 @@ def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
         raise FileNotFoundError(f"{run_dir} does not exist; expected the folder of a run, with fold_<i> folders in it.")
     found = {}
     for path in run_dir.iterdir():
-        if (match := re.fullmatch(r"fold_(\d+)", path.name)) and path.is_dir():
+        if (match := _FOLD.fullmatch(path.name)) and path.is_dir():
             found[int(match[1])] = path
     complete = {index: found[index] for index in sorted(found) if (found[index] / "result.json").is_file()}
     if not complete and (run_dir / ALL_PATIENTS_FOLDER).is_dir():
@@ -169,7 +177,8 @@ def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
 def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
     """Read all complete folds of a run; returns them and the notes of `find_folds`.
 
-    Raises ValueError or FileNotFoundError as `find_folds` and `read_fold` do, and ValueError for folds of both protocols.
+    Raises ValueError or FileNotFoundError as `find_folds` and `read_fold` do, and ValueError for folds of both protocols
+    and for a patient who is tested in two folds.
     """
     paths, notes = find_folds(run_dir)
     records = [read_fold(path) for path in paths]
@@ -180,6 +189,14 @@ def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
             + ", ".join(f"{name} is {protocol}" for protocol, name in sorted(protocols.items()))
             + ". Expected one protocol per run; train the other one under its own --run_name."
         )
+    tested: dict[str, FoldRecord] = {}
+    for record in records:
+        for patient in record.split["test_patients"]:
+            if (other := tested.setdefault(str(patient), record)) is not record:
+                raise ValueError(
+                    f"{run_dir}: {other.path.name} and {record.path.name} both test patient {patient}; expected each patient "
+                    f"in one fold. {_COPIED}"
+                )
     return records, notes
 
 

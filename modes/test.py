@@ -16,7 +16,7 @@ from modes.training.compose import open_layout
 from modes.training.ensemble import test_together
 from modes.training.run_data import RunData, open_run_data
 from modes.training.score import score_checkpoint
-from utils.checkpoint import checkpoints_of_runs, has_ended, load_checkpoint, result_folder, runs_of
+from utils.checkpoint import check_fold_folders, checkpoints_of_runs, has_ended, load_checkpoint, result_folder, runs_of
 from utils.cli import say
 from utils.files import check_writable
 from utils.text import check_genes
@@ -42,6 +42,7 @@ def test(
     genes: drawn on every test slide in report.html, beside the best and the worst.
     """
     checkpoints, notes = checkpoints_of_runs(model_path, fold)
+    check_fold_folders(checkpoints)
     is_official = all(result_folder(checkpoint) == checkpoint.parent for checkpoint in checkpoints)
     for checkpoint in checkpoints:
         _check_has_score(checkpoint, is_official)

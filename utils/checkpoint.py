@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from utils.config import read_config
 from utils.files import reading, require_file, write_atomically
 from utils.text import brief
 from utils.trained_fold import ALL_PATIENTS_FOLDER, TrainedFold
@@ -15,6 +18,7 @@ from utils.untrusted.tensors import check_tensors, load_tensors
 
 SCHEMA = 1
 _ENDED: set[tuple[Path, int, int, int]] = set()  # checkpoints with the mark: whatever lists folds asks again
+_COPIED = "A fold that was copied into a run counts twice or is of another training: move it away."
 _CONTINUE = "Go on with it: the command of the training, with --resume."
 _BY_NAME = "To predict with it as it is, name the file:"
 
@@ -153,9 +157,59 @@ def runs_of(paths: str | Path | Sequence[str | Path]) -> list[Path]:
 def checkpoints_of_runs(
     paths: str | Path | Sequence[str | Path], fold: int | None = None
 ) -> tuple[list[Path], list[str]]:
-    """Find the checkpoints of one or several runs; see `runs_of` and `chosen_checkpoints`, for errors, too."""
+    """Find the checkpoints of one or several runs; see `runs_of` and `chosen_checkpoints`, for errors, too.
+
+    Raises ValueError where two of them are the same file, which would count twice in a mean.
+    """
     found = [chosen_checkpoints(path, fold) for path in runs_of(paths)]
-    return [path for paths_of_run, _ in found for path in paths_of_run], [note for _, notes in found for note in notes]
+    checkpoints = [path for paths_of_run, _ in found for path in paths_of_run]
+    first: dict[Path, Path] = {}
+    for path in checkpoints:
+        if (same := first.setdefault(path.resolve(), path)) is not path:
+            raise ValueError(
+                f"--model_path means one checkpoint more than once: {path} and {same} are the same file, {path.resolve()}. "
+                "Give each once, or a run folder without its folds."
+            )
+    return checkpoints, [note for _, notes in found for note in notes]
+
+
+def check_fold_folders(checkpoints: Sequence[Path]) -> None:
+    """Check that the folders fold_<n> of each run are its folds.
+
+    Raises ValueError for a folder that holds another fold than its name says, and where two folders of a run hold out the same
+    patient or one is of another method (MODEL.name) than the run's config.yaml or, without it, the first: one of them was
+    copied. A checkpoint in a folder of another name is taken as it is.
+    """
+    folder_of: dict[tuple[Path, str], Path] = {}
+    method_of: dict[Path, tuple[str, str]] = {}  # of a run, and where that is from
+    for checkpoint in checkpoints:
+        folder = Path(os.path.abspath(checkpoint)).parent
+        if not (match := re.fullmatch(r"fold_(\d+)", folder.name)):
+            continue
+        fold = load_checkpoint(checkpoint, memory_map=True)
+        split, method = fold.split, fold.config.MODEL.name
+        if split.fold != int(match[1]):
+            raise ValueError(f"{checkpoint} was trained for {split.folder}, its folder is {folder.name}. {_COPIED}")
+        if folder.parent not in method_of:
+            method_of[folder.parent] = _method_of_run(folder.parent) or (method, folder.name)
+        expected, source = method_of[folder.parent]
+        if method != expected:
+            raise ValueError(
+                f"{checkpoint} is a model of MODEL.name={method}; expected {expected}, as {source} of the run has. {_COPIED}"
+            )
+        for patient in split.test_patients:
+            if (other := folder_of.setdefault((folder.parent, patient), folder)) != folder:
+                raise ValueError(
+                    f"{other} and {folder} both hold out patient {patient}; expected each patient in one fold. {_COPIED}"
+                )
+
+
+def _method_of_run(run: Path) -> tuple[str, str] | None:
+    """MODEL.name of a run's config.yaml, and the name of that file; None where there is none that can be read."""
+    try:
+        return read_config(run / "config.yaml").MODEL.name, "config.yaml"
+    except (ValueError, OSError):
+        return None
 
 
 def has_ended(checkpoint: str | Path) -> bool:

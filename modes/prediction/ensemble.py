@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +16,17 @@ from evaluation.slide_result import MEAN
 from models.contract import FUSED, ExpressionModel, Needs
 from modes.prediction.model import has_pooled_target, needs_of, restored_config, restored_model
 from modes.prediction.slide import Scales
-from utils.checkpoint import load_checkpoint, result_folder
+from utils.checkpoint import check_fold_folders, load_checkpoint, result_folder
 from utils.config import Config
 from utils.devices import Precision
+from utils.files import reading
+from utils.runs import write_json
 from utils.text import LONGEST_NAME
 from utils.trained_fold import NO_SCORE, TrainedFold
 
 # Spots that pass the models at a time: their tokens and the activations of the fusion take about 4 MB a spot.
 CHUNK_SIZE = 256
+_TESTED_RUNS = "ensemble.json"
 
 
 @dataclass
@@ -47,9 +52,12 @@ class Member:
 
     @property
     def run_folder(self) -> Path:
-        """The run folder, or the folder that a checkpoint outside any run lies in."""
-        folder = self.path.resolve().parent
-        return folder.parent if folder.name == self.name else folder
+        """The run folder, or the folder that a checkpoint outside any run lies in.
+
+        A link to a fold's folder or file is of the run that it lies in, not of the one that it leads to.
+        """
+        folder = Path(os.path.abspath(self.path)).parent
+        return (folder.parent if folder.name == self.name else folder).resolve()
 
     @property
     def genes(self) -> list[str]:
@@ -77,9 +85,11 @@ def load_members(checkpoints: Sequence[Path], overrides: Sequence[str], device: 
     """Read the folds of checkpoints (`utils.checkpoint.chosen_checkpoints`); no model of them is loaded yet.
 
     overrides: "SECTION.key=value" of what this machine does differently; see `restored_config`.
-    Raises ValueError for another override, for a file that is no checkpoint, and for folds of which one was trained on
-    other features (patch encoder, pooling of tokens, patch size, neighbors) or another data set than the first.
+    Raises ValueError for another override, for a file that is no checkpoint, for folders of folds that are no run together
+    (`check_fold_folders`), and for folds of which one was trained on other features (patch encoder, pooling of tokens, patch
+    size, neighbors) or another data set than the first.
     """
+    check_fold_folders(checkpoints)
     members = []
     for checkpoint in checkpoints:
         fold = load_checkpoint(checkpoint, memory_map=True).without_weights()
@@ -100,6 +110,27 @@ def ensemble_folder(runs: Sequence[Path]) -> Path:
     name = f"ensemble_{'+'.join(run.name for run in runs)}"
     is_long = len(name.encode()) > LONGEST_NAME
     return runs[0].parent / (f"ensemble_of_{len(runs)}_{runs[0].name}" if is_long else name)
+
+
+def write_tested_runs(folder: Path, runs: Sequence[Path]) -> None:
+    """Write into the folder of several runs together which runs they are."""
+    write_json(folder / _TESTED_RUNS, {"runs": _relative(folder, runs)})
+
+
+def is_test_of(folder: Path, runs: Sequence[Path]) -> bool:
+    """Whether a folder holds the test of these very runs: others of the same names get the same folder.
+
+    Raises ValueError for a record that cannot be read.
+    """
+    path = folder / _TESTED_RUNS
+    if not path.is_file():
+        return False
+    with reading(path, "the record of which runs were tested together"):
+        return json.loads(path.read_text(encoding="utf-8")).get("runs") == _relative(folder, runs)
+
+
+def _relative(folder: Path, runs: Sequence[Path]) -> list[str]:
+    return [os.path.relpath(run, folder) for run in runs]
 
 
 def _reads_pooled(member: Member) -> bool:

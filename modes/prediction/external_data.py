@@ -29,6 +29,8 @@ from utils.files import safe_name
 from utils.text import some
 from utils.trained_fold import NO_SCORE
 
+_FEWEST_GENES = 2
+
 
 @dataclass
 class ExternalTest:
@@ -102,14 +104,23 @@ def open_test(members: list[Member], layout: Layout, device: torch.device, fold_
 
 
 def measured_genes(layout: Layout, slides: Sequence[str], panel: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide the panel into genes that every slide has measured and the others. Raises ValueError if none is measured."""
-    measured = set.intersection(*(set(gene_names(layout.counts_path(slide))) for slide in slides))
+    """Divide the panel into genes that every slide has measured and the others. Raises ValueError if fewer than 2 are."""
+    of_slide = {slide: set(gene_names(layout.counts_path(slide))) for slide in slides}
+    measured = set.intersection(*of_slide.values())
     genes = [gene for gene in panel if gene in measured]
-    if not genes:
+    of_panel = {slide: len(found.intersection(panel)) for slide, found in of_slide.items()}
+    if not any(of_panel.values()):
         raise ValueError(
             f"None of the {len(panel)} genes that the run predicts ({some(panel, 3)}) is in the counts of {layout.name} "
-            f"({some(sorted(measured), 3)}). If one lists Ensembl ids and the other symbols, prepare the set with a panel of "
-            f"symbols: python preprocess/prepare_visium.py --model_path RUN (it matches either)."
+            f"({some(sorted(set.union(*of_slide.values())), 3)}). If one lists Ensembl ids and the other symbols, prepare the "
+            f"set with a panel of symbols: python preprocess/prepare_visium.py --model_path RUN (it matches either)."
+        )
+    if len(genes) < _FEWEST_GENES:
+        fewest = min(of_panel, key=lambda slide: of_panel[slide])
+        raise ValueError(
+            f"The slides of {layout.name} share {len(genes)} of the {len(panel)} genes that the run predicts; expected at "
+            f"least {_FEWEST_GENES}, since values are relative to the genes measured. Slide {fewest} has the fewest, "
+            f"{of_panel[fewest]}: check the names of genes in its counts, or leave it out."
         )
     return genes, [gene for gene in panel if gene not in measured]
 
@@ -157,6 +168,7 @@ def warnings_of(test: ExternalTest) -> list[str]:
             f"LEAKAGE: the run has been trained on the tissue of {len(leaks)} of {len(slides)} slides, so these scores are "
             f"not those of unseen tissue: {'; '.join(leaks.values())}."
         )
+    notes += _note_on_genes(test.genes, test.missing)
     meant = layout.spec.training_type
     if meant is not None and meant != config.DATA.type:
         notes.append(f"{layout.name} is meant for models of {meant}; this run was trained on {config.DATA.type}.")
@@ -172,6 +184,21 @@ def warnings_of(test: ExternalTest) -> list[str]:
                 "they are read in; make them from the image with preprocess/extract_features_uni.py --mode external."
             )
     return notes
+
+
+def _note_on_genes(genes: Sequence[str], missing: Sequence[str]) -> list[str]:
+    """Say how many genes of the panel are scored, where some are missing."""
+    if not missing:
+        return []
+    panel = len(genes) + len(missing)
+    sentence = f"{len(genes)} of the {panel} genes that the run predicts are measured in every slide and scored; not measured: "
+    sentence += f"{some(missing)}."
+    if 2 * len(genes) >= panel:
+        return [sentence]
+    return [
+        f"WARNING: only {sentence} Values are relative to the {len(genes)} genes alone, so the scores are not comparable with "
+        "those of the run itself."
+    ]
 
 
 def _leaking_images(test: ExternalTest) -> dict[str, str]:

@@ -25,6 +25,7 @@ from modes.prediction.ensemble import (
     Member,
     deviation,
     ensemble_folder,
+    is_test_of,
     mean_prediction,
     needs_of_all,
     of_genes,
@@ -126,10 +127,12 @@ class Evidence:
 def evidence_of(members: Sequence[Member], genes: Sequence[str]) -> Evidence:
     """Read what the runs of the members have shown; of several runs what their test together has, if there was one.
 
-    Raises ValueError for a held_out.json that cannot be read.
+    A test of other runs of the same names is left aside. Raises ValueError for a file of a test that cannot be read.
     """
     runs = list(dict.fromkeys(member.run_folder for member in members))
-    together = read_held_out(ensemble_folder(runs)) if len(runs) > 1 else None
+    folder = ensemble_folder(runs)
+    is_theirs = len(runs) > 1 and is_test_of(folder, runs)
+    together = read_held_out(folder) if is_theirs else None
     by_run = {run: read_held_out(run) for run in runs}
     notes = []
     if together is not None:
@@ -139,9 +142,12 @@ def evidence_of(members: Sequence[Member], genes: Sequence[str]) -> Evidence:
         if missing := [run.name for run, found in by_run.items() if found is None]:
             notes.append(_missing_note(missing))
         if len(runs) > 1 and len(known) == len(runs):
+            others = (
+                "" if is_theirs or not folder.exists() else f" {folder} is a test of other runs; move it away first."
+            )
             notes.append(
                 "Scores and intervals are means of what each run has shown alone; --mode test with these runs measures them "
-                "together."
+                f"together.{others}"
             )
     if len(known) < len(runs) and together is None:
         return Evidence([], [*notes, *_sample_notes(members)])

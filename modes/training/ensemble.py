@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,19 +9,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datasets.digests import COUNTS, SPOTS
 from datasets.targets import store_targets
 from evaluation.predictions import HELD_OUT_FILE
-from modes.prediction.ensemble import Member, ensemble_folder, load_members, mean_prediction, provenance_of
+from modes.prediction.ensemble import (
+    Member,
+    ensemble_folder,
+    is_test_of,
+    load_members,
+    mean_prediction,
+    provenance_of,
+    write_tested_runs,
+)
 from modes.prediction.slide import Scales
 from modes.prediction.summary import finish_run
 from modes.training.run_data import RunData
 from modes.training.score import check_same_patch_encoder, predict_record, score_slides
 from utils.cli import say
-from utils.files import check_writable, reading
+from utils.files import check_writable
 from utils.runs import write_json
+from utils.text import some
 from utils.trained_fold import SplitRecord
 
-_RECORD = "ensemble.json"
 OpenTested = Callable[[Member], RunData]
 
 
@@ -39,7 +46,7 @@ def test_together(
     """Test the mean of several runs on the folds that they share; returns the folder, `ensemble_...` beside the first run.
 
     checkpoints: of all runs, finished.  open_tested: reads the test slides of a fold, or says why they cannot be used.
-    Raises ValueError for runs of other folds, test patients, panels or features.
+    Raises ValueError for runs of other folds, test patients, test data, panels or features, and for files of one run.
     """
     members = load_members(checkpoints, overrides, device)
     by_fold = check_same_folds(members)
@@ -51,7 +58,7 @@ def test_together(
     note = f"Mean of the predictions of {len(runs)} runs: {', '.join(run.name for run in runs)}."
     for of_fold in by_fold.values():
         _test_fold(of_fold, folder / of_fold[0].name, [note, *notes], open_tested)
-    write_json(folder / _RECORD, {"runs": _relative(folder, runs)})
+    write_tested_runs(folder, runs)
     say(finish_run(folder, with_report, genes))
     say(f"Written to {folder}")
     return folder
@@ -60,11 +67,24 @@ def test_together(
 def check_same_folds(members: Sequence[Member]) -> dict[int, list[Member]]:
     """Sort the members of several runs by fold: {fold: one member of each run}.
 
-    Raises ValueError unless all runs have the same folds, with the same test slides, protocol and panel.
+    Raises ValueError unless there are several runs, each with one file of a fold, and all have the same folds, with the same
+    test slides, counts and spots of these, protocol and panel.
     """
     by_run: dict[Path, dict[int, Member]] = {}
     for member in members:
-        by_run.setdefault(member.run_folder, {})[member.fold.split.fold] = member
+        index, folds = member.fold.split.fold, by_run.setdefault(member.run_folder, {})
+        if index in folds:
+            raise ValueError(
+                f"--model_path gives two files of fold {index} of {member.run_folder}: {folds[index].path} and {member.path}. "
+                "A mean of runs takes one file of each fold of a run; give one of them, or runs."
+            )
+        folds[index] = member
+    if len(by_run) == 1:
+        (run,) = by_run
+        raise ValueError(
+            f"All that --model_path gives is of one run, {run}; a mean is tested of several runs. Give the run folder itself, "
+            "or one fold of it with --fold."
+        )
     (first_run, first), *others = by_run.items()
     problems = []
     for run, folds in others:
@@ -75,11 +95,15 @@ def check_same_folds(members: Sequence[Member]) -> dict[int, list[Member]]:
             then, now = _what_is_tested(first[index]), _what_is_tested(member)
             changed = [name for name in then if then[name] != now[name]]
             problems += [f"fold {index} of {run} has another {', another '.join(changed)}"] if changed else []
+            if other := _slides_of_other_data(first[index], member):
+                problems.append(
+                    f"fold {index} of {run} was given other counts or spots of the test slides {some(other)}"
+                )
     if problems:
         listed = "\n  ".join(problems)
         raise ValueError(
             f"These runs cannot be tested together with {first_run}:\n  {listed}\nTheir mean has a held-out score only where "
-            "all were tested on the same patients. Give runs of the same folds, or --fold N of one that they share."
+            "all were tested on the same spots of the same patients. Give such runs, or --fold N of one that they share."
         )
     return {index: [folds[index] for folds in by_run.values()] for index in sorted(first)}
 
@@ -94,36 +118,46 @@ def _what_is_tested(member: Member) -> dict[str, object]:
     }
 
 
+def _slides_of_other_data(first: Member, other: Member) -> list[str]:
+    """Test slides whose counts or spots both members know, and not as the same."""
+    pairs = {
+        slide: [m.fold.split.digests.get(slide, {}) for m in (first, other)] for slide in other.fold.split.test_slides
+    }
+    return [
+        slide
+        for slide, (then, now) in pairs.items()
+        if any(then[part] != now[part] for part in (COUNTS, SPOTS) if part in then and part in now)
+    ]
+
+
 def _listed(folds: Mapping[int, Member]) -> str:
     return ", ".join(map(str, sorted(folds)))
 
 
 def _check_is_of(folder: Path, runs: Sequence[Path]) -> None:
     """Refuse a folder that holds the results of other runs of the same names."""
-    path = folder / _RECORD
-    if not folder.exists():
-        return
-    if path.is_file():
-        with reading(path, "the record of which runs were tested together"):
-            if json.loads(path.read_text(encoding="utf-8")).get("runs") == _relative(folder, runs):
-                return
-    raise ValueError(
-        f"{folder} holds something else than a test of these runs. Move it away, or give the runs other names."
-    )
-
-
-def _relative(folder: Path, runs: Sequence[Path]) -> list[str]:
-    return [os.path.relpath(run, folder) for run in runs]
+    if folder.exists() and not is_test_of(folder, runs):
+        raise ValueError(
+            f"{folder} holds something else than a test of these runs. Move it away, or give the runs other names."
+        )
 
 
 def _test_fold(members: Sequence[Member], folder: Path, notes: Sequence[str], open_tested: OpenTested) -> None:
     """Predict the test slides by one run after the other, score the mean and write it."""
     found: dict[str, list[Scales]] = {}
+    tested: dict[str, tuple[list[str], str]] = {}  # the spots of a slide and the digest of its counts
     for member in members:
         run_data = open_tested(member)
         check_same_patch_encoder(member.fold, run_data, member.path)
         model = member.load()
         for record in run_data.store.named(member.fold.split.test_slides):
+            data = (list(record.table.obs_names), run_data.digests[record.name][COUNTS])
+            if tested.setdefault(record.name, data) != data:  # of runs that recorded no digests
+                raise ValueError(
+                    f"{member.path} is tested on other spots or counts of slide {record.name} ({len(data[0])} spots) than "
+                    f"{members[0].path} ({len(tested[record.name][0])} spots), so their predictions have no mean. Give one "
+                    "data folder for both with --data_dir, or test each run by itself."
+                )
             found.setdefault(record.name, []).append(predict_record(run_data, model, record))
         member.release()
     runs = [member.run_folder for member in members]

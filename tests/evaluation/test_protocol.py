@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -341,6 +342,20 @@ def test_fold_files_refuse(tmp_path):
         read_fold(folder)
     with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
         read_run(tmp_path / "nothing")
+
+
+def test_copied_folds_are_refused(tmp_path):
+    run = write_run(tmp_path / "run", {0: [slide("A1", [0.5] * 6)], 1: [slide("B1", [0.5] * 6)]})
+    assert len(read_run(run)[0]) == 2
+    shutil.copytree(run / "fold_0", run / "fold_4")
+    with pytest.raises(
+        ValueError, match=r"fold_4: split.json is of fold 0; expected fold 4, .*\. A fold that was copied"
+    ):
+        read_run(run)
+    split = json.loads((run / "fold_4" / "split.json").read_text())
+    (run / "fold_4" / "split.json").write_text(json.dumps({**split, "fold": 4}))
+    with pytest.raises(ValueError, match="fold_0 and fold_4 both test patient A; expected each patient in one fold"):
+        read_run(run)
 
 
 # --- the run ---

@@ -194,7 +194,8 @@ class TestExternal:
         of_two = anndata.read_h5ad(folder / "predictions" / "X1.h5ad")
         for fold in (0, 1):
             shutil.copytree(run / f"fold_{fold}", run / f"fold_{fold + 2}")
-            edit(run / f"fold_{fold + 2}" / "best.pt", lambda content, n=fold + 2: content["fold"].update(fold=n))
+            changes = {"fold": fold + 2, "test_patients": [f"copy of {fold}"]}
+            edit(run / f"fold_{fold + 2}" / "best.pt", lambda content, new=changes: content["fold"].update(new))
         alive: list[weakref.ref] = []
         greatest = 0
         restore = ensemble.restored_model

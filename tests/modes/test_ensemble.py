@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -14,6 +15,9 @@ import torch
 
 from datasets.novelty import novelty, sample_training_spots
 from evaluation.predictions import read_held_out
+from modes.prediction.ensemble import load_members
+from modes.prediction.predicted import evidence_of
+from modes.training import ensemble
 from tests.checkpoints import edit
 from tests.command_line import Left, call_main
 from utils.checkpoint import load_checkpoint
@@ -149,6 +153,137 @@ def test_runs_that_have_no_score_together_are_refused(tiny_run, runs):
     assert left.status and "holds something else than a test of these runs" in left.said
     left = call_main("--mode", "external_test", "--test_name", "demo_external", "--model_path", *runs)
     assert left.status and "--mode external_test takes one run" in left.said
+
+
+def test_runs_of_other_test_data_are_refused(tiny_run, runs):
+    def change(content: dict) -> None:
+        digests = content["fold"]["digests"]
+        digests["A1"]["spots"] = digests["B1"]["counts"] = digests["A1"]["features"] = "other"
+
+    edit(runs[1] / "fold_0" / "best.pt", change)
+    left = run_test(tiny_run, "--model_path", *runs, "--fold", 0)
+    said = f"fold 0 of {runs[1]} was given other counts or spots of the test slides A1\n"
+    assert left.status and said in left.said, left.said  # B1 is trained on, features are not what is scored
+    assert not (runs[0].parent / "ensemble_dml+ridge").exists()
+
+
+@pytest.mark.parametrize("part", ["spots", "counts"])
+def test_other_spots_or_counts_are_refused_without_digests(runs, part):
+    members = load_members([run / "fold_0" / "best.pt" for run in runs], [], torch.device("cpu"))
+    for member in members:
+        member.fold.split.digests.clear()
+    opened = []
+
+    def open_tested(member):
+        ids = ["1x1", "1x2"] if opened and part == "spots" else ["1x1", "1x3"]
+        digest = "b" if opened and part == "counts" else "a"
+        opened.append(member)
+        record = SimpleNamespace(name="A1", table=SimpleNamespace(obs_names=ids))
+        return SimpleNamespace(store=SimpleNamespace(named=lambda _: [record]), digests={"A1": {"counts": digest}})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ensemble, "check_same_patch_encoder", lambda *_: None)
+        patch.setattr(ensemble, "predict_record", lambda *_: {})
+        with pytest.raises(
+            ValueError, match=r"ridge/fold_0/best.pt is tested on other spots or counts of slide A1 \(2 sp"
+        ):
+            ensemble._test_fold(members, runs[0].parent / "x", [], open_tested)
+
+
+def test_files_of_one_run_are_no_ensemble(tiny_run, runs):
+    best, last = (runs[0] / "fold_0" / name for name in ("best.pt", "last.pt"))
+    for given in ([best, last], [last, best], [best, last, runs[1] / "fold_0"]):
+        left = run_test(tiny_run, "--model_path", *given)
+        assert left.status and f"two files of fold 0 of {runs[0]}: " in left.said, left.said
+    left = run_test(tiny_run, "--model_path", runs[0] / "fold_0", runs[0] / "fold_1")
+    assert left.status and f"is of one run, {runs[0]};" in left.said, left.said
+    for command in (run_test, lambda *given: predict(tiny_run, runs[0].parent / "x.h5ad", *given[1:])):
+        left = command(tiny_run, "--model_path", runs[0], runs[0] / "fold_0")
+        assert left.status and "are the same file" in left.said and "Give each once" in left.said, left.said
+    assert not list(runs[0].parent.glob("ensemble_*"))
+
+
+def test_links_stay_in_the_run_that_they_lie_in(tiny_run, runs, predicted, tmp_path, monkeypatch):
+    run, store = runs[0], tmp_path / "store"
+    store.mkdir()
+    (run / "fold_0").rename(store / "of_fold_0")
+    (run / "fold_0").symlink_to(store / "of_fold_0")
+    (run / "fold_1" / "best.pt").rename(store / "weights.pt")
+    (run / "fold_1" / "best.pt").symlink_to(store / "weights.pt")
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(run)
+    for given in (run, tmp_path / "link", Path(".")):
+        paths = [given / f"fold_{fold}" / "best.pt" for fold in (0, 1)]
+        members = load_members(paths, [], torch.device("cpu"))
+        assert [member.run_folder for member in members] == [run.resolve()] * 2
+    both = predict(tiny_run, tmp_path / "both.h5ad", "--model_path", *runs)
+    alone = predict(tiny_run, tmp_path / "alone.h5ad", "--model_path", runs[1])
+    assert both.status == 0 and "mean of 2 runs (dml, ridge) with 4 models" in both.said, both.said + alone.said
+    found, ridge = (anndata.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("both", "alone"))
+    genes = list(found.var_names)
+    np.testing.assert_allclose(found.X, (predicted[0][:, genes].X + ridge[:, genes].X) / 2, atol=1e-5)
+    (runs[1] / "fold_0" / "best.pt").unlink()
+    (runs[1] / "fold_0" / "best.pt").symlink_to(store / "of_fold_0" / "best.pt")
+    left = predict(tiny_run, tmp_path / "x.h5ad", "--model_path", *runs)
+    assert left.status and "are the same file" in left.said, left.said
+
+
+def test_a_copied_fold_is_refused(tiny_run, tmp_path):
+    run = tiny_run.copy(tmp_path)
+    shutil.copytree(run / "fold_0", run / "fold_4")
+    before = (run / "summary.json").read_bytes()
+    for left in (
+        run_test(tiny_run, "--model_path", run),
+        predict(tiny_run, tmp_path / "x.h5ad", "--model_path", run),
+        run_test(tiny_run, "--model_path", run / "fold_4"),
+    ):
+        assert left.status and "fold_4/best.pt was trained for fold_0, its folder is fold_4." in left.said, left.said
+    edit(run / "fold_4" / "best.pt", lambda content: content["fold"].update(fold=4))
+    for left in (
+        run_test(tiny_run, "--model_path", run),
+        predict(tiny_run, tmp_path / "x.h5ad", "--model_path", run),
+    ):
+        assert left.status and "fold_4 both hold out patient A; expected each patient in one fold" in left.said, (
+            left.said
+        )
+    assert (run / "summary.json").read_bytes() == before
+    assert run_test(tiny_run, "--model_path", run, "--fold", 0).status, "its summary would hold the copy"
+
+
+def test_a_fold_of_another_method_is_refused(tiny_run, runs, tmp_path):
+    run = runs[0]
+    shutil.rmtree(run / "fold_1")
+    shutil.copytree(runs[1] / "fold_1", run / "fold_1")
+    said = "fold_1/best.pt is a model of MODEL.name=ridge_neighbor; expected gene_dml"
+    for more in ((), ("--fold", 1)):
+        for left in (
+            run_test(tiny_run, "--model_path", run, *more),
+            predict(tiny_run, tmp_path / "x.h5ad", "--model_path", run, *more),
+        ):
+            assert left.status and said in left.said, left.said
+    (run / "config.yaml").unlink()
+    left = run_test(tiny_run, "--model_path", run)
+    assert left.status and said in left.said and "fold_0" in left.said, left.said
+
+
+def test_a_test_of_other_runs_of_the_same_names_is_no_evidence(runs):
+    folder = runs[0].parent / "ensemble_dml+ridge"
+    members = load_members([run / "fold_0" / "best.pt" for run in runs], [], torch.device("cpu"))
+    genes = members[0].genes
+    shutil.copytree(runs[0], folder, ignore=shutil.ignore_patterns("fold_*"))
+    theirs, alone = read_held_out(folder), [read_held_out(run) for run in runs]
+    mean = np.mean([found.values_of("pcc", genes) for found in alone], axis=0)
+    assert not np.allclose(theirs.values_of("pcc", genes), mean)
+    for others in (["../../other/dml", "../ridge"], None):
+        if others is not None:
+            (folder / "ensemble.json").write_text(json.dumps({"runs": others}))
+        evidence = evidence_of(members, genes)
+        np.testing.assert_allclose(evidence.trust(genes, None, None).pcc_cv, mean)
+        assert any(f"{folder.resolve()} is a test of other runs; move it" in note for note in evidence.notes)
+    (folder / "ensemble.json").write_text(json.dumps({"runs": ["../dml", "../ridge"]}))
+    evidence = evidence_of(members, genes)
+    np.testing.assert_allclose(evidence.trust(genes, None, None).pcc_cv, theirs.values_of("pcc", genes))
+    assert not any("alone" in note for note in evidence.notes)
 
 
 def test_the_seeds_of_a_run_are_predicted_together(tiny_run, tmp_path):

@@ -27,6 +27,7 @@ from evaluation.external import combined_list
 from evaluation.metrics import pearson
 from evaluation.slide_result import MEAN
 from modes.external_test import external_test
+from modes.prediction.external_data import _note_on_genes
 from preprocess.extract_features_uni import main as extract
 from preprocess.prepare_visium import main as prepare_visium
 from tests.checkpoints import edit
@@ -409,6 +410,20 @@ def test_squidpy_takes_the_file_as_it_is(tested):
     assert adata.obsp["spatial_connectivities"].nnz > 0
 
 
+def test_how_many_genes_are_scored_is_told(tested):
+    folder = tested[1]
+    summary = json.loads((folder / "summary.json").read_text())
+    scored, missing = summary["genes"], summary["missing_genes"]
+    number = len(scored) + len(missing)
+    first = f"{len(scored)} of the {number} genes that the run predicts are measured in every slide and scored; not measured: "
+    assert any(note.startswith(f"{first}{missing[0]}") for note in summary["notes"])
+    assert _note_on_genes(["a", "b"], []) == []
+    assert _note_on_genes(["a", "b"], ["c", "d"])[0].startswith("2 of the 4 genes")
+    (warning,) = _note_on_genes(["a", "b"], ["c", "d", "e"])
+    assert warning.startswith("WARNING: only 2 of the 5 genes") and "not measured: c, d, e. Values are" in warning
+    assert "not comparable with those of the run itself" in warning
+
+
 def test_leaks_between_the_two_breast_sets_are_found():
     slides = {"BC23567_D2": "BC23567", "BC23209_C1": "BC23209", "renamed BC24044 x": "p"}
     found = leaking_slides("her2st", ["A", "E", "H"], slides)
@@ -475,6 +490,19 @@ class TestRefusals:
         counts.columns = [f"ENSG{i:011d}" for i in range(counts.shape[1])]
         counts.to_parquet(path)
         with pytest.raises(ValueError, match=r"None of the \d+ genes that the run predicts .*ENSG0.*prepare_visium"):
+            external_test(tiny_run.path, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU)
+
+    def test_a_gene_in_common_is_too_few(self, tested, tiny_run, tmp_path):
+        data_dir = Path(shutil.copytree(tested[0] / "test", tmp_path / "data" / "test")).parent
+        path = data_dir / "test/demo_external/ST-cnts/X1_sub.parquet"
+        panel = set.intersection(*(set(load_checkpoint(tiny_run.path / f"fold_{n}" / "best.pt").genes) for n in (0, 1)))
+        counts = pd.read_parquet(path)
+        kept = next(name for name in counts.columns if name in panel)
+        counts.rename(columns=lambda name: name if name == kept else f"other_{name}").to_parquet(path)
+        said = (
+            rf"demo_external share 1 of the {len(panel)} genes .*; expected at least 2, .*Slide X1 has the fewest, 1:"
+        )
+        with pytest.raises(ValueError, match=said):
             external_test(tiny_run.path, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU)
 
     def test_features_of_another_encoder(self, tested, tiny_run, tmp_path):
