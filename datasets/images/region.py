@@ -163,5 +163,7 @@ def _read_mask(path: Path, image_size: tuple[int, int]) -> Mask:
     if not is_wanted.any():
         raise ValueError(f"{path} is black everywhere. Expected white, or any other value, where tissue is wanted.")
     if is_wanted.all():
-        raise ValueError(f"{path} is black nowhere, as a picture of the slide is. Expected a mask, black where none is wanted.")
+        raise ValueError(
+            f"{path} is black nowhere, as a picture of the slide is. Expected a mask, black where none is wanted."
+        )
     return Mask(is_wanted, np.array(is_wanted.shape[::-1]) / np.array(image_size))
