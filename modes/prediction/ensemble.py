@@ -19,8 +19,7 @@ from modes.prediction.slide import Scales
 from utils.checkpoint import check_fold_folders, load_checkpoint, result_folder
 from utils.config import Config
 from utils.devices import Precision
-from utils.files import reading
-from utils.runs import write_json
+from utils.files import reading, write_text
 from utils.text import LONGEST_NAME
 from utils.trained_fold import NO_SCORE, TrainedFold
 
@@ -114,7 +113,7 @@ def ensemble_folder(runs: Sequence[Path]) -> Path:
 
 def write_tested_runs(folder: Path, runs: Sequence[Path]) -> None:
     """Write into the folder of several runs together which runs they are."""
-    write_json(folder / _TESTED_RUNS, {"runs": _relative(folder, runs)})
+    write_text(folder / _TESTED_RUNS, json.dumps({"runs": _relative(folder, runs)}, indent=2) + "\n")
 
 
 def is_test_of(folder: Path, runs: Sequence[Path]) -> bool:

@@ -182,7 +182,8 @@ def test_the_annotated_file_of_the_page_becomes_a_set(tmp_path, monkeypatch):
         obs = pd.DataFrame({"slide": name, "patient": f"P{number}", "array_row": row, "array_col": column})
         obs.index = [f"{name}{i}" for i in range(16)]
         pixels = np.stack([30.0 + 60 * column, 30.0 + 60 * row], axis=1)
-        slides.append(AnnData(np.ones((16, 2), np.float32), obs=obs, obsm={"spatial": pixels}))
+        genes = pd.DataFrame(index=["TP53", "ERBB2"])
+        slides.append(AnnData(np.ones((16, 2), np.float32), obs=obs, var=genes, obsm={"spatial": pixels}))
     anndata.concat(slides).write_h5ad("slides.h5ad")
     left = call(prepare_anndata.main, *command_with("your_data.md", "--patient_column"))
     assert left.status == 0, left.said
