@@ -14,6 +14,7 @@ from datasets.features.block_store import BlockStore
 from datasets.features.identity import UNKNOWN
 from datasets.spots import SlideRecord, SpotStore
 from utils.cli import progress
+from utils.trained_fold import Digests, changed_parts
 
 _ROWS_READ = 256
 _PARTS = COUNTS, SPOTS, FEATURES, TOKENS, IMAGE = "counts", "spots", "features", "tokens", "image"
@@ -46,14 +47,10 @@ def digests_of(store: SpotStore, slides: Sequence[str], tokens: BlockStore | Non
     return digests
 
 
-def changed_slides(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
+def changed_slides(before: Digests, now: Digests) -> list[str]:
     """Name what has another digest, a sentence for each slide; what only one side knows contradicts nothing."""
-    sentences = []
-    for slide in sorted(set(before) & set(now)):
-        known = [part for part in _PARTS if part in before[slide] and part in now[slide]]
-        if changed := [part for part in known if before[slide][part] != now[slide][part]]:
-            sentences.append(f"slide {slide}: other {' and '.join(changed)} than then")
-    return sentences
+    changed = changed_parts(before, now, _PARTS)
+    return [f"slide {slide}: other {' and '.join(parts)} than then" for slide, parts in changed.items()]
 
 
 def check_told_apart(records: Sequence[SlideRecord], digests: Mapping[str, Mapping[str, str]]) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +27,13 @@ from evaluation.metrics import METRIC_NAMES
 from utils.files import reading, require_file, write_atomically, write_text
 from utils.runs import plain, read_epochs
 from utils.text import brief, checked_names, some
-from utils.trained_fold import ALL_PATIENTS_FOLDER
+from utils.trained_fold import ALL_PATIENTS_FOLDER, COPIED_FOLD, FOLD_FOLDER
 from utils.untrusted.text import text_of
 
 _TABLES = ("per_gene_slide", "per_gene", "per_slide", "per_patient")
 _NAMES = ("slide", "patient", "scale", "truth", "gene")  # columns of text
 _SPLIT = {"fold": int, "name": str, "protocol": str, "test_patients": list}
 _RESULT = {"protocol": str, "gene_lists": dict, "slides": dict, "num_slides": int, "num_spots": int, "notes": list}
-_FOLD = re.compile(r"fold_(\d+)")
-_COPIED = "A fold that was copied into a run counts twice or is of another training: move it away."
 _RERUN = "Run the fold again: python main.py --mode train ... --resume (or --mode test for a trained fold)."
 
 
@@ -115,10 +112,10 @@ def read_fold(fold_dir: str | Path) -> FoldRecord:
     fold_dir = Path(fold_dir)
     result = _read_json(fold_dir / "result.json", _RESULT)
     split = _read_json(fold_dir / "split.json", _SPLIT)
-    if (match := _FOLD.fullmatch(fold_dir.name)) and int(match[1]) != split["fold"]:
+    if (match := FOLD_FOLDER.fullmatch(fold_dir.name)) and int(match[1]) != split["fold"]:
         raise ValueError(
             f"{fold_dir}: split.json is of fold {split['fold']}; expected fold {int(match[1])}, as the folder is named. "
-            f"{_COPIED}"
+            f"{COPIED_FOLD}"
         )
     if result.get("protocol") != split["protocol"]:
         raise ValueError(
@@ -153,7 +150,7 @@ def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
         raise FileNotFoundError(f"{run_dir} does not exist; expected the folder of a run, with fold_<i> folders in it.")
     found = {}
     for path in run_dir.iterdir():
-        if (match := _FOLD.fullmatch(path.name)) and path.is_dir():
+        if (match := FOLD_FOLDER.fullmatch(path.name)) and path.is_dir():
             found[int(match[1])] = path
     complete = {index: found[index] for index in sorted(found) if (found[index] / "result.json").is_file()}
     if not complete and (run_dir / ALL_PATIENTS_FOLDER).is_dir():
@@ -195,7 +192,7 @@ def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
             if (other := tested.setdefault(str(patient), record)) is not record:
                 raise ValueError(
                     f"{run_dir}: {other.path.name} and {record.path.name} both test patient {patient}; expected each patient "
-                    f"in one fold. {_COPIED}"
+                    f"in one fold. {COPIED_FOLD}"
                 )
     return records, notes
 

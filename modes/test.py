@@ -42,7 +42,6 @@ def test(
     genes: drawn on every test slide in report.html, beside the best and the worst.
     """
     checkpoints, notes = checkpoints_of_runs(model_path, fold)
-    check_fold_folders(checkpoints)
     is_official = all(result_folder(checkpoint) == checkpoint.parent for checkpoint in checkpoints)
     for checkpoint in checkpoints:
         _check_has_score(checkpoint, is_official)
@@ -62,6 +61,7 @@ def test(
             genes,
         )
         return
+    check_fold_folders(checkpoints)
     for checkpoint in checkpoints:
         check_writable(result_folder(checkpoint) / "predictions" / "slide.h5ad")
     for checkpoint in checkpoints:

@@ -38,6 +38,7 @@ from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
 from datasets.tables.spot_table import read_spots
 from models.patch_encoders.table import PATCH_ENCODERS
+from preprocess.raw.hest_patches import PLACEMENT_TOLERANCE
 from utils.cli import run, say
 from utils.config import load_config
 from utils.flags import parse_names
@@ -49,7 +50,6 @@ FORMATS = ("trident", "clam", "hest")
 SMALL_SHARE = 0.02  # of a slide's spots that may take the nearest patch although they lie in none
 FITTING_SHARE = 0.5  # of a slide's spots; with fewer in a patch, the file is of another slide
 _WIDEST = 1_000_000  # level-0 px of a patch
-_SAME_PLACE = 2.5  # level-0 px between a patch and its spot, as preprocess/raw/hest_patches.py allows
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def place_hest(
     found = f"{path}: {len(pairs)} of {len(centers)} spots are named in it"
     if len(pairs) < FITTING_SHARE * len(centers):
         distances, _ = KDTree(patches.centers).query(centers, p=np.inf)
-        is_same = distances <= _SAME_PLACE
+        is_same = distances <= PLACEMENT_TOLERANCE
         if is_same.any() and not ((distances <= width / 2) & ~is_same).any():
             return patches
         raise ValueError(
@@ -177,15 +177,16 @@ def place_hest(
         )
     offsets = centers[pairs] - patches.centers[named[pairs]]
     half = float(np.median(offsets))
-    away = (np.abs(offsets - half) > _SAME_PLACE).any(axis=1)
-    if half < -_SAME_PLACE or away.any():
+    away = (np.abs(offsets - half) > PLACEMENT_TOLERANCE).any(axis=1)
+    if half < -PLACEMENT_TOLERANCE or away.any():
         low, typical, high = (tuple(row) for row in np.quantile(offsets, [0, 0.5, 1], axis=0).round(1).tolist())
         raise ValueError(
             f"{found}; from its coordinates to them it is typically {typical} px (x, y), from {low} to {high}. Expected half "
-            f"a patch for all and on both axes, within {_SAME_PLACE} px, or 0. The file is of another slide or version, or its "
-            "coordinates or those of the spots are not those of the full resolution. Take both from the same download."
+            f"a patch for all and on both axes, within {PLACEMENT_TOLERANCE} px, or 0. The file is of another slide or "
+            "version, or its coordinates or those of the spots are not those of the full resolution. Take both from the same "
+            "download."
         )
-    if half <= _SAME_PLACE:
+    if half <= PLACEMENT_TOLERANCE:
         return patches
     whole = int(half + 0.1)  # HEST takes a whole half from the centre and cuts the fraction of a px off
     return replace(patches, centers=patches.centers + half, covered_px=_width(2 * whole, path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,12 +12,11 @@ from torch import nn
 from utils.config import read_config
 from utils.files import reading, require_file, write_atomically
 from utils.text import brief
-from utils.trained_fold import ALL_PATIENTS_FOLDER, TrainedFold
+from utils.trained_fold import ALL_PATIENTS_FOLDER, COPIED_FOLD, FOLD_FOLDER, TrainedFold
 from utils.untrusted.tensors import check_tensors, load_tensors
 
 SCHEMA = 1
 _ENDED: set[tuple[Path, int, int, int]] = set()  # checkpoints with the mark: whatever lists folds asks again
-_COPIED = "A fold that was copied into a run counts twice or is of another training: move it away."
 _CONTINUE = "Go on with it: the command of the training, with --resume."
 _BY_NAME = "To predict with it as it is, name the file:"
 
@@ -184,23 +182,24 @@ def check_fold_folders(checkpoints: Sequence[Path]) -> None:
     method_of: dict[Path, tuple[str, str]] = {}  # of a run, and where that is from
     for checkpoint in checkpoints:
         folder = Path(os.path.abspath(checkpoint)).parent
-        if not (match := re.fullmatch(r"fold_(\d+)", folder.name)):
+        if not (match := FOLD_FOLDER.fullmatch(folder.name)):
             continue
         fold = load_checkpoint(checkpoint, memory_map=True)
         split, method = fold.split, fold.config.MODEL.name
         if split.fold != int(match[1]):
-            raise ValueError(f"{checkpoint} was trained for {split.folder}, its folder is {folder.name}. {_COPIED}")
+            raise ValueError(f"{checkpoint} was trained for {split.folder}, its folder is {folder.name}. {COPIED_FOLD}")
         if folder.parent not in method_of:
             method_of[folder.parent] = _method_of_run(folder.parent) or (method, folder.name)
         expected, source = method_of[folder.parent]
         if method != expected:
             raise ValueError(
-                f"{checkpoint} is a model of MODEL.name={method}; expected {expected}, as {source} of the run has. {_COPIED}"
+                f"{checkpoint} is a model of MODEL.name={method}; expected {expected}, as {source} of the run has. "
+                f"{COPIED_FOLD}"
             )
         for patient in split.test_patients:
             if (other := folder_of.setdefault((folder.parent, patient), folder)) != folder:
                 raise ValueError(
-                    f"{other} and {folder} both hold out patient {patient}; expected each patient in one fold. {_COPIED}"
+                    f"{other} and {folder} both hold out patient {patient}; expected each patient in one fold. {COPIED_FOLD}"
                 )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -25,10 +26,25 @@ _KINDS = {
 }
 ALL_PATIENTS = -1  # in place of its index: the fold that trains on every patient and tests on none
 ALL_PATIENTS_FOLDER = "all_patients"
+FOLD_FOLDER = re.compile(r"fold_(\d+)")
+COPIED_FOLD = "A fold that was copied into a run counts twice or is of another training: move it away."
 NO_SCORE = "trained on all patients, so no patient is held out and it has no score of its own"
 _KIND_OF = {"int": int, "str": str, "list": list, "dict": dict}  # of the entries of a split, by how they are declared
 _LATER = ("digests", "panel")  # entries that earlier versions did not write
 Record = TypeVar("Record", "Progress", "SplitRecord", "PatchEncoderRecord", "OptimizationState")
+
+
+Digests = Mapping[str, Mapping[str, str]]  # {slide: {part: digest}}, as `datasets.digests.digests_of`
+
+
+def changed_parts(before: Digests, now: Digests, parts: Sequence[str]) -> dict[str, list[str]]:
+    """Find which of these parts of a slide has another digest, {slide: parts}, sorted; what one side alone knows has not."""
+    found = {}
+    for slide in sorted(set(before) & set(now)):
+        known = [part for part in parts if part in before[slide] and part in now[slide]]
+        if changed := [part for part in known if before[slide][part] != now[slide][part]]:
+            found[slide] = changed
+    return found
 
 
 @dataclass

@@ -77,7 +77,7 @@ def check_counts(
         twice = pd.Index(names)[pd.Index(names).duplicated()].unique().tolist()
         if twice:
             problems.append(f"duplicated {what}: {some(twice)}")
-    if len(columns) and list(columns) == [str(number) for number in range(len(columns))]:
+    if are_numbered(columns):
         problems.append("genes have no names but 0, 1, 2, ...")
     if genes is not None and (missing := sorted(set(genes) - set(columns))):
         problems.append(f"genes asked for but not there: {some(missing)}")
@@ -93,6 +93,11 @@ def check_counts(
             f"{source}: {'; '.join(problems)}. Expected raw counts, spots x genes; correct or replace the file."
         )
     return AnnData(compressed, obs=pd.DataFrame(index=ids), var=pd.DataFrame(index=columns))
+
+
+def are_numbered(genes: Sequence[str]) -> bool:
+    """Tell whether genes are called 0, 1, 2, ..., as pandas and AnnData call what was given no names."""
+    return len(genes) > 0 and list(genes) == [str(number) for number in range(len(genes))]
 
 
 def gene_names(path: str | Path) -> list[str]:

@@ -20,6 +20,7 @@ from evaluation.fold_files import FoldRecord, read_run
 from evaluation.intervals import bootstrap_interval, gene_effect, paired_wilcoxon
 from evaluation.summary import CHOICES
 from utils.text import some
+from utils.trained_fold import changed_parts
 
 COMPARED = ("pcc_all", "pcc_h", "mse", "mae")
 _PER_GENE = {"pcc_all": "pearson", "pcc_h": "pearson"}  # else the metric has one name in both tables
@@ -235,12 +236,7 @@ def _differences(first: Sequence[FoldRecord], other: Sequence[FoldRecord]) -> _D
 
 def _changed(first: FoldRecord, other: FoldRecord, *parts: str) -> list[str]:
     """Slides, of the training or the test, of which one of these parts has another digest, where both folds know it."""
-    a, b = (record.split.get("digests", {}) for record in (first, other))
-    return [
-        slide
-        for slide in sorted(set(a) & set(b))
-        if any(a[slide][part] != b[slide][part] for part in parts if part in a[slide] and part in b[slide])
-    ]
+    return list(changed_parts(first.split.get("digests", {}), other.split.get("digests", {}), parts))
 
 
 def _seen_in_training(record: FoldRecord) -> set[str]:

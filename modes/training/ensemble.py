@@ -29,7 +29,7 @@ from utils.cli import say
 from utils.files import check_writable
 from utils.runs import write_json
 from utils.text import some
-from utils.trained_fold import SplitRecord
+from utils.trained_fold import SplitRecord, changed_parts
 
 OpenTested = Callable[[Member], RunData]
 
@@ -120,14 +120,8 @@ def _what_is_tested(member: Member) -> dict[str, object]:
 
 def _slides_of_other_data(first: Member, other: Member) -> list[str]:
     """Test slides whose counts or spots both members know, and not as the same."""
-    pairs = {
-        slide: [m.fold.split.digests.get(slide, {}) for m in (first, other)] for slide in other.fold.split.test_slides
-    }
-    return [
-        slide
-        for slide, (then, now) in pairs.items()
-        if any(then[part] != now[part] for part in (COUNTS, SPOTS) if part in then and part in now)
-    ]
+    changed = changed_parts(first.fold.split.digests, other.fold.split.digests, (COUNTS, SPOTS))
+    return [slide for slide in other.fold.split.test_slides if slide in changed]
 
 
 def _listed(folds: Mapping[int, Member]) -> str:

@@ -14,7 +14,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from datasets.tables.array_grid import grid_of_pixels
-from datasets.tables.counts import wrong_counts
+from datasets.tables.counts import are_numbered, wrong_counts
 from datasets.tables.h5ad import frame_of
 from datasets.tables.sparse import Stored, checked_sparse, runs_of_lines, stacked
 from datasets.tables.spot_table import check_spots
@@ -177,7 +177,7 @@ def _gene_counts(file: h5py.File, source: AnnDataFile, rows: np.ndarray, barcode
     stored = file["raw/var" if source.is_raw else "var"]
     ids = checked_names(frame_of(stored).index.tolist(), "genes", source.path)
     column = source.gene_column
-    if column is None and ids == [str(number) for number in range(len(ids))]:
+    if column is None and are_numbered(ids):
         raise ValueError(
             f"{source.path}: its genes have no names but 0, 1, 2, ...; var has the columns "
             f"{some(_names_in(stored), 12) or 'none'}. Say which holds the names: --gene_column NAME."

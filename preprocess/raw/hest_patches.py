@@ -19,7 +19,7 @@ from utils.text import checked_names
 from utils.untrusted.hdf5 import opened_hdf5
 
 _PATCHES_AT_ONCE = 256
-_PLACEMENT_TOLERANCE = 2.5  # px at level 0 between a patch's centre and its spot's
+PLACEMENT_TOLERANCE = 2.5  # px at level 0 between a patch's centre and its spot's
 
 
 class HestPatches:
@@ -55,7 +55,7 @@ class HestPatches:
         corners = self.corners[self._rows(barcodes)]
         offsets = centers - corners
         half = float(np.median(offsets))
-        away = np.abs(offsets - half).max(axis=1) > _PLACEMENT_TOLERANCE
+        away = np.abs(offsets - half).max(axis=1) > PLACEMENT_TOLERANCE
         if half <= 0 or away.any():
             first = int(np.flatnonzero(away)[0]) if away.any() else 0
             raise ValueError(
