@@ -28,15 +28,21 @@ from datasets.layout import IMAGE_SUFFIXES
 from preprocess.raw.anndata_file import AnnDataFile, SlideInFile, find_slides, read_slide
 from preprocess.raw.own_set import Section, SectionData, add_flags, own_set, prepare_sections
 from preprocess.raw.space_ranger.output import pixel_size
+from preprocess.raw.space_ranger.outs import check_full_resolution
 from utils.cli import run
 from utils.files import require_file, safe_name
 from utils.text import some
 
 
 def read_section(source: AnnDataFile, slide: SlideInFile, image: Path, microns: float | None) -> SectionData:
-    """Read one slide; errors as in `read_slide`. microns: of a pixel, None for what file and image say."""
+    """Read one slide; errors as in `read_slide`, and ValueError if the image contradicts a smaller one that the file keeps.
+
+    microns: of a pixel, None for what file and image say.
+    """
     content = read_slide(source, slide)
     notes = list(content.notes)
+    if content.factors:
+        notes += check_full_resolution(content.factors, content.smaller, source.path, image)
     if microns is None and content.factors:
         grid, pixels = (content.spots[list(names)].to_numpy() for names in (("x", "y"), ("pixel_x", "pixel_y")))
         microns = pixel_size(content.factors, grid, pixels, source.path)

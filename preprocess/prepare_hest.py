@@ -26,10 +26,12 @@ from anndata import AnnData
 from datasets.known_sets import SPECS
 from datasets.layout import IMAGE_SUFFIXES, Layout
 from datasets.spec import DatasetSpec, read_spec, write_spec
+from preprocess.raw.files import image_size
 from preprocess.raw.gene_map import GIVE_MAP, WHERE, read_gene_map
 from preprocess.raw.hest import (
     HestSample,
     check_gene_names,
+    check_image_size,
     check_metadata,
     patients_of,
     pixel_size,
@@ -75,7 +77,7 @@ def prepare_hest(
             f"--name {name} is the name of another data set; choose one of your own, for example hest_{name}."
         )
     source = source_folder(source, CONTENTS)
-    found = [path.stem for path in (source / "st").glob("*.h5ad")]
+    found = [path.stem for path in (source / "st").glob("[!.]*.h5ad")]
     names = chosen_slides(found, ids, source / "st", of=name, contents=CONTENTS, flag="--ids")
     samples = find_samples(source, names, metadata or find_metadata(source))
     symbols = read_gene_map(gene_map) if gene_map else None
@@ -164,8 +166,12 @@ def find_samples(source: Path, names: Sequence[str], metadata: Path) -> list[Hes
 def read_sample(
     layout: Layout, sample: HestSample, options: Options, gene_map: Mapping[str, str] | None = None
 ) -> RawSlide:
-    """Read one sample; without a whole-slide image only the spots that have a patch. Errors as in `read_expression`."""
+    """Read one sample; without a whole-slide image only the spots that have a patch.
+
+    Errors as in `read_expression` and `check_image_size`.
+    """
     patches = HestPatches(sample, sample.patches) if sample.patches is not None else None
+    unchecked = [] if sample.image is None else check_image_size(sample, image_size(sample.image))
     found = read_expression(sample, patches.barcodes if patches else (), gene_map)
     raw = RawSlide(
         name=sample.name,
@@ -173,7 +179,7 @@ def read_sample(
         spots=found.spots,
         source=str(sample.expression),
         image=sample.image,
-        notes=found.notes,
+        notes=found.notes + unchecked,
     )
     if sample.image is None and patches is not None:
         raw.spots = found.spots[found.spots["barcode"].isin(patches.barcodes)]

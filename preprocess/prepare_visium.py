@@ -27,7 +27,6 @@ from functools import partial
 import pandas as pd
 
 from datasets.tables.spot_table import check_spots
-from preprocess.raw.files import image_size
 from preprocess.raw.own_set import Section, SectionData, add_flags, own_set, prepare_sections
 from preprocess.raw.prepare import source_folder
 from preprocess.raw.sample_sheet import FORM, read_sample_sheet
@@ -42,14 +41,14 @@ def read_section(source: Path, image: Path, bin_um: float | None) -> SectionData
     """Read one section of Space Ranger; errors as in `read_outs`, and ValueError if the image is not its input."""
     output = read_outs(source_folder(source, CONTENTS), bin_um)
     require_file(image, "--image should be the full-resolution image that was the input of Space Ranger.")
-    check_full_resolution(output, image, image_size(image))
+    unchecked = check_full_resolution(output.scale_factors, output.smaller, output.folder, image)
     microns = microns_per_pixel(output)
     return SectionData(
         counts=output.counts,
         spots=spot_table(output),
         positions_path=output.positions_path,
         microns=microns,
-        notes=[*output.notes, pixel_note(microns, output)],
+        notes=[*output.notes, pixel_note(microns, output), *unchecked],
     )
 
 

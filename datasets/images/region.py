@@ -21,6 +21,7 @@ _SUFFIXES = (".geojson", ".json")
 _MASK_PX = 4096  # longer side at which a mask is looked at
 _RATIO = 0.02  # by so much of its own the shape of a mask may differ from that of the slide
 _IGNORED = "Ignore"  # what QuPath's class for what is not to be measured begins with
+_DRAWN = ("annotation", "PathAnnotationObject")  # and no cells, detections or cores; QuPath before 0.4 has it as the id
 _FARTHEST = 1e9  # px; NaN is not below it either
 _DEEPEST = 20  # of collections in collections
 
@@ -66,7 +67,8 @@ def read_region(path: str | Path, image_size: tuple[int, int]) -> Region:
     """Read the region of a slide of `image_size` (width, height) px.
 
     A GeoJSON may hold polygons, multi-polygons, collections and features of them; other shapes (points, lines) are no areas
-    and left out, classes that begin with "Ignore" are taken away. Of a mask image everything that is not black is wanted.
+    and left out, as are objects of QuPath that are no annotations; classes that begin with "Ignore" are taken away. Of a
+    mask image everything that is not black is wanted.
     Raises FileNotFoundError, or ValueError for a file without an area, areas outside the slide, a mask of another shape.
     """
     path = require_file(path, _HINT)
@@ -79,7 +81,8 @@ def _read_areas(path: Path, image_size: tuple[int, int]) -> Areas:
         wanted = [rings for rings, is_ignored in found if not is_ignored]
         if not wanted:
             raise ValueError(
-                f"{path} holds no area: expected a Polygon or MultiPolygon (in QuPath: annotations, not points or lines)."
+                f"{path} holds no area: expected a Polygon or MultiPolygon (in QuPath: annotations; cells, "
+                "other detections, TMA cores, points and lines are none)."
             )
         low = np.min([rings[0].min(axis=0) for rings in wanted], axis=0)
         high = np.max([rings[0].max(axis=0) for rings in wanted], axis=0)
@@ -108,7 +111,7 @@ def _polygons_of(
         yield from _polygons_of(content.get("features", []), source, is_ignored, depth + 1)
     elif kind == "GeometryCollection":
         yield from _polygons_of(content.get("geometries", []), source, is_ignored, depth + 1)
-    elif kind == "Feature" and content.get("geometry") is not None:
+    elif kind == "Feature" and content.get("geometry") is not None and _is_drawn(content):
         yield from _polygons_of(content["geometry"], source, _is_ignored(content), depth + 1)
     elif kind in ("Polygon", "MultiPolygon"):
         polygons = content.get("coordinates")
@@ -116,6 +119,14 @@ def _polygons_of(
             if not isinstance(rings, list) or not rings:
                 raise ValueError(f"{source}: a {kind} should list its rings, found {brief(rings)}.")
             yield [_ring(ring, source) for ring in rings], is_ignored
+
+
+def _is_drawn(feature: dict) -> bool:
+    """Whether it is an annotation, or of a program that does not tell."""
+    properties, name = feature.get("properties"), feature.get("id")
+    kind = properties.get("objectType") if isinstance(properties, dict) else None
+    kind = name if kind is None and isinstance(name, str) and name.endswith("Object") else kind
+    return kind is None or kind in _DRAWN
 
 
 def _is_ignored(feature: dict) -> bool:

@@ -138,7 +138,7 @@ def _columns(path: Path, header: bytes, first_row: bytes) -> list[str]:
     if not first_row.strip():
         raise ValueError(f"{path} holds no spots: it ends after its first line.")
     width = first_row.decode().count(separator) + 1
-    if width == len(names) + 1:
+    if width == len(names) + 1 and not first_row.rstrip(b"\r\n").endswith(separator.encode()):
         names = ["", *names]
     if width != len(names) or width < 2:
         raise ValueError(

@@ -36,7 +36,9 @@ def finish_run(run_dir: Path, with_report: bool = True, genes: Sequence[str] = (
     if with_report:
         write_report(run_dir, genes=genes)
         folds, _ = find_folds(run_dir)
-        predictions = sorted((path for fold in folds for path in fold.glob("predictions/*.h5ad")), key=lambda p: p.name)
+        predictions = sorted(
+            (path for fold in folds for path in fold.glob("predictions/[!.]*.h5ad")), key=lambda p: p.name
+        )
         if predictions:
             write_explorer(run_dir / "explorer.html", predictions, title=f"Genes of {summary['run']}")
     return format_table(summary)

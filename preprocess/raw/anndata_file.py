@@ -21,7 +21,7 @@ from datasets.tables.spot_table import check_spots
 from preprocess.raw.gene_map import SYMBOL_COLUMNS
 from preprocess.raw.hest import array_positions, is_in_tissue
 from preprocess.raw.space_ranger.matrices import GeneCounts
-from preprocess.raw.space_ranger.output import checked_factors, with_bin_size
+from preprocess.raw.space_ranger.output import SMALLER, checked_factors, not_added_up, with_bin_size
 from utils.text import checked_names, is_ensembl, some
 from utils.untrusted.hdf5 import opened_hdf5
 
@@ -65,11 +65,12 @@ class SlideInFile:
 @dataclass(frozen=True)
 class SlideContent:
     """counts and spots (with a column `barcode`) of a slide; factors: of Space Ranger, where the file kept them or
-    the names of bins tell."""
+    the names of bins tell; smaller: (width, height) of the images that it kept, as in `SpaceRangerOutput`."""
 
     counts: GeneCounts
     spots: pd.DataFrame
     factors: dict[str, float]
+    smaller: dict[str, tuple[int, int]]
     notes: list[str]
 
 
@@ -129,8 +130,9 @@ def read_slide(source: AnnDataFile, slide: SlideInFile) -> SlideContent:
         notes = [] if kept.all() else [f"left out, as in_tissue is 0: {int((~kept).sum())} spots"]
         spots, array = _spot_table(table[kept].copy(), str(source.path))
         counts = _gene_counts(file, source, slide.rows[kept], spots["barcode"].tolist())
-        factors = with_bin_size(_factors(file, slide.name), spots["barcode"].tolist(), source.path)
-        return SlideContent(counts, spots, factors, notes + array)
+        factors, smaller = _of_space_ranger(file, slide.name)
+        factors = with_bin_size(factors, spots["barcode"].tolist(), source.path)
+        return SlideContent(counts, spots, factors, smaller, notes + array + not_added_up(factors))
 
 
 def _spot_table(table: AnnData, source: str) -> tuple[pd.DataFrame, list[str]]:
@@ -274,8 +276,9 @@ def _seems_counts(stored: h5py.Group | h5py.Dataset) -> bool:
     return first.dtype.kind in "biuf" and bool(first.any()) and not wrong_counts(first.ravel())
 
 
-def _factors(file: h5py.File, slide: str | None) -> dict[str, float]:
-    """Space Ranger's scale factors, as scanpy keeps them for every library; none where it is not clear which are meant.
+def _of_space_ranger(file: h5py.File, slide: str | None) -> tuple[dict[str, float], dict[str, tuple[int, int]]]:
+    """Space Ranger's scale factors and the sizes of its smaller images, as scanpy keeps them for every library; none where
+    it is not clear which are meant.
 
     slide: its name where a column tells slides apart; then only the library of this name is its own.
     """
@@ -283,9 +286,10 @@ def _factors(file: h5py.File, slide: str | None) -> dict[str, float]:
     names = list(libraries)
     name = slide if slide in names else names[0] if slide is None and len(names) == 1 else None
     if name is None or f"{name}/scalefactors" not in libraries:
-        return {}
-    stored = libraries[name]["scalefactors"]
-    return checked_factors({key: float(stored[key][()]) for key in stored if stored[key].shape == ()})
+        return {}, {}
+    stored, images = libraries[name]["scalefactors"], libraries[name].get("images", {})
+    factors = checked_factors({key: float(stored[key][()]) for key in stored if stored[key].shape == ()})
+    return factors, {key: images[key].shape[1::-1] for key in SMALLER if key in images and len(images[key].shape) > 1}
 
 
 def _names_in(stored: h5py.Group | h5py.Dataset) -> list[str]:

@@ -131,6 +131,22 @@ def pixels(text: str) -> int:
         return 0
 
 
+def check_image_size(sample: HestSample, size: tuple[int, int]) -> list[str]:
+    """Raise ValueError if the whole-slide image has another (width, height) than the metadata say, beyond one percent.
+
+    returns: a warning where they say none.
+    """
+    if 0 in sample.image_size:
+        return [f"WARNING: the metadata do not say how large {sample.image} is, so its size was not checked."]
+    if any(abs(found - stated) > 0.01 * stated for found, stated in zip(size, sample.image_size, strict=True)):
+        raise ValueError(
+            f"Slide {sample.name}: {sample.image} has {size[0]} x {size[1]} pixels, the metadata say {sample.image_size[0]} x "
+            f"{sample.image_size[1]} (fullres_px_width, fullres_px_height): it is scaled, turned or of another slide. Take the "
+            "image of HEST again, or, where the table is wrong, correct it: --metadata FILE."
+        )
+    return []
+
+
 def pixel_size(row: Mapping[str, str]) -> float | None:
     """Find micrometres per pixel at level 0: estimated from the spots, else as the image says."""
     for column in ("pixel_size_um_estimated", "pixel_size_um_embedded"):

@@ -236,7 +236,7 @@ def _read(section: Section, own: OwnSet) -> tuple[RawSlide, float | None, list[s
     paths = dict.fromkeys((data.counts.path, data.positions_path))
     raw = RawSlide(
         name=section.slide,
-        counts=section_counts(data, names, own.panel.genes),
+        counts=section_counts(data, names),
         spots=data.spots,
         source=" and ".join(map(str, paths)),
         image=section.image,
@@ -244,11 +244,11 @@ def _read(section: Section, own: OwnSet) -> tuple[RawSlide, float | None, list[s
     return raw, data.microns, notes
 
 
-def section_counts(data: SectionData, names: Sequence[str], panel: Sequence[str]) -> AnnData:
+def section_counts(data: SectionData, names: Sequence[str]) -> AnnData:
     """Take the counts of the spots by "XxY" ids; genes of one name are added up.
 
-    names: of the columns of the counts.  panel: where it is known, genes without any count are left out unless it has
-    them (measured and zero is not the same as not measured).
+    names: of the columns of the counts. Genes without any count stay: measured and zero is not the same as not measured, and
+    the next section may come with another panel.
     Raises ValueError naming both files if they share no barcode, or a sum is no count.
     """
     counts, barcodes = data.counts, data.spots["barcode"]
@@ -265,11 +265,7 @@ def section_counts(data: SectionData, names: Sequence[str], panel: Sequence[str]
         obs=pd.DataFrame(index=data.spots.index[found]),
         var=pd.DataFrame(index=[str(i) for i in range(len(names))]),
     )
-    genes = set(names)
-    if panel:
-        totals = np.asarray(raw.X.sum(axis=0)).ravel()
-        genes = {name for name, total in zip(names, totals, strict=True) if total > 0} | (genes & set(panel))
-    return with_genes(raw, names, sorted(genes), str(counts.path))
+    return with_genes(raw, names, sorted(set(names)), str(counts.path))
 
 
 def duplicate_notes(names: Sequence[str]) -> list[str]:

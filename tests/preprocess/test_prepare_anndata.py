@@ -286,6 +286,33 @@ def test_scale_factors_are_those_of_the_slide_of_their_name(tmp_path, several):
     assert [spec.microns_of(name) for name in ("S0", "S1", "S2")] == [None, 1.6, None]
 
 
+def notes_on(adata: AnnData, image: Path) -> str:
+    adata.write_h5ad(image.with_name("file.h5ad"))
+    source = anndata_file.AnnDataFile(image.with_name("file.h5ad"))
+    return " ".join(prepare_anndata.read_section(source, anndata_file.find_slides(source)[0], image, None).notes)
+
+
+@pytest.mark.parametrize("name", ["hires", "lowres"])
+def test_an_image_that_contradicts_the_smaller_one_of_the_file_is_refused(tmp_path, image, name):
+    """As of a folder of Space Ranger: all positions lie inside an enlarged image, too."""
+    adata = slide(1)
+    small = {"scalefactors": {f"tissue_{name}_scalef": 0.1}, "images": {name: np.zeros((45, 46, 3), dtype=np.float32)}}
+    adata.uns["spatial"] = {"library": small}
+    assert "WARNING" not in notes_on(adata, image)
+    Image.open(image).resize((920, 900)).save(tmp_path / "enlarged.png")
+    with pytest.raises(ValueError, match=rf"file\.h5ad refer to about 460 x 450 \(tissue_{name}.*scaled by about 2"):
+        notes_on(adata, tmp_path / "enlarged.png")
+    del adata.uns["spatial"]["library"]["images"]
+    assert "WARNING: whether image.png is the full-resolution image was not checked" in notes_on(adata, image)
+
+
+@pytest.mark.parametrize(("size", "is_fine"), [("008", True), ("056", False)])
+def test_bins_that_nothing_adds_up_are_told(image, size, is_fine):
+    adata = slide(1, hexagonal=False)
+    adata.obs_names = [f"s_{size}um_{row:05d}_{row:05d}-1" for row in range(30)]
+    assert ("WARNING: bins of 8 um are not added up" in notes_on(adata, image)) == is_fine
+
+
 def test_images_of_several_slides(tmp_path, several):
     flags = ["--slide_column", "slide"]
     each = [f"{name}={tmp_path}/images/{name}.png" for name in ("S0", "S1", "S2")]

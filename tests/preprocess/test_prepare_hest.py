@@ -162,6 +162,25 @@ def test_a_whole_slide_image_goes_before_the_patches(raw, tmp_path):
     assert spec.microns_of("TENX1") == 0.4 and spec.microns_of("NCBI2") == pytest.approx(0.41 * SCALE, rel=0.01)
 
 
+def test_an_image_of_another_size_than_the_metadata_say_is_refused(raw, tmp_path):
+    (raw / "wsis").mkdir()
+    Image.new("RGB", (2400, 2000), "white").save(raw / "wsis" / "TENX1.tif")
+    said = (
+        r"Slide TENX1: .*TENX1\.tif has 2400 x 2000 pixels, the metadata say 1200 x 1000 .*scaled, turned or of another"
+    )
+    with pytest.raises(ValueError, match=said):
+        prepare_hest(raw, tmp_path / "data", SMALL, name="own", ids="TENX1")
+    METADATA.drop(columns="fullres_px_width").to_csv(raw / "assets" / "HEST_v1_1_0.csv", index=False)
+    (done,) = prepare_hest(raw, tmp_path / "data", SMALL, name="own", ids="TENX1")
+    assert "WARNING: the metadata do not say how large" in " ".join(done.notes)
+
+
+def test_what_macos_leaves_beside_files_is_no_sample(raw, tmp_path):
+    for name in ("st/._TENX1.h5ad", "st/.DS_Store", "patches/._TENX1.h5", "assets/._HEST_v1_1_0.csv"):
+        (raw / name).write_bytes(b"\0\5\x16\7")
+    assert [slide.name for slide in prepare_hest(raw, tmp_path / "data", SMALL, name="own")] == ["NCBI2", "TENX1"]
+
+
 def test_patients_are_numbered_within_a_study(raw, tmp_path, capsys):
     table = METADATA.set_index("id")
     patients = patients_of(table, list(table.index))

@@ -17,7 +17,7 @@ from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
 from preprocess.extract_features_uni import COMMAND_LINE, resolve
-from preprocess.prepare_visium import main
+from preprocess.prepare_visium import main, read_section
 from preprocess.raw.space_ranger.outs import read_outs
 from preprocess.raw.training_panel import training_panel
 from tests.checkpoints import fabricated_fold
@@ -119,16 +119,17 @@ def test_rows_of_a_hexagonal_array_touch_by_one_column(tmp_path, picture, panel_
     assert ((np.abs(differences[..., 0]) == 1) <= (np.abs(differences[..., 1]) % 2 == 1)).all()
 
 
-def test_a_gene_measured_as_zero_is_kept_and_others_without_counts_are_not(tmp_path, picture, panel_file):
+def test_a_gene_measured_as_zero_is_kept_for_a_panel_that_comes_later(tmp_path, picture, panel_file):
     outs = write_outs(tmp_path / "outs", picture, [*SYMBOLS, "ZERO"])
-    import h5py
-
     with h5py.File(outs.folder / "filtered_feature_bc_matrix.h5", "r+") as file:
         data, indices = file["matrix/data"][:], file["matrix/indices"][:]
         data[np.isin(indices, [SYMBOLS.index("SILENT"), len(SYMBOLS)])] = 0
         file["matrix/data"][:] = data
-    table = load_slide(_prepare(outs, tmp_path / "data", panel_file), "visium")
-    assert table[:, "SILENT"].X.sum() == 0 and "ZERO" not in table.var_names
+    table = load_slide(_prepare(outs, tmp_path / "data", panel_file, "--sample", "S1"), "S1")
+    assert table[:, ["SILENT", "ZERO"]].X.sum() == 0
+    panel_file.write_text("TP53\nZERO\n")
+    layout = _prepare(outs, tmp_path / "data", panel_file, "--sample", "S2")
+    assert load_names(layout.panel_path) == ["TP53", "ZERO"]
 
 
 def test_samples_share_a_set_and_only_genes_of_all_of_them_match(tmp_path, picture, panel_file):
@@ -176,7 +177,7 @@ def test_images_that_are_not_the_full_resolution_one_are_refused(tmp_path, pictu
     outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
     hires = outs.folder / "spatial" / "tissue_hires_image.png"
     with pytest.raises(
-        ValueError, match=r"130 x 100 pixels, the positions refer to about 520 x 400.*smaller tissue_hires"
+        ValueError, match=r"130 x 100 pixels, the positions of .*outs refer to about 520 x 400.*smaller tissue_hires"
     ):
         _prepare(outs, tmp_path / "data", panel_file, image=hires)
     turned, enlarged = tmp_path / "turned.png", tmp_path / "enlarged.png"
@@ -192,6 +193,20 @@ def test_images_that_are_not_the_full_resolution_one_are_refused(tmp_path, pictu
     with pytest.raises(ValueError, match=r"spots lie outside .*small.png.*not the full-resolution one"):
         _prepare(outs, tmp_path / "data", panel_file, image=small)
     assert not list((tmp_path / "data").rglob("*.parquet"))
+
+
+def test_without_the_smaller_image_another_one_tells_or_it_is_said(tmp_path, picture):
+    outs = write_outs(tmp_path / "outs", picture, SYMBOLS)
+    spatial, enlarged = outs.folder / "spatial", tmp_path / "enlarged.png"
+    Image.fromarray(picture).resize((1040, 800)).save(enlarged)
+    (spatial / "tissue_hires_image.png").rename(spatial / "tissue_lowres_image.png")
+    said = read_section(outs.folder, enlarged, None).notes[-1]  # the scale factor is not that of this one
+    assert said.startswith("WARNING: whether enlarged.png is the full-resolution image was not checked by its size")
+    factors = (spatial / "scalefactors_json.json").read_text()
+    (spatial / "scalefactors_json.json").write_text(factors.replace("hires", "lowres"))
+    with pytest.raises(ValueError, match=r"about 520 x 400 \(tissue_lowres_image.*scaled by about 2"):
+        read_section(outs.folder, enlarged, None)
+    assert "WARNING" not in " ".join(read_section(outs.folder, outs.image, None).notes)
 
 
 def test_unreadable_or_foreign_sources(tmp_path, picture, panel_file):

@@ -153,7 +153,7 @@ def test_a_geo_download_is_read_as_one_sample(tmp_path, picture, matrix):
     outs = write_outs(tmp_path / "outs", picture, SYMBOLS, generation=1, matrix=matrix)
     flat = geo_copy(outs, tmp_path / "geo", "GSM5420749_P1_")
     found, plain = read_outs(flat), read_outs(outs.folder)
-    assert found.hires_size == plain.hires_size == (80, 60) and found.scale_factors == plain.scale_factors
+    assert found.smaller == plain.smaller == {"hires": (80, 60)} and found.scale_factors == plain.scale_factors
     assert (found.counts.matrix != plain.counts.matrix).nnz == 0 and found.counts.barcodes == plain.counts.barcodes
     layout = prepare(flat, outs.image, tmp_path)
     assert load_slide(layout, "v").n_obs == outs.in_tissue.sum()
@@ -408,6 +408,7 @@ def test_visium_hd_has_its_own_pixel_size(tmp_path, picture, capsys):
     assert layout.spec.microns_per_pixel == {"v": 0.5}
     told = capsys.readouterr().out
     assert "0.5000 um per pixel (16.0 px between neighbors, which are 8 um apart)" in told and "100 um" not in told
+    assert "WARNING: bins of 8 um are not added up: each counts as a spot" in told
 
 
 def test_the_size_of_a_bin_is_enough_and_must_agree(tmp_path):

@@ -321,7 +321,10 @@ def areas_by_json(path: Path) -> object:
 
     for feature in json.loads(path.read_text(encoding="utf-8-sig")).get("features", []):
         if feature["type"] == "Feature" and feature.get("geometry") is not None:
-            named = (feature.get("properties") or {}).get("classification") or {}
+            properties = feature.get("properties") or {}
+            if properties.get("objectType") not in (None, "annotation"):
+                continue
+            named = properties.get("classification") or {}
             is_left_out = str(named.get("name")).startswith("Ignore")
             collect(feature["geometry"], "left_out" if is_left_out else "wanted")
         elif feature["type"] != "Feature":

@@ -64,7 +64,7 @@ def cells_of(text: str, separator: str | None = None, *, has_header: bool = True
     """Take a table of text apart: every cell as text, "" where a row has fewer.
 
     separator: None = tab where the first line has one, else comma.  has_header: whether the first line names the columns.
-    Raises ValueError (of pandas, too) where it is no table, or a column is named twice.
+    Raises ValueError (of pandas, too) where it is no table, a column is named twice, or rows alone end with the separator.
     """
     first = text.partition("\n")[0]
     separator = separator or ("\t" if "\t" in first else ",")
@@ -76,4 +76,6 @@ def cells_of(text: str, separator: str | None = None, *, has_header: bool = True
     has_more_cells = not isinstance(table.index, pd.RangeIndex)  # R leaves out the name of the first column
     if has_more_cells and (table.index.nlevels > 1 or table.isna().to_numpy().any()):
         raise ValueError(f"rows of it have other numbers of cells than its first line, {len(header)}")
+    if has_more_cells and (table.iloc[:, -1].str.strip() == "").all():  # as if the first column were one of names
+        raise ValueError(f"its rows end with {separator!r} and its first line does not; take it away from their ends")
     return table.fillna("")

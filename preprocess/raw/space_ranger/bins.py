@@ -18,7 +18,7 @@ import pyarrow.parquet
 from datasets.tables.positions import SPACE_RANGER_COLUMNS, Positions
 from preprocess.raw.files import plain_image_size, without_twins
 from preprocess.raw.space_ranger.matrices import read_pooled
-from preprocess.raw.space_ranger.output import SpaceRangerOutput, bin_size_of, read_scale_factors
+from preprocess.raw.space_ranger.output import SMALLER, SpaceRangerOutput, bin_size_of, read_scale_factors
 from preprocess.raw.space_ranger.samples import sample_of
 from utils.files import reading, require_file
 from utils.text import some
@@ -123,7 +123,9 @@ def read_bins(bins: BinFolder, bin_um: float) -> SpaceRangerOutput:
     with reading(bins.positions, "the positions of bins (.parquet)"):
         squares = _squares(_read_table(bins.positions), side)
     names = [f"s_{bin_um:03.0f}um_{row:05d}_{column:05d}" for column, row in squares.grid.tolist()]
-    hires = _of_same_name(bins.positions, bins.positions.parent, "tissue_hires_image.png")
+    images = {
+        name: _of_same_name(bins.positions, bins.positions.parent, f"tissue_{name}_image.png") for name in SMALLER
+    }
     return SpaceRangerOutput(
         folder=bins.folder,
         positions=Positions(
@@ -132,7 +134,7 @@ def read_bins(bins: BinFolder, bin_um: float) -> SpaceRangerOutput:
         positions_path=bins.positions,
         counts=read_pooled(matrix, squares.place, names),
         scale_factors={**bins.factors, "bin_size_um": bin_um},
-        hires_size=plain_image_size(hires) if hires.is_file() else None,
+        smaller={name: plain_image_size(path) for name, path in images.items() if path.is_file()},
         notes=[
             f"squares of {bin_um:g} um of {side} x {side} bins of {bins.size:g} um ({bins.folder.name}); left out, as less "
             f"than half of their bins are under tissue: {squares.left_out}"

@@ -17,7 +17,8 @@ from utils.text import brief
 from utils.untrusted.text import text_of
 
 PITCH_UM, PITCH_SPOT_UM = 100.0, 65.0  # centre to centre of neighbors; what spot_diameter_fullres stands for
-_FACTORS = ("tissue_hires_scalef", "spot_diameter_fullres", "microns_per_pixel", "bin_size_um")
+SMALLER = ("hires", "lowres")  # images that Space Ranger makes of the full-resolution one, the larger first
+_FACTORS = (*(f"tissue_{name}_scalef" for name in SMALLER), "spot_diameter_fullres", "microns_per_pixel", "bin_size_um")
 _TOLERANCE = 0.1  # of the size of a pixel as stated and as fitted, and of steps that should be equally long
 _HEXAGONAL = np.array([(2.0, 0.0), (1.0, 1.0), (1.0, -1.0)])  # steps to neighbors in (array_col, array_row)
 _BIN_NAME = re.compile(r"(?<![A-Za-z0-9])s_(?!000)(\d{3})um_\d{5}_\d{5}(?!\d)")
@@ -26,14 +27,14 @@ _BIN_NAME = re.compile(r"(?<![A-Za-z0-9])s_(?!000)(\d{3})um_\d{5}_\d{5}(?!\d)")
 @dataclass(frozen=True)
 class SpaceRangerOutput:
     """positions: spots under tissue only.  scale_factors: those that scalefactors_json.json has, as `read_scale_factors`
-    gives them.  hires_size: (width, height) of tissue_hires_image, None without it.  notes: what the report should say."""
+    gives them.  smaller: (width, height) of those of `SMALLER` that are there.  notes: what the report should say."""
 
     folder: Path
     positions: Positions
     positions_path: Path
     counts: GeneCounts
     scale_factors: dict[str, float]
-    hires_size: tuple[int, int] | None
+    smaller: dict[str, tuple[int, int]]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -82,6 +83,15 @@ def with_bin_size(factors: Mapping[str, float], names: Sequence[str], source: st
             f"{brief(names[0])}. Take both from the folder of one sample and one bin size."
         )
     return {**factors, "bin_size_um": stated}
+
+
+def not_added_up(factors: Mapping[str, float]) -> list[str]:
+    """Warn of bins of Visium HD that are taken as they are, where they are much finer than a spot."""
+    size = factors.get("bin_size_um", PITCH_SPOT_UM)
+    return [] if size > PITCH_SPOT_UM / 2 else [
+        f"WARNING: bins of {size:g} um are not added up: each counts as a spot, and neighbors show nearly the same patch. Add "
+        "them up: preprocess/prepare_visium.py --bin_um, from an outs/ with binned_outputs/square_*um (.parquet)."
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

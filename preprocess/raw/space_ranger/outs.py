@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets.tables.positions import Positions, read_positions
-from preprocess.raw.files import files_below, find_optional, plain_image_size
+from preprocess.raw.files import files_below, find_optional, image_size, plain_image_size
 from preprocess.raw.space_ranger.bins import BIN_UM, choose_bins, find_bins, read_bins
 from preprocess.raw.space_ranger.matrices import GeneCounts, read_matrix
-from preprocess.raw.space_ranger.output import SpaceRangerOutput, read_scale_factors, with_bin_size
+from preprocess.raw.space_ranger.output import (
+    SMALLER,
+    SpaceRangerOutput,
+    not_added_up,
+    read_scale_factors,
+    with_bin_size,
+)
 from preprocess.raw.space_ranger.samples import POSITIONS, check_one_sample
 from utils.text import some
 
@@ -44,18 +50,22 @@ def read_outs(source: Path, bin_um: float | None = None) -> SpaceRangerOutput:
             f"{positions_path}: none of {len(positions)} spots is under tissue (in_tissue is 0 everywhere)."
         )
     factors = find_optional(files, r"(.*_)?scalefactors_json\.json(\.gz)?", f"Scale factors in {source}")
-    hires = find_optional(files, r"(.*_)?tissue_hires_image\.(png|jpe?g|tiff?)(\.gz)?", f"Smaller image in {source}")
+    names = {name: rf"(.*_)?tissue_{name}_image\.(png|jpe?g|tiff?)(\.gz)?" for name in SMALLER}
+    images = {name: find_optional(files, pattern, f"Smaller image in {source}") for name, pattern in names.items()}
     counts = read_matrix(files, source, CONTENTS)
-    check_one_sample([path for path in (positions_path, counts.path, factors, hires) if path is not None], source)
+    paths = (positions_path, counts.path, factors, *images.values())
+    check_one_sample([path for path in paths if path is not None], source)
     _check_barcodes(counts, positions, positions_path)
     stated = {} if factors is None else read_scale_factors(factors)
+    stated = with_bin_size(stated, under_tissue.ids, positions_path)
     return SpaceRangerOutput(
         folder=source,
         positions=under_tissue,
         positions_path=positions_path,
         counts=counts,
-        scale_factors=with_bin_size(stated, under_tissue.ids, positions_path),
-        hires_size=None if hires is None else plain_image_size(hires),
+        scale_factors=stated,
+        smaller={name: plain_image_size(path) for name, path in images.items() if path is not None},
+        notes=not_added_up(stated),
     )
 
 
@@ -94,29 +104,37 @@ def _positions_file(files: Sequence[Path], source: Path) -> Path:
     )
 
 
-def check_full_resolution(output: SpaceRangerOutput, image: Path, size: tuple[int, int]) -> None:
-    """Raise ValueError if `image` of `size` (width, height) cannot be the one that the positions refer to.
+def check_full_resolution(
+    factors: Mapping[str, float], smaller: Mapping[str, tuple[int, int]], source: Path, image: Path
+) -> list[str]:
+    """Raise ValueError if `image` cannot be the one that the positions of a source refer to.
 
-    tissue_hires_scalef is the size of the smaller image over that of the full-resolution one: this tells a smaller, an
-    enlarged or a turned image even where all positions lie inside it.
+    Scale factors are the size of a smaller image over that of the full-resolution one: this tells a smaller, an enlarged or a
+    turned image even where all positions lie inside it.  smaller: (width, height) of those of `SMALLER` that are there.
+    returns: a warning where nothing tells.
     """
-    scale = output.scale_factors.get("tissue_hires_scalef")
-    if not scale or output.hires_size is None:
-        return
-    expected = tuple(length / scale for length in output.hires_size)
+    name = next((name for name in SMALLER if name in smaller and f"tissue_{name}_scalef" in factors), None)
+    if name is None:
+        return [
+            f"WARNING: whether {image.name} is the full-resolution image was not checked by its size: {source} holds no "
+            "smaller image (tissue_hires_image or tissue_lowres_image) with its scale factor."
+        ]
+    size, scale = image_size(image), factors[f"tissue_{name}_scalef"]
+    expected = tuple(length / scale for length in smaller[name])
     if _is_near(size, expected, scale):
-        return
+        return []
     found = f"{image} has {size[0]} x {size[1]} pixels"
-    wanted = f"about {expected[0]:.0f} x {expected[1]:.0f} (tissue_hires_image {output.hires_size} / {scale:g})"
-    if size == output.hires_size:
-        cause = "It is the smaller tissue_hires_image itself"
+    wanted = f"about {expected[0]:.0f} x {expected[1]:.0f} (tissue_{name}_image {smaller[name]} / {scale:g})"
+    if size == smaller[name]:
+        cause = f"It is the smaller tissue_{name}_image itself"
     elif _is_near(size[::-1], expected, scale):
         cause = "Its sides are exchanged: it was turned after Space Ranger ran"
     else:
         ratio = (size[0] / expected[0] + size[1] / expected[1]) / 2
         cause = f"It is scaled by about {ratio:.3g}, or the image of another slide"
     raise ValueError(
-        f"{found}, the positions refer to {wanted}. {cause}. Give the image that was the input of Space Ranger (--image)."
+        f"{found}, the positions of {source} refer to {wanted}. {cause}. Give the image that was the input of Space Ranger "
+        "(--image)."
     )
 
 

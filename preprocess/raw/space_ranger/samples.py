@@ -12,7 +12,7 @@ _INNER = r"spatial|(filtered|raw)_(feature|gene)_bc_matri(x|ces)(_h5|_mex)?"
 _INNER_FOLDER = re.compile(rf"(.*_)?({_INNER})")
 _OF_SPACE_RANGER = re.compile(
     rf"((^|_)(outs|binned_outputs|(square_)?\d+um|({_INNER})(\.h5)?(\.gz)?|matrix\.mtx(\.gz)?|{POSITIONS}"
-    r"|tissue_positions\.parquet\.gz|scalefactors_json\.json(\.gz)?|tissue_hires_image\.\w+(\.gz)?))+$"
+    r"|tissue_positions\.parquet\.gz|scalefactors_json\.json(\.gz)?|tissue_(hires|lowres)_image\.\w+(\.gz)?))+$"
 )
 
 

@@ -29,6 +29,12 @@ def feature(geometry: dict, name: str | None = None) -> dict:
     return {"type": "Feature", "id": "x", "geometry": geometry, "properties": properties}
 
 
+def found(kind: str | None, geometry: dict, name: str | None = None, **more: str) -> dict:
+    """An object of QuPath of another kind; of None as QuPath 0.3 has it, whose id tells."""
+    one = feature(geometry, name)
+    return {**one, "properties": {**one["properties"], "objectType": kind}, **more}
+
+
 def region(tmp_path, content: object, name: str = "region.geojson"):
     path = tmp_path / name
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -53,6 +59,8 @@ def test_a_byte_order_mark_before_the_areas_is_no_part_of_them(tmp_path):
         ({"type": "GeometryCollection", "geometries": [OTHER, {"type": "Point", "coordinates": [0, 0]}]}, [0, 0, 0, 1]),
         ([feature({"type": "Polygon", "coordinates": [square(0, 0, 199)]}), feature(OTHER, "Ignore*")], [1, 1, 1, 0]),
         ([feature(OTHER), {"type": "Feature", "geometry": None, "properties": None}], [0, 0, 0, 1]),
+        ([{**feature(WITH_HOLE), "properties": {}}, found("cell", OTHER), found("tma_core", OTHER)], [1, 0, 0, 0]),
+        ([found(None, WITH_HOLE, id="PathAnnotationObject"), found(None, OTHER, id="PathCellObject")], [1, 0, 0, 0]),
     ],
 )
 def test_areas(tmp_path, content, expected):
@@ -66,6 +74,7 @@ def test_areas(tmp_path, content, expected):
         (3, "is no GeoJSON"),
         ({"type": "LineString", "coordinates": [[0, 0], [1, 1]]}, "holds no area"),
         ({"type": "FeatureCollection", "features": []}, "holds no area"),
+        ([found("cell", OTHER), found("detection", WITH_HOLE)], "holds no area.*annotations; cells, other detections"),
         ({"type": "Polygon", "coordinates": [[[0, 0], [1, 1]]]}, "a ring should be three corners or more"),
         (
             {"type": "Polygon", "coordinates": [[[0, 0], [1, "1"], [2, 2]]]},

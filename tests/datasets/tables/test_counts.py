@@ -162,6 +162,7 @@ def test_truncated_files_are_named(tmp_path, name):
     ("text", "message"),
     [
         ("\tA\tB\n", "holds no spots"),
+        ("spot\tA\tB\n1x1\t1\t2\t\n", "header names 3 columns, the first row has 4"),
         ("\tA\tB\n1x1\t1\n", "header names 3 columns, the first row has 2"),
         ("\tA\tB\n1x1\t1\t2\n2x1\t3\n", "cannot be read as a table of counts"),
         ("\tA\tB\n1x1\t1\t2\n2x1\t3\n3x1\t4\t5\t6\n", "cannot be read as a table of counts"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from datasets.tables.positions import read_positions
+from datasets.tables.spot_table import read_spots
 
 HEADER = "barcode,in_tissue,array_row,array_col,pxl_row_in_fullres,pxl_col_in_fullres\n"
 SPOTS = "AAA-1,1,0,2,100,700\nCCC-1,0,0,4,101,800\nGGG-1,1,1,3,186,750\n"
@@ -49,6 +50,21 @@ def test_spot_table_of_the_layout(tmp_path):
     exchanged = found.exchanged()
     assert exchanged.grid.tolist() == [[3, 7], [3, 8]] and exchanged.pixels.tolist() == [[30.2, 70.5], [30, 80]]
     assert exchanged.ids == found.ids
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (read_positions, "x,y,score\n1,2,3,\n4,5,6,\n"),
+        (read_positions, HEADER.replace("\n", ",area\n") + SPOTS.replace("\n", ",5,\n")),
+        (read_spots, "x\ty\tpixel_x\tpixel_y\tz\n1\t2\t10\t20\t1\t\n2\t2\t20\t20\t1\t \n"),
+    ],
+)
+def test_rows_that_end_with_a_separator_move_no_column(tmp_path, read, text):
+    """The first column would be taken for names, and each column for the one before it."""
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"s\.csv .*its rows end with '(,|\\t)' and its first line does not"):
+        read(tmp_path / "s.csv")
 
 
 def test_spots_of_a_table_that_are_not_selected_are_off_the_tissue(tmp_path):

@@ -107,7 +107,7 @@ def test_bins_under_the_names_of_a_download_are_pooled(tmp_path, bins, packed):
     plain = read_outs(home / "square_008um")
     found = read_outs(_flat(home / "square_008um", flat, "GSM1_P_", packed=packed))
     assert found.counts.barcodes == plain.counts.barcodes and (found.counts.matrix != plain.counts.matrix).nnz == 0
-    assert found.scale_factors == plain.scale_factors and found.hires_size == plain.hires_size
+    assert found.scale_factors == plain.scale_factors and found.smaller == plain.smaller
     np.testing.assert_array_equal(found.positions.pixels, plain.positions.pixels)
     _flat(home / "square_002um", flat, "GSM2_P_", packed=packed)
     with pytest.raises(ValueError, match=r"Bins of 2 folders where those of one slide were expected.*GSM1_P_.*GSM2_P_"):

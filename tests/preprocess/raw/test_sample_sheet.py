@@ -57,7 +57,8 @@ def test_other_columns_and_their_order_do_not_matter():
         (HEADER + GOOD + "S3,P3,c/outs,/none.tif\n", r"row 4 \(S3\): image /none.tif is no file. Correct the path"),
         (HEADER + GOOD.replace("P2", "P1"), "all 2 sections are of patient P1.*add sections of another patient.*--test"),
         (HEADER + GOOD.replace("P2", "p1"), r"spelling alone: P1 in row 2, p1 in row 3\. Write them alike"),
-        (HEADER + "S1,P1,a/outs,a/image.tif,\nS2,P2,b/outs,b/image.tif,\n", "more cells than the header names"),
+        (HEADER + "S1,P1,a/outs,a/image.tif,1\nS2,P2,b/outs,b/image.tif,\n", "more cells than the header names"),
+        (HEADER + "S1,P1,a/outs,a/image.tif,\nS2,P2,b/outs,b/image.tif,\n", "its rows end with ','"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_row_and_remedy(text, message):
