@@ -24,7 +24,7 @@ import torch._dynamo  # here and not in each process: the optimiser
 from torch import nn
 
 from benchmarks.bench_step import make_scene, section_lengths, whole_step
-from benchmarks.common import Report, begin, finish, flags, in_child, machine
+from benchmarks.common import Report, begin, finish, flags, machine, watched
 from models.layers.dropout import Dropout
 from modes.train import make_step
 from modes.training.compose import make_encode
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> Path:
     losses = set()
     for _ in range(rounds):
         for name, switches in VARIANTS.items():
-            times, loss = in_child(step_times, arguments.quick, *switches, steps).value
+            times, loss = watched(step_times, arguments.quick, *switches, steps, apart=not arguments.quick).value
             found[name] += times
             losses.add(loss)
     wall = {name: statistics.median(seconds for seconds, _ in times) for name, times in found.items()}

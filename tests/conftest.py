@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -60,13 +62,32 @@ def mob_raw() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory) -> Path:
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """made_once(name, make): a folder that the first process that asks for it makes for all of them. Read only."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        place, is_made = shared / name, shared / f"{name}.made"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_made.exists():
+                shutil.rmtree(place, ignore_errors=True)  # of a process that failed at it
+                place.mkdir()
+                make(place)
+                is_made.touch()
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(made_once) -> Path:
     """A data folder with a tiny simulated set `demo`: 4 patients x 2 slides of about 30 spots, 24 genes. Read only."""
     from preprocess.simulate_demo import simulate
 
-    folder = tmp_path_factory.mktemp("tiny") / "data"
-    simulate(folder, patients=("A", "B", "C", "D"), slides_per_patient=2, grid=(6, 5), patch_size=64, num_genes=24)
-    return folder
+    size = {"patients": "ABCD", "slides_per_patient": 2, "grid": (6, 5), "patch_size": 64, "num_genes": 24}
+    return made_once("tiny_data", lambda folder: simulate(folder / "data", **size)) / "data"
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,18 @@
-"""What tests of other things leave out: drawing figures, and doing the same to the same encoder or image again and again."""
+"""What tests of other things leave out: drawing figures, and reading and encoding the same again and again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
 import torch
+from anndata import AnnData
 from PIL import Image
 from torch import Tensor
 from xxhash import xxh3_128_digest
@@ -18,25 +20,33 @@ from xxhash import xxh3_128_digest
 from datasets.images import overlay
 from datasets.images.slides import Slide
 from datasets.images.spots_on_tissue import TissuePicture
+from datasets.layout import Layout
+from datasets.tables.slide_table import load_slide
 from models.patch_encoders import build
 from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, Tokens
 from utils.files import sha256
+from utils.untrusted.tensors import load_tensors
 
 _read, _encode, _look_at = build.load_patch_encoder, build.encode, TissuePicture.of
 _TOKENS: WeakKeyDictionary[TimmModel, dict[tuple, Tokens]] = WeakKeyDictionary()
-_SEEN: dict[tuple[str, int, int], TissuePicture] = {}
+_SEEN: dict[Hashable, TissuePicture] = {}
+_TABLES: dict[Hashable, AnnData] = {}
+_CHECKPOINTS: dict[Hashable, object] = {}
 
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
-    """A figure is one pixel and the explorer its title; both are there. Of an unchanged file the encoder is read, a batch of
-    patches encoded and the tissue found once.
+    """A figure is one pixel and the explorer its title; both are there. Encoders, tables and checkpoints are read once as long
+    as their files do not change, a batch of patches is encoded and the tissue of an image found once.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("report.fold_figures", "report.write", "comparison.write"):
+        for module in ("report.style", "report.fold_figures", "report.write", "comparison.write"):
             patch.setattr(f"evaluation.{module}.save_figure", one_pixel)
         for module in ("evaluation.report.explorer", "modes.prediction.summary", "modes.external_test"):
             patch.setattr(f"{module}.write_explorer", title_page)
+        for module in ("datasets.features.reader", "modes.checks.data", "preprocess.extraction.plan"):
+            patch.setattr(f"{module}.load_slide", load_slide_once)
+        patch.setattr("utils.checkpoint.load_tensors", load_tensors_once)
         patch.setattr(build, "load_patch_encoder", lambda spec, path: _read_once(spec, path, path.stat().st_mtime_ns))
         patch.setattr(build, "sha256", lambda path: _hash_once(path, path.stat().st_mtime_ns))
         patch.setattr(build, "encode", encode_once)
@@ -56,28 +66,59 @@ def _hash_once(path: Path, _mtime_ns: int) -> str:
     return sha256(path)
 
 
+def once(known: dict[Hashable, Any], key: Hashable, make: Callable[[], Any], most: int) -> Any:
+    """What was made for this key before, or else is made now; of more than `most` of them all are forgotten."""
+    if key not in known:
+        if len(known) == most:
+            known.clear()
+        known[key] = make()
+    return known[key]
+
+
+def state_of(path: Path) -> tuple[str, str, int, int]:
+    """What is another when the file is, and the same of a copy."""
+    found = path.stat()
+    return path.parent.name, path.name, found.st_size, found.st_mtime_ns
+
+
 def encode_once(spec: PatchEncoderSpec, encoder: TimmModel, images: Tensor) -> Tokens:
     """In the place of `encode`: the same patches in the same batch are encoded once."""
     if images.device.type != "cpu" or images.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return _encode(spec, encoder, images)
-    known = _TOKENS.setdefault(encoder, {})
     key = (xxh3_128_digest(images.contiguous().numpy()), images.shape, torch.is_inference_mode_enabled())
-    if key not in known:
-        if len(known) == 200:
-            known.clear()
-        known[key] = _encode(spec, encoder, images)
-    return known[key]
+    return once(_TOKENS.setdefault(encoder, {}), key, lambda: _encode(spec, encoder, images), 200)
 
 
 def look_once(slide: Slide) -> TissuePicture:
-    """In the place of `TissuePicture.of`; a copy of an image has its name, its length and its time."""
-    stat = slide.path.stat()
-    key = (slide.path.name, stat.st_size, stat.st_mtime_ns)
-    if key not in _SEEN:
-        if len(_SEEN) == 20:
-            _SEEN.clear()
-        _SEEN[key] = _look_at(slide)
-    return _SEEN[key]
+    """In the place of `TissuePicture.of`."""
+    return once(_SEEN, state_of(slide.path), lambda: _look_at(slide), 20)
+
+
+def load_slide_once(layout: Layout, slide: str, genes: Sequence[str] | None = None) -> AnnData:
+    """In the place of `load_slide`; what is wrong with a slide is found again and again."""
+    try:
+        files = [state_of(path) for path in (layout.counts_path(slide), layout.spots_path(slide))]
+    except (OSError, ValueError):
+        return load_slide(layout, slide, genes)
+    key = (*files, repr(layout.spec), slide, None if genes is None else tuple(genes))
+    return once(_TABLES, key, lambda: load_slide(layout, slide, genes), 100).copy()
+
+
+def load_tensors_once(path: str | Path, **how: Any) -> object:
+    """In the place of `load_tensors`, for checkpoints; everybody gets tensors of his own."""
+    try:
+        key = state_of(Path(path))
+    except OSError:
+        return load_tensors(path, **how)
+    return _own(once(_CHECKPOINTS, key, lambda: load_tensors(path, **how), 50))
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    return type(value)(map(_own, value)) if isinstance(value, list | tuple) else value
 
 
 def one_colour(picture: TissuePicture, centers: np.ndarray, _is_on_tissue: np.ndarray) -> Image.Image:

@@ -44,14 +44,18 @@ def _shortcuts(_takes_shortcuts):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_data, tmp_path_factory) -> TinyRun:
+def tiny_run(tiny_data, made_once) -> TinyRun:
     """Gene-DML trained for two epochs on two folds of a part of `tiny_data`: patients A, B, C with one slide each."""
+    folder = made_once("tiny_run", lambda folder: _train_tiny_run(tiny_data, folder))
+    return TinyRun(folder / "logs" / "tiny" / "run", folder / "data", str(folder / "tiny.yaml"))
+
+
+def _train_tiny_run(tiny_data: Path, folder: Path) -> None:
     from modes.train import TrainOptions, train
     from preprocess.extract_features_uni import main as extract
     from utils.config import load_config
 
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("tiny_run")
     data_dir, config_file = folder / "data", folder / "tiny.yaml"
     shutil.copytree(tiny_data, data_dir, ignore=shutil.ignore_patterns("?2*", "D*"))
     config_file.write_text(CONFIG)
@@ -67,17 +71,18 @@ def tiny_run(tiny_data, tmp_path_factory) -> TinyRun:
         checkpoint_seconds=60.0,
         with_report=False,
     )
-    return TinyRun(train(config, options), data_dir, str(config_file))
+    train(config, options)
 
 
 @pytest.fixture(scope="session")
-def fabricated_data(tiny_data, tmp_path_factory) -> Path:
+def fabricated_data(tiny_data, made_once) -> Path:
     """A copy of `tiny_data` with fabricated features. Read only."""
     from tests.fabricated_run import fabricate
 
-    folder = tmp_path_factory.mktemp("fabricated") / "data"
-    shutil.copytree(tiny_data, folder)
-    layout = Layout(folder, get_spec("demo", folder), patch_size=64, num_neighbors=3)
-    for slide in layout.slides_on_disk():
-        fabricate(layout, slide)
-    return folder
+    def make(folder: Path) -> None:
+        data = shutil.copytree(tiny_data, folder / "data")
+        layout = Layout(data, get_spec("demo", data), patch_size=64, num_neighbors=3)
+        for slide in layout.slides_on_disk():
+            fabricate(layout, slide)
+
+    return made_once("fabricated", make) / "data"
