@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation.metrics import METRIC_NAMES
+from utils.checkpoint import check_fold_folders, fold_folders
 from utils.files import reading, require_file, write_atomically, write_text
 from utils.runs import plain, read_epochs
 from utils.text import brief, checked_names, some
@@ -111,12 +112,7 @@ def read_fold(fold_dir: str | Path) -> FoldRecord:
     """
     fold_dir = Path(fold_dir)
     result = _read_json(fold_dir / "result.json", _RESULT)
-    split = _read_json(fold_dir / "split.json", _SPLIT)
-    if (match := FOLD_FOLDER.fullmatch(fold_dir.name)) and int(match[1]) != split["fold"]:
-        raise ValueError(
-            f"{fold_dir}: split.json is of fold {split['fold']}; expected fold {int(match[1])}, as the folder is named. "
-            f"{COPIED_FOLD}"
-        )
+    split = _read_split(fold_dir)
     if result.get("protocol") != split["protocol"]:
         raise ValueError(
             f"{fold_dir}: split.json was made for the protocol {split['protocol']!r}, result.json for "
@@ -143,16 +139,13 @@ def read_fold(fold_dir: str | Path) -> FoldRecord:
 def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
     """Find the folders of complete folds, in the order of their index, and say in sentences what is not there.
 
-    Raises FileNotFoundError when the folder does not exist and ValueError when no fold of it is complete.
+    Raises FileNotFoundError when the folder does not exist, ValueError when no fold of it is complete, and as `fold_folders`.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} does not exist; expected the folder of a run, with fold_<i> folders in it.")
-    found = {}
-    for path in run_dir.iterdir():
-        if (match := FOLD_FOLDER.fullmatch(path.name)) and path.is_dir():
-            found[int(match[1])] = path
-    complete = {index: found[index] for index in sorted(found) if (found[index] / "result.json").is_file()}
+    found = fold_folders(run_dir)
+    complete = {index: path for index, path in found.items() if (path / "result.json").is_file()}
     if not complete and (run_dir / ALL_PATIENTS_FOLDER).is_dir():
         raise ValueError(
             f"{run_dir} holds a model that was trained on all patients: it has no held-out scores. Give the cross-validation "
@@ -164,7 +157,7 @@ def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
             "Train or continue it: python main.py --mode train ... --resume"
         )
     notes = []
-    if unfinished := [index for index in sorted(found) if index not in complete]:
+    if unfinished := [index for index in found if index not in complete]:
         notes.append(f"Not complete, left out: fold {', '.join(map(str, unfinished))}. Continue the run with --resume.")
     if absent := [index for index in range(max(found)) if index not in found]:
         notes.append(f"Not in this run (skipped or not asked for): fold {', '.join(map(str, absent))}.")
@@ -174,27 +167,37 @@ def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
 def read_run(run_dir: str | Path) -> tuple[list[FoldRecord], list[str]]:
     """Read all complete folds of a run; returns them and the notes of `find_folds`.
 
-    Raises ValueError or FileNotFoundError as `find_folds` and `read_fold` do, and ValueError for folds of both protocols
-    and for a patient who is tested in two folds.
+    Raises ValueError or FileNotFoundError as `find_folds`, `read_fold` and `check_together` do.
     """
     paths, notes = find_folds(run_dir)
     records = [read_fold(path) for path in paths]
-    protocols = {record.protocol: record.path.name for record in records}
+    check_together(paths)
+    return records, notes
+
+
+def check_together(folders: Sequence[Path]) -> None:
+    """Check that folders of folds are of one run, by their records and, where they are there, their checkpoints.
+
+    Raises ValueError for folds of both protocols and for a patient who is tested in two folds, as `check_fold_folders`, and
+    ValueError or FileNotFoundError for a record that cannot be read.
+    """
+    check_fold_folders([path for folder in folders if (path := folder / "best.pt").is_file()])
+    splits = {folder: _read_split(folder) for folder in folders}
+    protocols = {split["protocol"]: folder for folder, split in splits.items()}
     if len(protocols) > 1:
         raise ValueError(
-            f"{run_dir} mixes protocols: "
-            + ", ".join(f"{name} is {protocol}" for protocol, name in sorted(protocols.items()))
+            f"{folders[0].parent} mixes protocols: "
+            + ", ".join(f"{folder.name} is {protocol}" for protocol, folder in sorted(protocols.items()))
             + ". Expected one protocol per run; train the other one under its own --run_name."
         )
-    tested: dict[str, FoldRecord] = {}
-    for record in records:
-        for patient in record.split["test_patients"]:
-            if (other := tested.setdefault(str(patient), record)) is not record:
+    tested: dict[str, Path] = {}
+    for folder, split in splits.items():
+        for patient in split["test_patients"]:
+            if (other := tested.setdefault(str(patient), folder)) is not folder:
                 raise ValueError(
-                    f"{run_dir}: {other.path.name} and {record.path.name} both test patient {patient}; expected each patient "
+                    f"{folder.parent}: {other.name} and {folder.name} both test patient {patient}; expected each patient "
                     f"in one fold. {COPIED_FOLD}"
                 )
-    return records, notes
 
 
 def read_histories(run_dir: str | Path) -> dict[int, list[dict[str, float]]]:
@@ -239,6 +242,17 @@ def _read_table(path: Path) -> pd.DataFrame:
     if "mse_centered" not in table:  # tables of earlier versions: what it is of the MSE, the two ratios tell
         table["mse_centered"] = table["mse"] * (1 - table["explained_variance"]) / (1 - table["r2"])
     return table
+
+
+def _read_split(fold_dir: Path) -> dict[str, Any]:
+    """split.json of a fold; ValueError for a folder fold_<n> that holds another fold."""
+    split = _read_json(fold_dir / "split.json", _SPLIT)
+    if (match := FOLD_FOLDER.fullmatch(fold_dir.name)) and int(match[1]) != split["fold"]:
+        raise ValueError(
+            f"{fold_dir}: split.json is of fold {split['fold']}; expected fold {int(match[1])}, as the folder is named. "
+            f"{COPIED_FOLD}"
+        )
+    return split
 
 
 def _read_json(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:

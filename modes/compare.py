@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.comparison.runs import compare_runs, seed_runs
+from evaluation.comparison.runs import compare_runs
 from evaluation.comparison.write import comparison_text, write_comparison
 from evaluation.fold_files import find_folds
+from utils.checkpoint import seed_runs
 from utils.cli import say
 from utils.files import check_writable
 

@@ -62,7 +62,7 @@ def external_test(
     with_report: bool = True,
     genes: Sequence[str] = (),
 ) -> Path:
-    """Test a run on <data_dir>/test/<test_name>; returns the folder with the results, <run>/external/<test_name>.
+    """Test a run on <data_dir>/test/<test_name>; returns the folder with the results, <run>/external/<test_name>[/match_mpp].
 
     fold: of the run, None for all finished ones.  overrides: see `restored_config`.
     match_mpp: read features of patches as wide in micrometres as those of the training, instead of as many pixels.
@@ -74,7 +74,7 @@ def external_test(
     layout = external_layout(members[0], test_name, round(width_to_match(members), 1) if match_mpp else None)
     test = open_test(members, layout, device, fold_notes)
     check_genes(genes, test.genes, f"the run predicts and {layout.name} has measured")
-    folder = run_folder(members, model_path, fold) / "external" / layout.name
+    folder = run_folder(members, model_path, fold) / "external" / layout.name / ("match_mpp" if match_mpp else "")
     numbers = test.store.slides[-1].stop * len(test.genes)
     check_writable(folder / "predictions" / "slide.h5ad", needed=_BYTES_A_NUMBER * numbers)
     notes = warnings_of(test)
@@ -134,7 +134,7 @@ def highly_predictive_of(member: Member) -> list[str]:
     """
     if member.fold.split.protocol != "paper":
         return member.fold.gene_lists.get("highly_predictive", [])
-    path = member.path.parent.parent / "summary.json"
+    path = member.run_folder / "summary.json"
     if not path.is_file():
         return []
     with reading(path, "the summary of a run", remedy="Make it again: --mode test --model_path RUN"):

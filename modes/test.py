@@ -10,13 +10,22 @@ import torch
 
 from datasets.digests import changed_slides
 from datasets.targets import store_targets
+from evaluation.fold_files import check_together
 from modes.prediction.model import restored_config
 from modes.prediction.summary import finish_run
 from modes.training.compose import open_layout
 from modes.training.ensemble import test_together
 from modes.training.run_data import RunData, open_run_data
 from modes.training.score import score_checkpoint
-from utils.checkpoint import check_fold_folders, checkpoints_of_runs, has_ended, load_checkpoint, result_folder, runs_of
+from utils.checkpoint import (
+    check_fold_folders,
+    checkpoints_of_runs,
+    fold_folders,
+    has_ended,
+    load_checkpoint,
+    result_folder,
+    runs_of,
+)
 from utils.cli import say
 from utils.files import check_writable
 from utils.text import check_genes
@@ -61,13 +70,18 @@ def test(
             genes,
         )
         return
-    check_fold_folders(checkpoints)
+    run_dir = checkpoints[0].parent.parent
+    has_summary = is_official and (run_dir / "config.yaml").is_file()
+    if has_summary:  # what cannot be summarised is refused before a fold is scored again
+        folders = fold_folders(run_dir).values()
+        check_together([f for f in folders if f / "best.pt" in checkpoints or (f / "result.json").is_file()])
+    else:
+        check_fold_folders(checkpoints)
     for checkpoint in checkpoints:
         check_writable(result_folder(checkpoint) / "predictions" / "slide.h5ad")
     for checkpoint in checkpoints:
         _test_checkpoint(checkpoint, fold, overrides, device, data_type)
-    run_dir = checkpoints[0].parent.parent
-    if is_official and (run_dir / "config.yaml").is_file():
+    if has_summary:
         say(finish_run(run_dir, with_report, genes))
 
 

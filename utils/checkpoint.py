@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.config import read_config
+from utils.config import MAY_CHANGE, Config, differences, read_config
 from utils.files import reading, require_file, write_atomically
 from utils.text import brief
 from utils.trained_fold import ALL_PATIENTS_FOLDER, COPIED_FOLD, FOLD_FOLDER, TrainedFold
@@ -93,11 +93,10 @@ def find_checkpoint(path: str | Path, fold: int | None = None) -> Path:
         return next(iter(found.values()))
     if fold in found:
         return found[fold]
-    seeds = sorted(folder.name for folder in path.glob("seed_*") if folder.is_dir())
-    if seeds and not found:
+    if (seeds := seed_runs(path)) != [path]:
         raise FileNotFoundError(
-            f"{path} is a run over several seeds ({', '.join(seeds)}). Give one of them: --model_path {path / seeds[0]} "
-            "(--mode compare takes the whole folder)."
+            f"{path} is a run over several seeds ({', '.join(seed.name for seed in seeds)}). Give one of them: --model_path "
+            f"{seeds[0]} (--mode compare takes the whole folder)."
         )
     raise FileNotFoundError(
         f"{path} holds no checkpoint{'' if fold is None else f' of fold {fold}'} (fold_<n>/best.pt); folds with one: "
@@ -108,13 +107,14 @@ def find_checkpoint(path: str | Path, fold: int | None = None) -> Path:
 def chosen_checkpoints(path: str | Path, fold: int | None = None) -> tuple[list[Path], list[str]]:
     """Find the checkpoints meant by `path`: every finished fold of a run folder, or the one that a path or `fold` means.
 
-    returns: their paths, and sentences about what was left out, or taken although its training has not ended: a file that
-             is named is always taken.
-    Raises FileNotFoundError if there is none, ValueError if no fold that is meant has ended its training.
+    returns: their absolute paths, and sentences about what was left out, or taken although its training has not ended: a file
+             that is named is always taken.
+    Raises FileNotFoundError if there is none, ValueError if no fold that is meant has ended its training, and as `seed_runs`.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # "." has no parent; a link stays in the run that it lies in
     if path.is_file():
         return [path], _notes_on_file(path)
+    seed_runs(path)
     found = fold_checkpoints(path) if fold is None and path.is_dir() and not (path / "best.pt").is_file() else {}
     if not found:
         checkpoint = find_checkpoint(path, fold)
@@ -125,7 +125,7 @@ def chosen_checkpoints(path: str | Path, fold: int | None = None) -> tuple[list[
             )
         return [checkpoint], []
     finished = [checkpoint for checkpoint in found.values() if has_ended(checkpoint)]
-    left_out = [name for name in _fold_names(path) if path / name / "best.pt" not in finished]
+    left_out = [folder.name for folder in fold_folders(path).values() if folder / "best.pt" not in finished]
     if not finished:
         raise ValueError(
             f"{path}: no fold has ended its training ({', '.join(left_out)}). {_CONTINUE} {_BY_NAME} --model_path "
@@ -135,17 +135,30 @@ def chosen_checkpoints(path: str | Path, fold: int | None = None) -> tuple[list[
     return finished, [note] if left_out else []
 
 
+def seed_runs(run_dir: str | Path) -> list[Path]:
+    """Find the runs of one method: the `seed_<s>` folders of `run_dir` in the order of s, or `run_dir` itself.
+
+    Raises ValueError for a folder with both seeds and folds of its own, as it does not say which are meant.
+    """
+    run_dir = Path(run_dir)
+    seeds = [path for path in run_dir.glob("seed_*") if path.is_dir() and path.name[5:].isdecimal()]
+    seeds.sort(key=lambda path: int(path.name[5:]))
+    own = [*fold_folders(run_dir).values(), *run_dir.glob(ALL_PATIENTS_FOLDER)] if seeds else []
+    if own:
+        raise ValueError(
+            f"{run_dir} holds both folds ({', '.join(path.name for path in own)}) and runs of seeds "
+            f"({', '.join(path.name for path in seeds)}); expected one of the two. Move the seeds into a folder of their own, "
+            f"or name what is meant: {seeds[0]}"
+        )
+    return seeds or [run_dir]
+
+
 def runs_of(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """List the runs that paths mean: each one itself, or the seeds of a run that was repeated with several.
 
-    Raises ValueError where one is meant twice.
+    Raises ValueError where one is meant twice, and as `seed_runs`.
     """
-    given = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    found: list[Path] = []
-    for path in given:
-        seeds = sorted((folder for folder in path.glob("seed_*") if folder.is_dir()), key=lambda folder: folder.name)
-        has_own = fold_checkpoints(path) or (path / ALL_PATIENTS_FOLDER).is_dir()
-        found += [path] if has_own or not seeds else seeds
+    found = [run for path in ([paths] if isinstance(paths, str | Path) else paths) for run in seed_runs(path)]
     resolved = [path.resolve() for path in found]
     if len(set(resolved)) < len(resolved):
         raise ValueError(f"--model_path names a run more than once ({', '.join(map(str, found))}); give each once.")
@@ -172,29 +185,31 @@ def checkpoints_of_runs(
 
 
 def check_fold_folders(checkpoints: Sequence[Path]) -> None:
-    """Check that the folders fold_<n> of each run are its folds.
+    """Check that the folders fold_<n> and all_patients of each run are its folds.
 
     Raises ValueError for a folder that holds another fold than its name says, and where two folders of a run hold out the same
-    patient or one is of another method (MODEL.name) than the run's config.yaml or, without it, the first: one of them was
-    copied. A checkpoint in a folder of another name is taken as it is.
+    patient or one was trained with other settings (`MAY_CHANGE` and exp_id apart) than the run's config.yaml or, without it,
+    the first. A checkpoint in a folder of another name is taken as it is.
     """
     folder_of: dict[tuple[Path, str], Path] = {}
-    method_of: dict[Path, tuple[str, str]] = {}  # of a run, and where that is from
+    config_of: dict[Path, tuple[Config, str]] = {}  # of a run, and where that is from
     for checkpoint in checkpoints:
         folder = Path(os.path.abspath(checkpoint)).parent
-        if not (match := FOLD_FOLDER.fullmatch(folder.name)):
+        if not FOLD_FOLDER.fullmatch(folder.name) and folder.name != ALL_PATIENTS_FOLDER:
             continue
         fold = load_checkpoint(checkpoint, memory_map=True)
-        split, method = fold.split, fold.config.MODEL.name
-        if split.fold != int(match[1]):
+        split, run = fold.split, folder.parent
+        if split.folder != folder.name:
             raise ValueError(f"{checkpoint} was trained for {split.folder}, its folder is {folder.name}. {COPIED_FOLD}")
-        if folder.parent not in method_of:
-            method_of[folder.parent] = _method_of_run(folder.parent) or (method, folder.name)
-        expected, source = method_of[folder.parent]
-        if method != expected:
+        if run not in config_of:
+            config_of[run] = _config_of_run(run) or (fold.config, folder.name)
+        expected, source = config_of[run]
+        found = differences(expected, fold.config, f"{folder.name} was trained with")
+        if changed := [line for line in found if line.split(":")[0] not in {*MAY_CHANGE, "GENERAL.exp_id"}]:
+            listed = "\n  ".join(changed)
             raise ValueError(
-                f"{checkpoint} is a model of MODEL.name={method}; expected {expected}, as {source} of the run has. "
-                f"{COPIED_FOLD}"
+                f"{checkpoint} was trained with other settings than {source} of the run says:\n  {listed}\n{COPIED_FOLD} If "
+                "config.yaml was changed since the run was started, restore it."
             )
         for patient in split.test_patients:
             if (other := folder_of.setdefault((folder.parent, patient), folder)) != folder:
@@ -203,10 +218,10 @@ def check_fold_folders(checkpoints: Sequence[Path]) -> None:
                 )
 
 
-def _method_of_run(run: Path) -> tuple[str, str] | None:
-    """MODEL.name of a run's config.yaml, and the name of that file; None where there is none that can be read."""
+def _config_of_run(run: Path) -> tuple[Config, str] | None:
+    """The configuration of a run's config.yaml, and the name of that file; None where there is none that can be read."""
     try:
-        return read_config(run / "config.yaml").MODEL.name, "config.yaml"
+        return read_config(run / "config.yaml"), "config.yaml"
     except (ValueError, OSError):
         return None
 
@@ -252,16 +267,26 @@ def result_folder(checkpoint: Path) -> Path:
 
 def fold_checkpoints(run_dir: str | Path) -> dict[int, Path]:
     """{fold: path of best.pt} of a run folder, in the order of the folds, finished or not."""
-    names = {int(name.removeprefix("fold_")): name for name in _fold_names(Path(run_dir))}
-    paths = {number: Path(run_dir) / name / "best.pt" for number, name in names.items()}
+    paths = {number: folder / "best.pt" for number, folder in fold_folders(run_dir).items()}
     return {number: path for number, path in paths.items() if path.is_file()}
 
 
-def _fold_names(run_dir: Path) -> list[str]:
-    """Folders fold_<n> in the order of n."""
-    names = [folder.name for folder in run_dir.glob("fold_*") if folder.is_dir()]
-    numbered = [name for name in names if name.removeprefix("fold_").isdigit()]
-    return sorted(numbered, key=lambda name: int(name.removeprefix("fold_")))
+def fold_folders(run_dir: str | Path) -> dict[int, Path]:
+    """{n: folder fold_<n>} of a run folder, in the order of n.
+
+    Raises ValueError for a number that is written otherwise (fold_01): two folders could be of one fold.
+    """
+    found = {}
+    for folder in Path(run_dir).glob("fold_*"):
+        if (match := FOLD_FOLDER.fullmatch(folder.name)) and folder.is_dir():
+            number = int(match[1])
+            if folder.name != f"fold_{number}":
+                raise ValueError(
+                    f"{folder}: the folder of fold {number} is called fold_{number}. Rename it, or move it away if that one "
+                    "is there, too."
+                )
+            found[number] = folder
+    return dict(sorted(found.items()))
 
 
 def _notes_on_file(path: Path) -> list[str]:

@@ -148,6 +148,15 @@ _OTHER_NAMES = {
 }
 # Keys that earlier versions saved with a run, and the value with which it trained as every run does now.
 _REMOVED = {"TRAINING.compile": False, "LOSS.kmeans_init": "first"}
+# What may change between the start of a run and its continuation, since no result depends on it.
+MAY_CHANGE = {
+    "DATA.data_dir",
+    "DATA.weights",
+    "DATA.residence",
+    "DATA.num_workers",
+    "GENERAL.log_path",
+    "EVALUATION.chunk_size",
+}
 _BOUND = 2**63  # of whole numbers
 _LARGEST = 10**6  # of MODEL and DATA; sizes in memory are products of such numbers
 _MOST_PROBLEMS = 10  # in a message
@@ -217,11 +226,14 @@ def read_config(path: str | Path) -> Config:
     return config_from_dict(content, str(path))
 
 
-def differences(run: Config, asked: Config) -> list[str]:
-    """One line "SECTION.key: the run has ..., asked for ..." for every key in which two configurations differ."""
+def differences(run: Config, asked: Config, other: str = "asked for") -> list[str]:
+    """One line "SECTION.key: the run has ..., asked for ..." for every key in which two configurations differ.
+
+    other: what the second one is called in place of "asked for".
+    """
     before, now = run.to_dict(), asked.to_dict()
     return [
-        f"{section}.{key}: the run has {before[section][key]!r}, asked for {value!r}"
+        f"{section}.{key}: the run has {before[section][key]!r}, {other} {value!r}"
         for section, values in now.items()
         for key, value in values.items()
         if before[section][key] != value

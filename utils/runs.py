@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.checkpoint import is_complete
-from utils.config import Config, differences, read_config, save_config
+from utils.checkpoint import is_complete, seed_runs
+from utils.config import MAY_CHANGE, Config, differences, read_config, save_config
 from utils.files import check_writable, reading, write_text
 from utils.locks import sweep
 from utils.text import brief, some
@@ -29,15 +29,6 @@ from utils.trained_fold import ALL_PATIENTS_FOLDER, SplitRecord
 VERSION = "1.0.0"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "anndata", "scanpy", "scikit-learn", "h5py", "pillow")
 _TRAIN_ON = "Run the fold again: python main.py --mode train ... --resume."
-# What may change between the start of a run and its continuation, since no result depends on it.
-MAY_CHANGE = {
-    "DATA.data_dir",
-    "DATA.weights",
-    "DATA.residence",
-    "DATA.num_workers",
-    "GENERAL.log_path",
-    "EVALUATION.chunk_size",
-}
 
 
 def seed_for(*keys: object) -> int:
@@ -91,6 +82,12 @@ def check_run(folder: Path, config: Config, resume: bool, asked: Sequence[str] =
     """
     saved = folder / "config.yaml"
     check_writable(saved)
+    is_of_seed = folder.name.startswith("seed_") and (folder.parent / "config.yaml").exists()
+    if is_of_seed or seed_runs(folder) != [folder]:
+        raise ValueError(
+            f"{folder.parent if is_of_seed else folder} holds {'a run' if is_of_seed else 'the runs of several seeds'}, so "
+            f"{'runs of several seeds' if is_of_seed else 'a run'} cannot lie in it, too: choose another --run_name."
+        )
     if not saved.exists():
         if resume and _has_begun(folder):
             raise ValueError(

@@ -19,19 +19,13 @@ from evaluation import aggregation
 from evaluation.fold_files import FoldRecord, read_run
 from evaluation.intervals import bootstrap_interval, gene_effect, paired_wilcoxon
 from evaluation.summary import CHOICES
+from utils.checkpoint import seed_runs
 from utils.text import some
 from utils.trained_fold import changed_parts
 
 COMPARED = ("pcc_all", "pcc_h", "mse", "mae")
 _PER_GENE = {"pcc_all": "pearson", "pcc_h": "pearson"}  # else the metric has one name in both tables
 _LOWER_IS_BETTER = ("mse", "mse_centered", "mae", "rvd")
-
-
-def seed_runs(run_dir: str | Path) -> list[Path]:
-    """Find the runs of one method: the `seed_<s>` folders of `run_dir` in the order of s, or `run_dir` itself."""
-    run_dir = Path(run_dir)
-    seeds = [path for path in run_dir.glob("seed_*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(seeds, key=lambda path: int(path.name[5:])) or [run_dir]
 
 
 def compare_runs(

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.comparison.runs import compare_runs, seed_runs
+from evaluation.comparison.runs import compare_runs
 from evaluation.intervals import LEAST_PATIENTS
+from utils.checkpoint import seed_runs
 from utils.config import Config, read_config
 from utils.text import capitalised
 
@@ -110,7 +111,10 @@ def ridge_beside(run_dir: Path, model: str) -> Beside | None:
     group = run_dir.parent if run_dir.name.startswith("seed_") else run_dir
     found: dict[str, list[Path]] = {}
     for path in sorted(group.parent.iterdir()) if model not in (*RIDGES, "mean") else []:
-        run = seed_runs(path)[0] if path.is_dir() and path != group else path
+        try:
+            run = seed_runs(path)[0] if path.is_dir() and path != group else path
+        except ValueError:  # of both seeds and folds
+            continue
         if (config := config_of(run)) is not None and config.MODEL.name in RIDGES:
             found.setdefault(config.MODEL.name, []).append(run)
     for run, sees in ((run, sees) for kind, sees in RIDGES.items() for run in found.get(kind, [])):

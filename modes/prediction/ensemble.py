@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datasets.field_of_view import TOLERANCE
 from evaluation.slide_result import MEAN
 from models.contract import FUSED, ExpressionModel, Needs
 from modes.prediction.model import has_pooled_target, needs_of, restored_config, restored_model
 from modes.prediction.slide import Scales
-from utils.checkpoint import check_fold_folders, load_checkpoint, result_folder
+from utils.checkpoint import check_fold_folders, fold_folders, load_checkpoint, result_folder
 from utils.config import Config
 from utils.devices import Precision
 from utils.files import reading, write_text
 from utils.text import LONGEST_NAME
 from utils.trained_fold import NO_SCORE, TrainedFold
+from utils.untrusted.tensors import digest_of
 
 # Spots that pass the models at a time: their tokens and the activations of the fusion take about 4 MB a spot.
 CHUNK_SIZE = 256
@@ -85,15 +87,23 @@ def load_members(checkpoints: Sequence[Path], overrides: Sequence[str], device: 
 
     overrides: "SECTION.key=value" of what this machine does differently; see `restored_config`.
     Raises ValueError for another override, for a file that is no checkpoint, for folders of folds that are no run together
-    (`check_fold_folders`), and for folds of which one was trained on other features (patch encoder, pooling of tokens, patch
-    size, neighbors) or another data set than the first.
+    (`check_fold_folders`), for two files of one fold, and for folds of which one was trained on other features (patch encoder,
+    pooling of tokens, patch size, field of view, neighbors) or another data set than the first.
     """
     check_fold_folders(checkpoints)
     members = []
+    first: dict[tuple[Path, str], Member] = {}
     for checkpoint in checkpoints:
         fold = load_checkpoint(checkpoint, memory_map=True).without_weights()
         config = restored_config(fold, checkpoint, overrides)
-        members.append(Member(checkpoint, fold, config, device, Precision(config.TRAINING.precision, device)))
+        member = Member(checkpoint, fold, config, device, Precision(config.TRAINING.precision, device))
+        if (other := first.setdefault((member.run_folder, member.name), member)) is not member:
+            raise ValueError(
+                f"--model_path gives two files of {member.name.replace('_', ' ')} of {member.run_folder}: {other.path} and "
+                f"{checkpoint}. A mean takes one file of each fold of a run; give one of them. Files of other runs: move them "
+                "into a folder for each run."
+            )
+        members.append(member)
     _check_alike(members)
     return members
 
@@ -128,6 +138,27 @@ def is_test_of(folder: Path, runs: Sequence[Path]) -> bool:
         return json.loads(path.read_text(encoding="utf-8")).get("runs") == _relative(folder, runs)
 
 
+def models_of(checkpoints: Sequence[Path]) -> list[str]:
+    """Compute what is recorded of the models that a fold of several runs was tested with: a digest of each file."""
+    return [digest_of(checkpoint) if checkpoint.is_file() else "" for checkpoint in checkpoints]
+
+
+def outdated_folds(folder: Path, runs: Sequence[Path]) -> list[str]:
+    """Name the scored folds in the folder of several runs that were not tested with the models that the runs hold now.
+
+    Raises ValueError for a record that cannot be read.
+    """
+    found = []
+    for fold in fold_folders(folder).values():
+        if not (fold / "result.json").is_file():
+            continue
+        with reading(fold / "split.json", "the record of a fold"):
+            tested = json.loads((fold / "split.json").read_text(encoding="utf-8")).get("models")
+        if tested != models_of([run / fold.name / "best.pt" for run in runs]):
+            found.append(fold.name)
+    return found
+
+
 def _relative(folder: Path, runs: Sequence[Path]) -> list[str]:
     return [os.path.relpath(run, folder) for run in runs]
 
@@ -147,19 +178,25 @@ def _check_alike(members: Sequence[Member]) -> None:
             "data set": data.type,
         }
 
+    def width_of(member: Member) -> float | None:
+        return field_of_view_of([other for other in members if other.run_folder == member.run_folder])
+
     pooled, full = ([m for m in members if reads(m)] for reads in (_reads_pooled, lambda m: m.needs.tokens))
     if pooled and full:  # the tokens that are read for one would reach the other
         raise ValueError(
             f"{pooled[0].path} and {full[0].path} cannot be averaged: DATA.tokens=pooled in one of them, all tokens in the "
             "other. Give one of them with --model_path."
         )
-    first = what_it_reads(members[0])
+    first, width = what_it_reads(members[0]), width_of(members[0])
     for member in members[1:]:
         differences = [
             f"{name} {value} instead of {first[name]}"
             for name, value in what_it_reads(member).items()
             if value != first[name]
         ]
+        other = width_of(member)
+        if width and other and abs(other / width - 1) > TOLERANCE:
+            differences.append(f"patches {other:.0f} um wide instead of {width:.0f}")
         if differences:
             raise ValueError(
                 f"{member.path} and {members[0].path} cannot be averaged: {'; '.join(differences)}. Give one of them with "

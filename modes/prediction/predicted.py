@@ -29,6 +29,7 @@ from modes.prediction.ensemble import (
     mean_prediction,
     needs_of_all,
     of_genes,
+    outdated_folds,
 )
 from modes.prediction.slide import Scales, predict_slide
 from utils.checkpoint import fold_checkpoints, has_ended, load_checkpoint
@@ -127,12 +128,14 @@ class Evidence:
 def evidence_of(members: Sequence[Member], genes: Sequence[str]) -> Evidence:
     """Read what the runs of the members have shown; of several runs what their test together has, if there was one.
 
-    A test of other runs of the same names is left aside. Raises ValueError for a file of a test that cannot be read.
+    A test of other runs of the same names, or of earlier models of these, is left aside.
+    Raises ValueError for a file of a test that cannot be read.
     """
     runs = list(dict.fromkeys(member.run_folder for member in members))
     folder = ensemble_folder(runs)
     is_theirs = len(runs) > 1 and is_test_of(folder, runs)
-    together = read_held_out(folder) if is_theirs else None
+    outdated = outdated_folds(folder, runs) if is_theirs else []
+    together = read_held_out(folder) if is_theirs and not outdated else None
     by_run = {run: read_held_out(run) for run in runs}
     notes = []
     if together is not None:
@@ -145,6 +148,7 @@ def evidence_of(members: Sequence[Member], genes: Sequence[str]) -> Evidence:
             others = (
                 "" if is_theirs or not folder.exists() else f" {folder} is a test of other runs; move it away first."
             )
+            others = f" In {folder} are those of other models of these runs." if outdated else others
             notes.append(
                 "Scores and intervals are means of what each run has shown alone; --mode test with these runs measures them "
                 f"together.{others}"

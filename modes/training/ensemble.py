@@ -18,6 +18,8 @@ from modes.prediction.ensemble import (
     is_test_of,
     load_members,
     mean_prediction,
+    models_of,
+    outdated_folds,
     provenance_of,
     write_tested_runs,
 )
@@ -53,6 +55,7 @@ def test_together(
     runs = list(dict.fromkeys(member.run_folder for member in members))
     folder = ensemble_folder(runs)
     _check_is_of(folder, runs)
+    _check_others(folder, runs, [of_fold[0].name for of_fold in by_fold.values()])
     check_writable(folder / "fold_0" / "predictions" / "slide.h5ad")
     (folder / HELD_OUT_FILE).unlink(missing_ok=True)  # of an earlier test
     note = f"Mean of the predictions of {len(runs)} runs: {', '.join(run.name for run in runs)}."
@@ -67,18 +70,12 @@ def test_together(
 def check_same_folds(members: Sequence[Member]) -> dict[int, list[Member]]:
     """Sort the members of several runs by fold: {fold: one member of each run}.
 
-    Raises ValueError unless there are several runs, each with one file of a fold, and all have the same folds, with the same
-    test slides, counts and spots of these, protocol and panel.
+    Raises ValueError unless there are several runs and all have the same folds, with the same test slides, counts and spots of
+    these, protocol and panel.
     """
     by_run: dict[Path, dict[int, Member]] = {}
     for member in members:
-        index, folds = member.fold.split.fold, by_run.setdefault(member.run_folder, {})
-        if index in folds:
-            raise ValueError(
-                f"--model_path gives two files of fold {index} of {member.run_folder}: {folds[index].path} and {member.path}. "
-                "A mean of runs takes one file of each fold of a run; give one of them, or runs."
-            )
-        folds[index] = member
+        by_run.setdefault(member.run_folder, {})[member.fold.split.fold] = member
     if len(by_run) == 1:
         (run,) = by_run
         raise ValueError(
@@ -136,6 +133,15 @@ def _check_is_of(folder: Path, runs: Sequence[Path]) -> None:
         )
 
 
+def _check_others(folder: Path, runs: Sequence[Path], tested: Sequence[str]) -> None:
+    """Refuse a folder with folds that are not tested now and were tested with other models than the runs hold now."""
+    if others := [name for name in outdated_folds(folder, runs) if name not in tested]:
+        raise ValueError(
+            f"{folder} holds {', '.join(others)}, tested with other models than the runs hold now: a summary would mix both. "
+            "Test all folds again, without --fold; a fold that a run no longer has: move it away."
+        )
+
+
 def _test_fold(members: Sequence[Member], folder: Path, notes: Sequence[str], open_tested: OpenTested) -> None:
     """Predict the test slides by one run after the other, score the mean and write it."""
     found: dict[str, list[Scales]] = {}
@@ -165,7 +171,8 @@ def _test_fold(members: Sequence[Member], folder: Path, notes: Sequence[str], op
         training_mean=torch.from_numpy(np.mean([member.fold.training_mean.numpy() for member in members], axis=0)),
     )
     targets = store_targets(run_data.store, split.test_slides, fold.genes, absent_is_zero=split.protocol == "clean")
-    write_json(folder / "split.json", {**_described(split), "run_notes": list(notes)})
+    models = models_of([member.path for member in members])
+    write_json(folder / "split.json", {**_described(split), "run_notes": list(notes), "models": models})
     score_slides(run_data, together, lambda record: mean[record.name], folder, targets, provenance_of(members, notes))
 
 

@@ -12,9 +12,8 @@ from evaluation.predictions import HeldOut, read_held_out
 from modes.training.compose import is_closed_form
 from modes.training.run_data import RunData
 from utils.cli import say
-from utils.config import Config, differences, read_config, with_overrides
+from utils.config import MAY_CHANGE, Config, differences, read_config, with_overrides
 from utils.files import require_file
-from utils.runs import MAY_CHANGE
 from utils.text import some
 
 # What the cross-validation may have had otherwise without being another method.

@@ -16,7 +16,7 @@ from evaluation.fold_files import read_genes
 from modes.training.plan import plan_all_patients, plan_folds
 from modes.training.run_data import RunData, fixed_panel
 from modes.training.split import Split
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import check_fold_folders, fold_checkpoints, load_checkpoint
 from utils.cli import say
 from utils.files import reading
 from utils.text import some
@@ -37,8 +37,10 @@ class Started:
 def check_started_folds(run_dir: Path, run_data: RunData) -> None:
     """Compare every fold of the run, complete or not, with the slides, features and tokens there are now. Writes nothing.
 
-    Raises ValueError that names each change, the folds it concerns, and what to do.
+    Raises ValueError that names each change, the folds it concerns, and what to do, and as `check_fold_folders`.
     """
+    finals = [path for path in [run_dir / ALL_PATIENTS_FOLDER / "best.pt"] if path.is_file()]
+    check_fold_folders([*fold_checkpoints(run_dir).values(), *finals])
     planned = [plan_all_patients(run_data.config, run_data.store.patients)]
     if any(run_dir.glob("fold_*")):
         planned += plan_folds(run_data.config, run_data.layout.spec, run_data.store.patients)[0]

@@ -24,6 +24,7 @@ from evaluation.protocol import NO_LIST, epoch_scores, score_fold
 from evaluation.slide_result import SlideResult
 from evaluation.slide_scores import score_slide
 from evaluation.summary import summarise
+from utils.checkpoint import fold_checkpoints
 
 GENES = ["a", "b", "c", "d", "e", "f"]
 # Six orthogonal patterns over eight spots: mixtures of them have correlations that can be read off.
@@ -356,6 +357,12 @@ def test_copied_folds_are_refused(tmp_path):
     (run / "fold_4" / "split.json").write_text(json.dumps({**split, "fold": 4}))
     with pytest.raises(ValueError, match="fold_0 and fold_4 both test patient A; expected each patient in one fold"):
         read_run(run)
+    (run / "fold_4").rename(run / "fold_01")
+    for find in (find_folds, fold_checkpoints):
+        with pytest.raises(
+            ValueError, match=r"fold_01: the folder of fold 1 is called fold_1. Rename it, or move it away"
+        ):
+            find(run)
 
 
 # --- the run ---

@@ -20,6 +20,7 @@ from modes.prediction.model import restored_model
 from modes.test import test as evaluate
 from modes.train import TrainOptions, train
 from preprocess.extract_features_uni import main as extract
+from tests.checkpoints import edit
 from tests.shortcuts import keep_spots
 from utils.checkpoint import load_checkpoint
 from utils.config import load_config
@@ -90,6 +91,8 @@ def test_a_run_that_goes_on_comes_to_the_same(run, tiny_run, settings):
     cut = train(_config(tiny_run, settings, **{"EVALUATION.fixed_epochs": 1}), stopped)
     (cut / "fold_1/result.json").unlink()
     (cut / "config.yaml").write_text((run / "config.yaml").read_text())
+    whole = load_checkpoint(run / "fold_1/best.pt").config.to_dict()
+    edit(cut / "fold_1/best.pt", lambda content: content.update(config=whole))
     train(_config(tiny_run, settings), replace(stopped, resume=True))
     expected, found = _weights(run / "fold_1/best.pt"), _weights(cut / "fold_1/best.pt")
     assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from datasets.novelty import novelty, sample_training_spots
+from evaluation.fold_files import read_run
 from evaluation.predictions import read_held_out
 from modes.prediction.ensemble import load_members
 from modes.prediction.predicted import evidence_of
 from modes.training import ensemble
 from tests.checkpoints import edit
 from tests.command_line import Left, call_main
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import chosen_checkpoints, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,19 @@ def test_several_runs_are_tested_like_a_run(tiny_run, runs, tmp_path):
     tested, *single = (anndata.read_h5ad(run / "fold_1" / "predictions" / "B1.h5ad") for run in (folder, *runs))
     np.testing.assert_allclose(tested.X, (single[0].X + single[1].X) / 2, atol=1e-5)
     assert run_test(tiny_run, "--model_path", *runs, "--fold", 1).status == 0, "again, into the same folder"
+    members = load_members([run / "fold_1" / "best.pt" for run in runs], [], torch.device("cpu"))
+    kept = (runs[1] / "fold_0" / "best.pt").read_bytes()
+    edit(runs[1] / "fold_0" / "best.pt", lambda content: content.update(epoch=9))  # trained again
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    left = run_test(tiny_run, "--model_path", *runs, "--fold", 1)
+    assert left.status and f"{folder} holds fold_0, tested with other models than the runs hold now" in left.said, (
+        left.said
+    )
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert any(
+        f"In {folder} are those of other models" in note for note in evidence_of(members, members[0].genes).notes
+    )
+    (runs[1] / "fold_0" / "best.pt").write_bytes(kept)
     compared = call_main("--mode", "compare", "--runs", runs[0], folder, "--out", tmp_path / "compared")
     assert compared.status == 0, compared.said
     assert predict(tiny_run, tmp_path / "x.h5ad", "--model_path", *runs).status == 0
@@ -195,6 +209,8 @@ def test_files_of_one_run_are_no_ensemble(tiny_run, runs):
     for given in ([best, last], [last, best], [best, last, runs[1] / "fold_0"]):
         left = run_test(tiny_run, "--model_path", *given)
         assert left.status and f"two files of fold 0 of {runs[0]}: " in left.said, left.said
+    left = predict(tiny_run, runs[0].parent / "x.h5ad", "--model_path", best, last)
+    assert left.status and f"two files of fold 0 of {runs[0]}: " in left.said, left.said
     left = run_test(tiny_run, "--model_path", runs[0] / "fold_0", runs[0] / "fold_1")
     assert left.status and f"is of one run, {runs[0]};" in left.said, left.said
     for command in (run_test, lambda *given: predict(tiny_run, runs[0].parent / "x.h5ad", *given[1:])):
@@ -216,6 +232,9 @@ def test_links_stay_in_the_run_that_they_lie_in(tiny_run, runs, predicted, tmp_p
         paths = [given / f"fold_{fold}" / "best.pt" for fold in (0, 1)]
         members = load_members(paths, [], torch.device("cpu"))
         assert [member.run_folder for member in members] == [run.resolve()] * 2
+    monkeypatch.chdir(run / "fold_1")
+    assert chosen_checkpoints(".")[0] == chosen_checkpoints("best.pt")[0] == [Path.cwd() / "best.pt"]
+    assert load_members(chosen_checkpoints(".")[0], [], torch.device("cpu"))[0].run_folder == run.resolve()
     both = predict(tiny_run, tmp_path / "both.h5ad", "--model_path", *runs)
     alone = predict(tiny_run, tmp_path / "alone.h5ad", "--model_path", runs[1])
     assert both.status == 0 and "mean of 2 runs (dml, ridge) with 4 models" in both.said, both.said + alone.said
@@ -231,7 +250,7 @@ def test_links_stay_in_the_run_that_they_lie_in(tiny_run, runs, predicted, tmp_p
 def test_a_copied_fold_is_refused(tiny_run, tmp_path):
     run = tiny_run.copy(tmp_path)
     shutil.copytree(run / "fold_0", run / "fold_4")
-    before = (run / "summary.json").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     for left in (
         run_test(tiny_run, "--model_path", run),
         predict(tiny_run, tmp_path / "x.h5ad", "--model_path", run),
@@ -246,15 +265,34 @@ def test_a_copied_fold_is_refused(tiny_run, tmp_path):
         assert left.status and "fold_4 both hold out patient A; expected each patient in one fold" in left.said, (
             left.said
         )
-    assert (run / "summary.json").read_bytes() == before
     assert run_test(tiny_run, "--model_path", run, "--fold", 0).status, "its summary would hold the copy"
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path != run / "fold_4" / "best.pt"}
+    assert after.items() <= before.items(), "nothing was scored again"
+
+
+def test_runs_that_see_patches_of_other_widths_are_refused(runs):
+    paths = [run / "fold_0" / "best.pt" for run in runs]
+    edit(paths[0], lambda content: content.update(field_of_view_um=100.0))
+    edit(paths[1], lambda content: content.update(field_of_view_um=125.0))
+    with pytest.raises(ValueError, match=r"cannot be averaged: patches 125 um wide instead of 100\. Give one"):
+        load_members(paths, [], torch.device("cpu"))
+    edit(paths[1], lambda content: content.update(field_of_view_um=119.0))
+    load_members(paths, [], torch.device("cpu"))
+    edit(paths[1], lambda content: content["config"]["DATA"].update(patch_um=119.0))
+    (runs[1] / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"patch width \(um\) 119.0 instead of None"):
+        load_members(paths, [], torch.device("cpu"))
 
 
 def test_a_fold_of_another_method_is_refused(tiny_run, runs, tmp_path):
     run = runs[0]
     shutil.rmtree(run / "fold_1")
     shutil.copytree(runs[1] / "fold_1", run / "fold_1")
-    said = "fold_1/best.pt is a model of MODEL.name=ridge_neighbor; expected gene_dml"
+    said = "MODEL.name: the run has 'gene_dml', fold_1 was trained with 'ridge_neighbor'"
+    with pytest.raises(ValueError, match=r"fold_1/best.pt was trained with other settings than config.yaml of the run"):
+        read_run(run)
+    left = call_main("--mode", "compare", "--runs", runs[1], run, "--out", tmp_path / "compared")
+    assert left.status and said in left.said, left.said
     for more in ((), ("--fold", 1)):
         for left in (
             run_test(tiny_run, "--model_path", run, *more),
@@ -263,7 +301,7 @@ def test_a_fold_of_another_method_is_refused(tiny_run, runs, tmp_path):
             assert left.status and said in left.said, left.said
     (run / "config.yaml").unlink()
     left = run_test(tiny_run, "--model_path", run)
-    assert left.status and said in left.said and "fold_0" in left.said, left.said
+    assert left.status and said in left.said and "other settings than fold_0 of the run" in left.said, left.said
 
 
 def test_a_test_of_other_runs_of_the_same_names_is_no_evidence(runs):

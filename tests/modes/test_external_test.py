@@ -26,14 +26,15 @@ from datasets.targets import slide_targets
 from evaluation.external import combined_list
 from evaluation.metrics import pearson
 from evaluation.slide_result import MEAN
-from modes.external_test import external_test
+from modes.external_test import external_test, highly_predictive_of
+from modes.prediction.ensemble import load_members
 from modes.prediction.external_data import _note_on_genes
 from preprocess.extract_features_uni import main as extract
 from preprocess.prepare_visium import main as prepare_visium
 from tests.checkpoints import edit
 from tests.command_line import call_main
 from tests.space_ranger import write_outs
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import chosen_checkpoints, load_checkpoint
 from utils.files import load_names
 
 CPU = torch.device("cpu")
@@ -184,7 +185,7 @@ def test_combined_list_prefers_genes_that_most_folds_list():
     assert combined_list([[], []], ["a"]) == []
 
 
-def test_paper_run_takes_its_list_from_its_own_summary(tested, tmp_path):
+def test_paper_run_takes_its_list_from_its_own_summary(tested, tmp_path, monkeypatch):
     data_dir, folder = tested
     run = Path(shutil.copytree(folder.parents[1], tmp_path / "run", ignore=shutil.ignore_patterns("external")))
     for fold in (0, 1):
@@ -194,6 +195,10 @@ def test_paper_run_takes_its_list_from_its_own_summary(tested, tmp_path):
     again = external_test(run, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
     summary = json.loads((again / "summary.json").read_text())
     assert summary["gene_lists"]["fold_0"]["h"] == [gene for gene in ranked if gene in summary["genes"]] != []
+    monkeypatch.chdir(run / "fold_0")
+    for given in (".", "best.pt", "../fold_1"):
+        (member,) = load_members(chosen_checkpoints(given)[0], [], CPU)
+        assert highly_predictive_of(member) == ranked
     (run / "summary.json").unlink()
     external_test(run, "demo_external", None, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)
     summary = json.loads((again / "summary.json").read_text())
@@ -446,6 +451,7 @@ def test_leakage_is_loud_in_the_output_and_the_summary(tested, tiny_run, tmp_pat
         text.replace("^([A-Z]+)\\d+$", "^(.+)$").replace("{patient}/{slide}/*", "X/{slide}/*")
     )
     run = tiny_run.copy(tmp_path)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("type: demo", "type: her2st"))
     edit(run / "fold_1" / "best.pt", lambda content: content["config"]["DATA"].update(type="her2st"))
     edit(run / "fold_1" / "best.pt", lambda content: content["fold"].update(train_patients=["E"]))
     folder = external_test(run, "demo_external", 1, [f"DATA.data_dir={data_dir}"], CPU, with_report=False)

@@ -23,6 +23,7 @@ import modes.train
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from modes.train import train
+from tests.checkpoints import edit
 from tests.command_line import call_main
 from tests.fabricated_run import TINY, options, with_
 from utils.config import Config, load_config
@@ -337,6 +338,7 @@ def test_training_on_cuda_has_the_losses_of_the_cpu(config):
 def test_a_checkpoint_continues_on_the_other_device(config, first, second):
     run = train(with_(config, TRAINING={"epochs": 2}), options(folds=[0], device=torch.device(first)))
     (run / "fold_0" / "result.json").unlink()
+    edit(run / "fold_0" / "best.pt", lambda content: content["config"]["TRAINING"].update(epochs=3))
     saved = (run / "config.yaml").read_text().replace("epochs: 2", "epochs: 3")
     (run / "config.yaml").write_text(saved)
     train(config, options(folds=[0], resume=True, device=torch.device(second)))

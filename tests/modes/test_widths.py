@@ -119,6 +119,7 @@ def test_an_external_test_matches_the_training(tiny_run, tmp_path):
     for kind in ("target", "neighbor"):
         _extract(tiny_run, data_dir, *shared, "--extract_mode", kind)
     folder = external_test(run, "demo_external", None, overrides, CPU, match_mpp=True, with_report=False)
+    assert folder == run / "external" / "demo_external" / "match_mpp", "a test without the flag has the folder above"
     notes = " ".join(json.loads((folder / "summary.json").read_text())["notes"])
     assert "A patch is 102 um wide on X1 and was 102 um wide in training." in notes
     (cache,) = data_dir.glob("test/demo_external/gt_features_*_102.4um/X1.h5")

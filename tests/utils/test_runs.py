@@ -61,6 +61,19 @@ def test_a_run_folder_is_started_once_and_continued_on_request(tmp_path):
         open_run(tmp_path / "other", config, resume=True)
 
 
+def test_seeds_and_folds_do_not_share_a_folder(tmp_path):
+    config = load_config("demo/dml")
+    open_run(tmp_path / "run", config, resume=False)
+    with pytest.raises(
+        ValueError, match=r"run holds a run, so runs of several seeds cannot lie in it, too: choose anoth"
+    ):
+        check_run(tmp_path / "run" / "seed_0", config, resume=False)
+    open_run(tmp_path / "seeds" / "seed_3", config, resume=False)
+    with pytest.raises(ValueError, match=r"seeds holds the runs of several seeds, so a run cannot lie in it, too"):
+        check_run(tmp_path / "seeds", config, resume=False)
+    check_run(tmp_path / "seeds" / "seed_4", config, resume=False)
+
+
 def test_a_finished_run_is_told_from_one_that_can_go_on(tmp_path):
     """Finished is what has tested each of its patients, or the folds that are asked for."""
     config, run = load_config("demo/dml"), tmp_path / "run"

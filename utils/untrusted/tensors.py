@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.files import IF_DAMAGED, reading, reason_of, require_file
+from utils.files import IF_DAMAGED, reading, reason_of, require_file, sha256
 
 _LARGE = 1 << 20  # bytes of a record
 _PIECE = 1 << 20
@@ -59,6 +60,15 @@ def check_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         if tensor.is_floating_point() and not (is_finite := torch.isfinite(tensor)).all():
             count = int((~is_finite).sum())
             raise ValueError(f"{path}: {count} of the {tensor.numel():,} numbers of {name} are not finite.")
+
+
+def digest_of(path: str | Path) -> str:
+    """Compute a digest of what a PyTorch file holds, from the checksums of its records; in the old format, from all of it."""
+    if not zipfile.is_zipfile(path):
+        return sha256(Path(path))
+    with reading(path, "a PyTorch file"), zipfile.ZipFile(path) as archive:
+        records = [(record.filename.partition("/")[2], record.file_size, record.CRC) for record in archive.infolist()]
+    return hashlib.sha256(repr(sorted(records)).encode()).hexdigest()
 
 
 def _check_kinds(content: object) -> None:

@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from evaluation.comparison.runs import compare_methods, compare_runs, seed_runs
+from evaluation.comparison.runs import compare_methods, compare_runs
 from evaluation.fold_files import write_fold
 from evaluation.intervals import bootstrap_interval, gene_effect, paired_wilcoxon
 from evaluation.protocol import score_fold
 from evaluation.slide_result import SlideResult
 from modes.compare import compare
+from utils.checkpoint import chosen_checkpoints, runs_of, seed_runs
 
 # --- bootstrap ---
 
@@ -214,6 +215,11 @@ def test_seeds_are_averaged_within_the_patient_first(tmp_path, base):
     write_run(tmp_path / "method" / "seed_10", changed({"A": 0.2, "B": 0.1, "C": 0.3}))
     assert [path.name for path in seed_runs(tmp_path / "method")] == ["seed_0", "seed_10"]
     assert seed_runs(base) == [base]
+    shutil.copytree(base / "fold_0", tmp_path / "mixed" / "fold_0")
+    shutil.copytree(base, tmp_path / "mixed" / "seed_0")
+    for find in (seed_runs, runs_of, chosen_checkpoints, lambda mixed: compare([base, mixed], None, False)):
+        with pytest.raises(ValueError, match=r"mixed holds both folds \(fold_0\) and runs of seeds \(seed_0\)"):
+            find(tmp_path / "mixed")
     table = compare_methods({"base": [base], "method": seed_runs(tmp_path / "method")}, metrics=["pcc_all"])
     second = row(table, "pcc_all", "method")
     # per patient +.1, +.1, +.2

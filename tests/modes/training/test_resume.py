@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +87,31 @@ def test_a_complete_fold_on_other_slides_stops_the_others_too(started):
     started.refuses(r"training patients: now also C \(fold_0\)", folds=(1,))
 
 
+@pytest.mark.parametrize("is_config_edited", [False, True])
+def test_folds_that_were_trained_with_other_settings(started, tmp_path, is_config_edited):
+    """A fold that was copied in, and a configuration that was changed by hand under folds of the former one."""
+    if is_config_edited:
+        saved, asked = started.path / "config.yaml", tmp_path / "asked.yaml"
+        saved.write_text(saved.read_text().replace("learning_rate: 0.001", "learning_rate: 0.5"))
+        asked.write_text(Path(started.config_name).read_text().replace("1.0e-3", "0.5"))
+        started = replace(started, config_name=str(asked))
+    else:
+        started.edit(0, lambda content: content["config"]["TRAINING"].update(learning_rate=0.5))
+    before = {path: path.stat().st_mtime_ns for path in started.path.rglob("*")}
+    with pytest.raises(
+        ValueError, match=r"fold_0/best.pt was trained with other settings.*\n  TRAINING.learning_rate: "
+    ):
+        started.resume(1)
+    assert {path: path.stat().st_mtime_ns for path in started.path.rglob("*")} == before
+
+
 def test_a_test_patient_without_slides(started):
     def of_another(content: dict) -> None:
         content["fold"] |= {"fold": 7, "test_patients": ["H"]}
 
     started.edit(1, of_another)
-    started.refuses(r"test patients: no slide of H is there \(fold_1\)")
+    (started.path / "fold_1").rename(started.path / "fold_7")
+    started.refuses(r"test patients: no slide of H is there \(fold_7\)")
 
 
 def test_another_encoder(started):
@@ -151,6 +170,7 @@ def test_another_panel_file_stops_a_run_whose_folds_are_complete(started, tiny_r
     panel = started.data_dir / "demo" / "genes_demo.npy"
     for fold in (0, 1):
         started.edit(fold, lambda content: content.update(genes=np.load(panel).tolist()))
+        started.edit(fold, lambda content: content["config"]["EVALUATION"].update(protocol="paper"))
     np.save(panel, np.load(panel)[1:])
     Started(started.path, started.data_dir, str(paper)).refuses(
         r"genes of the panel: no longer \w+ \(fold_0, fold_1\)", folds=(2,)
