@@ -110,10 +110,11 @@ def load_tensors_once(path: str | Path, **how: Any) -> object:
         key = state_of(Path(path))
     except OSError:
         return load_tensors(path, **how)
-    return _own(once(_CHECKPOINTS, key, lambda: load_tensors(path, **how), 50))
+    return _own(once(_CHECKPOINTS, key, lambda: _own(load_tensors(path, **how)), 50))
 
 
 def _own(value: Any) -> Any:
+    """A copy whose numbers lie in memory, not in a file that a test may write over."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
