@@ -171,9 +171,11 @@ def team_of(count: int, device: torch.device, is_quick: bool, steps: int) -> lis
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    start = "fork" if is_quick and device.type == "cpu" else "forkserver"
     with ThreadPoolExecutor(count) as pool:
         started = [
-            pool.submit(in_child, work, rank, count, port, device.type, is_quick, steps) for rank in range(count)
+            pool.submit(in_child, work, rank, count, port, device.type, is_quick, steps, start=start)
+            for rank in range(count)
         ]
         return [one.result().value for one in started]
 

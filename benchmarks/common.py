@@ -193,15 +193,17 @@ class ChildResult:
         return self.peak_bytes - self.base_bytes
 
 
-def in_child(function: Callable, *arguments: object) -> ChildResult:
+def in_child(function: Callable, *arguments: object, start: str = "forkserver") -> ChildResult:
     """Run a function of a module in a fresh process and watch its memory.
 
     A fresh process, because a process never gives back its peak; forked from one that has imported the module and done
-    nothing else. What the function returns must hold no tensors: they would be sent as shared memory, which ends with the
-    process. Raises RuntimeError with what the child said if it failed or was killed (out of memory).
+    nothing else, or with start "fork", for a trial, from this one. What the function returns must hold no tensors: they would
+    be sent as shared memory, which ends with the process. Raises RuntimeError with what the child said if it failed or was
+    killed (out of memory).
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", function.__module__])
+    context = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(["__main__", function.__module__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, torch.get_num_threads(), function, arguments))
     process.start()

@@ -19,8 +19,8 @@ def work(tiny_run, tmp_path_factory):
     """A folder with two patients of the tiny data set, which is known as `tiny`, and what the search found for it."""
     folder = tmp_path_factory.mktemp("accuracy")
     shutil.copytree(tiny_run.data_dir, folder / "data", ignore=shutil.ignore_patterns("C*"))
-    choice = {"learning_rate": "1e-3", "weight_decay": "0", "epochs": 1}
-    (folder / "search.json").write_text(json.dumps({"methods": {"gene_dml": choice, "mlp": choice | {"epochs": 2}}}))
+    choice = {"learning_rate": "1e-3", "weight_decay": "0", "epochs": 2}
+    (folder / "search.json").write_text(json.dumps({"methods": {"gene_dml": choice}}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATA_SETS, "tiny", tiny(tiny_run))
         yield folder
@@ -39,28 +39,28 @@ def arguments_of(work, methods: str) -> list[str]:
 
 def test_methods_are_trained_compared_and_shown(work, capsys):
     """First two of them, then with the same command for others what is missing, and the mean of two."""
-    path = main(arguments_of(work, "mlp,ridge_neighbor"))
+    path = main(arguments_of(work, "gene_dml,ridge"))
     text = path.read_text()
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
-    assert list(rows)[2:] == [METHODS["mlp"][0], METHODS["ridge_neighbor"][0]]
-    assert "(2)" in rows[METHODS["mlp"][0]] and "(1)" in rows[METHODS["ridge_neighbor"][0]], "seeds of each"
-    assert "the seeds 0, 1" in text and "`python benchmarks/accuracy.py --data tiny --device cpu --methods mlp" in text
+    assert list(rows)[2:] == [METHODS["gene_dml"][0], METHODS["ridge"][0]]
+    assert "(2)" in rows[METHODS["gene_dml"][0]] and "(1)" in rows[METHODS["ridge"][0]], "seeds of each"
+    assert "the seeds 0, 1" in text and "`python benchmarks/accuracy.py --data tiny --device cpu --methods gene_dml" in text
     assert "too few for an interval or a test" in text
     assert {"A", "B"} < {cell.strip() for cell in text.splitlines()[0].split("|")}
     content = json.loads((path.parent / "accuracy.json").read_text())
     assert content["settings"] == {
-        "mlp": ["TRAINING.learning_rate=1e-3", "TRAINING.weight_decay=0", "EVALUATION.fixed_epochs=2"]
+        "gene_dml": ["TRAINING.learning_rate=1e-3", "TRAINING.weight_decay=0", "EVALUATION.fixed_epochs=2"]
     }
     found = {(row["metric"], row["method"]): row for row in content["rows"]}
-    assert f"{found['pcc_all', 'ridge_neighbor']['mean']:.3f}" in rows[METHODS["ridge_neighbor"][0]]
-    assert f"{found['pcc_all', 'mlp']['by_patient']['B']:.3f}" in rows[METHODS["mlp"][0]]
-    assert f"{found['mse', 'mlp']['mean']:.4f}" in rows[METHODS["mlp"][0]]
+    assert f"{found['pcc_all', 'ridge']['mean']:.3f}" in rows[METHODS["ridge"][0]]
+    assert f"{found['pcc_all', 'gene_dml']['by_patient']['B']:.3f}" in rows[METHODS["gene_dml"][0]]
+    assert f"{found['mse', 'gene_dml']['mean']:.4f}" in rows[METHODS["gene_dml"][0]]
     assert (path.parent / "comparison.html").is_file()
 
     capsys.readouterr()
-    main(arguments_of(work, "mlp,gene_dml,ridge_neighbor"))
+    main(arguments_of(work, "gene_dml,ridge,ridge_neighbor"))
     said = capsys.readouterr().out
-    assert said.count("complete, nothing to do") == 3 * 2, "two seeds of mlp and one of ridge, two folds each"
+    assert said.count("complete, nothing to do") == 3 * 2, "two seeds of Gene-DML and one of ridge, two folds each"
     assert METHODS["gene_dml"][0] in path.read_text()
     content = json.loads((path.parent / "accuracy.json").read_text())
     found = {row["method"]: row for row in content["rows"] if row["metric"] == "pcc_all"}

@@ -27,8 +27,8 @@ from utils.config import Config, load_config
 
 AGAIN = ("gene_dml float32", "gene_dml fp16")  # the second step begins with what the optimiser and the scaler hold
 TRAINED = [name for name, row in MODELS.items() if row.loss is not None]
-# Of half precision fp16 for all: bf16 is the same way without the scaler.
-IN_PRECISION = [*(f"{model} {precision}" for model in TRAINED for precision in ("float32", "fp16")), "gene_dml bf16"]
+# Of half precision fp16 alone: bf16 is the same way without the scaler, and that of the switches.
+IN_PRECISION = [f"{model} {precision}" for model in TRAINED for precision in ("float32", "fp16")]
 SWITCHES = {
     "spectral, normalised": {"LOSS": {"use_kmeans": False, "normalize_fused": True}},
     "without group": {"LOSS": {"group_weight": 0.0}},
