@@ -75,8 +75,8 @@ def check_told_apart(records: Sequence[SlideRecord], digests: Mapping[str, Mappi
                 )
     if problems:
         raise ValueError(
-            f"{'; '.join(problems)}. A split by patient would train on what it tests. Remove the copies, or correct the "
-            "patients in dataset.yaml."
+            f"{'; '.join(problems)}. A split by patient would train on what it tests. Keep the copies elsewhere, or correct "
+            "the patients in dataset.yaml."
         )
 
 

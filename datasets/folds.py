@@ -86,7 +86,7 @@ def available_folds(folds: Sequence[Fold], patients_on_disk: Collection[str]) ->
     if present - known:
         raise ValueError(
             f"Patients {_join(sorted(present - known))} have slides but belong to no fold; known are "
-            f"{_join(sorted(known))}. Remove their slides, or list them in the dataset.yaml of the data folder."
+            f"{_join(sorted(known))}. Keep their slides elsewhere, or list them in the dataset.yaml of the data folder."
         )
     if len(present) < 2:
         raise ValueError(

@@ -59,16 +59,15 @@ class Layout:
         self.patch_um = patch_um
         self._extraction = extraction
 
-    def repair(self, kind: str, slides: str | None = None, encoder: str | None = None, overwrite: bool = False) -> str:
+    def repair(self, kind: str, slides: str | None = None, encoder: str | None = None) -> str:
         """Spell the command that makes features where this folder keeps them. Ask only when something is wrong.
 
-        kind: as for `cache_path`, or "all".  slides: comma separated, None for all.  overwrite: what is there, too.
+        kind: as for `cache_path`, or "all".  slides: comma separated, None for all.
         """
         return self._extraction(
             kind,
             slides,
             encoder,
-            overwrite,
             data_dir=self.data_dir,
             test_name=self.name if self.is_external else None,
             patch_size=self.patch_size,

@@ -21,7 +21,7 @@ from utils.text import brief, parse_yaml, some
 
 SPEC_FILE = "dataset.yaml"
 OWN_PATIENT = r"^(.+)$"
-NOT_IN_FILE = ("name", "external", "prepared_by", "pitch_um")
+NOT_IN_FILE = ("name", "external", "prepared_by", "pitch_um", "source")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class DatasetSpec:
     external:         an external test set, in data_dir/test/<name>.
     training_type:    the type whose models an external set is meant for.
     prepared_by:      the script, with its arguments, that writes the data folder; for messages.
+    source:           the file that it was read from, for messages.
     """
 
     name: str
@@ -65,20 +66,22 @@ class DatasetSpec:
     training_type: str | None = None
     prepared_by: str | None = None
     pitch_um: float | None = None
+    source: Path | None = field(default=None, compare=False)
 
     def patient_of(self, slide: str) -> str:
-        """Find the patient a slide is of. Raises ValueError naming slide, data set and pattern."""
+        """Find the patient a slide is of. Raises ValueError naming slide, data set, pattern and file."""
         if slide in self.patient_of_slide:
             return self.patient_of_slide[slide]
         if self.patient_pattern is None and self.patient_of_slide and not self.external:
             raise ValueError(
                 f"Slide {slide!r} of {self.name} has no known patient: it is not in patient_of_slide, "
-                f"and {SPEC_FILE} has no patient_pattern. Write its line, or a pattern."
+                f"and {self.source or SPEC_FILE} has no patient_pattern. Write its line, or a pattern."
             )
         match = re.search(self.patient_pattern or OWN_PATIENT, slide)
         if match is None or not match.group(1):  # a group may be optional, or empty
+            why = "its name does not match" if match is None else "its name leaves the group empty of"
             raise ValueError(
-                f"Slide {slide!r} of {self.name} has no known patient: its name does not match {self.patient_pattern!r}"
+                f"Slide {slide!r} of {self.name} has no known patient: {why} {self.patient_pattern!r}"
                 f"{' and it is not in patient_of_slide' if self.patient_of_slide else ''}. {self._advice()}"
             )
         if self.patients and match.group(1) not in self.patients:
@@ -105,7 +108,7 @@ class DatasetSpec:
             named = [f"{name!r}{_nearest(name, slides)}" for name in strangers]
             raise ValueError(
                 f"{source}: patient_of_slide names what is no slide of {self.name}: {some(named)}. Correct these "
-                "names, or remove their lines."
+                "names, or leave them out."
             )
         patients = {self.patient_of(slide) for slide in sorted(slides)}
         if not self.external and (twice := two_spellings(patients)):
@@ -124,6 +127,8 @@ class DatasetSpec:
         return f"python preprocess/{self.prepared_by} --data_dir {data_dir}"
 
     def _advice(self) -> str:
+        if self.source is not None:
+            return f"Correct patient_pattern in {self.source}, or write the patient of the slide there, in patient_of_slide."
         return f"Move the slide out of the data folder, or describe your own data set in a {SPEC_FILE} beside ST-cnts."
 
 
@@ -165,7 +170,7 @@ def read_spec(path: str | Path, *, name: str, external: bool = False) -> Dataset
             problems.append(f"{key}: {str(error).removesuffix('.')}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}.")
-    return DatasetSpec(name=name, external=external, **checked)
+    return DatasetSpec(name=name, external=external, source=path, **checked)
 
 
 def write_spec(path: str | Path, spec: DatasetSpec) -> None:

@@ -46,9 +46,16 @@ def check_panel(table: AnnData, genes: Sequence[str]) -> None:
     if absent:
         raise ValueError(
             f"slide {table.uns['slide']} has no counts for {len(absent)} of the {len(genes)} panel genes "
-            f"({', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}). Make a panel of the genes that all slides "
-            "have: python preprocess/select_genes.py --config NAME --overwrite"
+            f"({', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}). {other_panel()}"
         )
+
+
+def other_panel(which: str = "--config CONFIG") -> str:
+    """Advise to choose another panel for a data set, in a file of its own: the one that is there may be the published one."""
+    return (
+        "Choose a panel of the genes that all slides have, in a file of its own: python preprocess/select_genes.py "
+        f"{which} --out FILE.npy. Then add --set DATA.genes=FILE.npy."
+    )
 
 
 def note_on_counts(slides: Iterable[SlideRecord]) -> str | None:

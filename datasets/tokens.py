@@ -135,7 +135,7 @@ def _verify_tokens(layout: Layout, store: SpotStore) -> CacheIdentity:
                 expected,
                 list(slide.table.obs_names),
                 slide.table.obsm["center"],
-                repair=partial(layout.repair, "token", slide.name, store.encoder.name, overwrite=True),
+                repair=partial(layout.repair, "token", slide.name, store.encoder.name),
             )
         except ValueError as error:
             problems.append(str(error))
@@ -152,7 +152,7 @@ def _all_patches(layout: Layout, slides: Sequence[SlideRecord]) -> Tensor:
     for slide in progress(slides, description="patches", unit="slide", leave=False):
         path = find_cache(layout, "patch", slide.name)
         if path.exists():
-            repair = partial(layout.repair, "patch", slide.name, overwrite=True)
+            repair = partial(layout.repair, "patch", slide.name)
             centers = slide.table.obsm["center"]
             verify_cache(path, {"kind": "patch", **expected_size(layout)}, list(slide.table.obs_names), centers, repair)
             found = read_features(path)

@@ -21,7 +21,7 @@ from evaluation.comparison.verdict import against_mean, on_single_spots, support
 from evaluation.fold_files import write_table
 from evaluation.report.tables import Table, label, number
 from evaluation.slide_result import SlideResult
-from evaluation.slide_scores import score_slide, score_training_mean
+from evaluation.slide_scores import notes_on_undefined, score_slide, score_training_mean
 from utils.files import write_text
 from utils.runs import plain
 from utils.text import capitalised
@@ -109,8 +109,7 @@ def external_summary(predictors: Sequence[Predictor], about: Mapping[str, Any]) 
         rows.append({"predictor": row["predictor"], **scores, **errors, "undefined_pearson": undefined})
     headline = {name: value for name, value in rows[-1].items() if name != "undefined_pearson"}
     notes = [*about.get("notes", []), EXPLANATION]
-    if undefined := rows[-1]["undefined_pearson"]:
-        notes.append(f"PCC undefined for {undefined} (slide, gene) pairs, constant within the slide; means skip them.")
+    notes += notes_on_undefined(aggregation.select(pd.concat(predictors[-1].tables)), about.get("slides", {}))
     lists = {predictor.name: predictor.gene_lists for predictor in predictors}
     summary = {
         **about,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from PIL import Image
 from evaluation.slide_result import SCALES
 from utils.files import reading, require_file, safe_name, write_atomically
 from utils.text import brief, checked_names, some
-from utils.untrusted.hdf5 import opened_hdf5, probe_hdf5
+from utils.untrusted.hdf5 import opened_hdf5
 
 MEASURED = "measured"
 MEASURED_UNSMOOTHED = "measured_unsmoothed"
@@ -29,7 +29,9 @@ LOWRES_PIXELS = 600
 PLACEHOLDER = "none: a white sheet"
 HELD_OUT_FILE = "held_out.json"
 INTERVAL_LEVEL = 0.8
-_WHAT, _REMEDY = "a prediction (.h5ad)", "It may be truncated: predict again, into another file."
+# What is read of a file: another program may have added, say, a graph of neighbors.
+_PARTS = ("X", "layers", "obs", "obsm", "uns", "var")
+_WHAT, _REMEDY = "a prediction (.h5ad)", "It may be truncated or changed: predict again, into another file."
 _MEASURE_AGAIN = "Make it again: python main.py --mode test --model_path RUN"
 
 
@@ -137,9 +139,10 @@ def read_prediction(path: Path) -> anndata.AnnData:
     path = require_file(
         path, "Predictions are written by: python main.py --config_name CONFIG --mode test --model_path RUN"
     )
-    with reading(path, _WHAT, _REMEDY):
-        probe_hdf5(path, _WHAT, _REMEDY)
-        adata = anndata.read_h5ad(path)
+    with opened_hdf5(path, _WHAT, _REMEDY) as file:
+        parts = {name: file[name] for name in _PARTS if name in file}
+        _check_dense(parts.values())
+        adata = anndata.AnnData(**{name: read_elem(part) for name, part in parts.items()})
     missing = [f"uns['{key}']" for key in ("spatial", "unit", "gene_dml") if key not in adata.uns]
     missing += ["obsm['spatial']"] if "spatial" not in adata.obsm else []
     if missing:
@@ -158,7 +161,9 @@ def read_compared(path: Path, genes: Sequence[str]) -> tuple[np.ndarray, np.ndar
     Raises FileNotFoundError, or ValueError when it is none or lacks a gene or the measured values.
     """
     with opened_hdf5(path, _WHAT, _REMEDY) as file:
-        known, predicted, measured = (read_elem(file[name]) for name in ("var", "X", f"layers/{MEASURED}"))
+        parts = [file[name] for name in ("var", "X", f"layers/{MEASURED}")]
+        _check_dense(parts)
+        known, predicted, measured = map(read_elem, parts)
         place = known.index.get_indexer(pd.Index(genes))
         if (place < 0).any():
             raise ValueError(f"it lacks the genes {some([gene for gene, at in zip(genes, place) if at < 0])}")
@@ -167,6 +172,25 @@ def read_compared(path: Path, genes: Sequence[str]) -> tuple[np.ndarray, np.ndar
                 f"of {len(known)} genes it holds {predicted.shape} predicted, {measured.shape} measured values"
             )
         return predicted[:, place], measured[:, place]
+
+
+def _check_dense(parts: Iterable[h5py.Group | h5py.Dataset]) -> None:
+    """Raise ValueError, without the file, for a sparse matrix: ours are dense, and SciPy believes any index it is given."""
+    found: list[str] = []
+
+    def note(_: str, item: h5py.Group | h5py.Dataset) -> None:
+        kind = str(item.attrs.get("encoding-type", ""))
+        if "h5sparse_format" in item.attrs or "csr" in kind or "csc" in kind:
+            found.append(str(item.name).strip("/"))
+
+    for part in parts:
+        note("", part)
+        if isinstance(part, h5py.Group):
+            part.visititems(note)
+    if found:
+        raise ValueError(
+            f"{some(found)} is a sparse matrix, which another program has written; predictions of ours are dense"
+        )
 
 
 def slide_of(adata: anndata.AnnData) -> str:

@@ -22,7 +22,7 @@ from evaluation.fold_files import FoldScores
 from evaluation.gene_lists import ranked_on_test_list
 from evaluation.metrics import mae, mse, pearson
 from evaluation.slide_result import TRAINING_MEAN, SlideResult
-from evaluation.slide_scores import long_table, score_slide, score_training_mean
+from evaluation.slide_scores import long_table, notes_on_undefined, score_slide, score_training_mean
 from utils.text import some
 
 PROTOCOLS = ("paper", "clean")
@@ -158,14 +158,10 @@ def _fold_notes(
     results: Sequence[SlideResult], per_gene_slide: pd.DataFrame, lists: dict[str, list[str]], protocol: str
 ) -> list[str]:
     notes = []
-    fused_rows = aggregation.select(per_gene_slide)
     if protocol == "clean" and not lists.get("highly_predictive"):
         notes.append(NO_LIST)
-    if undefined := int(fused_rows["pearson"].isna().sum()):
-        notes.append(
-            f"PCC undefined for {undefined} of {len(fused_rows)} (slide, gene) pairs, where the measured or the "
-            "predicted gene is constant within the slide; means skip them."
-        )
+    num_spots = {result.slide: len(result.spot_ids) for result in results}
+    notes += notes_on_undefined(aggregation.select(per_gene_slide), num_spots)
     for result in results:
         if not np.any(result.measured):
             notes.append(

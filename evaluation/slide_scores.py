@@ -9,6 +9,7 @@ import pandas as pd
 
 from evaluation.metrics import METRIC_NAMES, per_gene_metrics, spot_windows
 from evaluation.slide_result import TRAINING_MEAN, SlideResult
+from utils.text import some
 
 
 def score_slide(result: SlideResult) -> pd.DataFrame:
@@ -52,3 +53,20 @@ def score_training_mean(result: SlideResult, means: Mapping[str, np.ndarray | No
         predicted = np.broadcast_to(mean, measured.shape)
         tables.append(_score(result, {TRAINING_MEAN: predicted}, {truth: measured}))
     return pd.concat(tables, ignore_index=True)
+
+
+def notes_on_undefined(rows: pd.DataFrame, num_spots: Mapping[str, int]) -> list[str]:
+    """Say of how many (slide, gene) pairs PCC is undefined, and why.
+
+    rows: of `score_slide`, of one scale and truth.  num_spots: of each slide.
+    """
+    single, notes = [slide for slide, count in num_spots.items() if count == 1], []
+    undefined = rows["pearson"].isna() & ~rows["slide"].isin(single)
+    if undefined.any():
+        notes.append(
+            f"PCC undefined for {undefined.sum()} of {len(rows)} (slide, gene) pairs, where the measured or the predicted "
+            "gene is constant within the slide; means skip them."
+        )
+    if single:
+        notes.append(f"PCC undefined for every gene of slides that have 1 spot: {some(single)}; means skip them.")
+    return notes

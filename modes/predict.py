@@ -183,7 +183,7 @@ def _check_options(options: PredictOptions) -> Path:
         problems.append("--geojson writes the genes of --genes, which is not given.")
     for name, path in (("--out", out), ("--geojson", geojson)):
         if path is not None and path.exists() and not options.overwrite:
-            problems.append(f"{name} {path} exists. Give another name, or --overwrite to replace it.")
+            problems.append(f"{name} {path} exists. Give another name, or keep that file elsewhere.")
     if problems:
         raise ValueError("\n".join(problems))
     pictures = [_beside(out, f"{_in_file_name(gene)}.svg") for gene in options.genes]

@@ -266,7 +266,7 @@ def import_slide(layout: Layout, slide: str, files: SlideFiles, kind: str, max_m
     spots = read_spots(layout.spots_path(slide))
     barcodes = spots.loc[table.obs_names, "barcode"].astype(str).tolist() if "barcode" in spots else None
     if target.exists() and not overwrite:
-        raise ValueError(f"{target} is there already. Give --overwrite to replace these features.")
+        raise ValueError(f"{target} is there already. Keep it elsewhere and repeat.")
     _check_width(layout, patches.features, files.coords)
     centers = table.obsm["spatial"]
     with open_slide(layout.image_path(slide)) as image:

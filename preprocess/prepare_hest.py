@@ -211,7 +211,7 @@ def check_spec(layout: Layout, *, overwrite: bool) -> None:
     if dict(there.patient_of_slide) != dict(layout.spec.patient_of_slide):
         raise ValueError(
             f"{layout.spec_path} describes other samples ({some(list(there.slides))}) than those given now "
-            f"({some(list(layout.spec.slides))}). Use another --name, or --overwrite to make it these."
+            f"({some(list(layout.spec.slides))}). Use another --name, or keep that file elsewhere."
         )
 
 

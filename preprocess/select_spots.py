@@ -50,8 +50,8 @@ def select_spots(layout: Layout, slide: str, region: Path, *, out: Path | None =
     path = out or source
     if path.exists() and not overwrite:
         raise ValueError(
-            f"{path} is there. --overwrite replaces it (of its {before.sum()} spots {kept.sum()} would stay selected), --out "
-            "writes another table."
+            f"{path} is there (of {before.sum()} spots {kept.sum()} would stay selected). Give --out another file; to use "
+            "that, put it in the place of this one, and keep this one elsewhere."
         )
     selected = table.assign(**{SELECTED: kept.astype(int)})
     write_atomically(path, lambda temporary: selected.to_csv(temporary, sep="\t", index=False))

@@ -171,7 +171,7 @@ def _is_complete(root: Path, arguments: Arguments, overwrite: bool) -> bool:
     if differences:
         raise ValueError(
             f"{root} holds another simulation: {'; '.join(differences)}. "
-            f"Add --overwrite to replace it, or choose another --data_dir."
+            f"Keep it elsewhere, or choose another --data_dir."
         )
     return found["is_complete"]
 

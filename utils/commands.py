@@ -11,7 +11,6 @@ def extraction_command(
     kind: str,
     slides: str | None = None,
     encoder: str | None = None,
-    overwrite: bool = False,
     *,
     data_dir: Path,
     test_name: str | None,
@@ -24,7 +23,7 @@ def extraction_command(
 
     slides: comma separated, None for all.  test_name: of an external set, None for a training set.
     Sizes are named where the configuration has others, and the configuration itself where it can be found from here,
-    so its file is read: ask for the command only when something is wrong.
+    so its file is read: ask for the command only when something is wrong. It never replaces what is there.
     """
     try:
         data = load_config(config_name).DATA
@@ -41,5 +40,4 @@ def extraction_command(
     if patch_um != (data or Data).patch_um:
         flags.append(f"--match_mpp {patch_um:g}" if patch_um else "--set DATA.patch_um=null")
     flags += [f"--slides {slides}"] if slides else []
-    flags += ["--overwrite"] if overwrite else []
     return f"python preprocess/extract_features_uni.py {' '.join(flags)}"

@@ -183,7 +183,9 @@ def _take(descriptor: int, path: Path, what: str, advice: str) -> None:
     if not is_held and (owner is None or not owner.may_live()):
         return
     by = "another process" if owner is None else f"process {owner.pid} on {owner.host}"
-    remedy = "" if is_held else f" The file system has no locks: if that process has ended, remove {path} and repeat."
+    remedy = (
+        "" if is_held else f" The file system has no locks: if that process has ended, move {path} away and repeat."
+    )
     raise Held(f"{what} by {by}. {advice}{remedy}")
 
 

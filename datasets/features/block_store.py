@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64
 
-from datasets.features.cache import opened
+from datasets.features.cache import keeping, opened
 from datasets.features.identity import CacheIdentity
 from datasets.features.sealed import checksums_of, is_finite
 
@@ -130,7 +130,7 @@ class BlockStore:
         if len(views) and not (views.min() >= 0 and views.max() < self.num_views):
             raise ValueError(
                 f"View {views.max()} was asked for, the token caches hold {self.num_views} of the 8. Train without "
-                "augmentation, or extract with --views 8."
+                "augmentation, or keep them elsewhere and extract with --views 8."
             )
 
     def _read_part(self, part: np.ndarray, rows: np.ndarray, views: np.ndarray, buffer: np.ndarray) -> None:
@@ -142,9 +142,9 @@ class BlockStore:
             while position < self._chunk_bytes:
                 count = os.preadv(self._descriptors[file], [target[position:]], start + position)
                 if count == 0:
+                    path = self._paths[file]
                     raise ValueError(
-                        f"{self._paths[file]} ends in the middle of its numbers; it was cut while in use. "
-                        f"{_again(self._kind)}"
+                        f"{path} ends in the middle of its numbers; it was cut while in use. {_again(path, self._kind)}"
                     )
                 position += count
             if not self._is_verified[row, view]:  # once is enough: the file is held open
@@ -159,7 +159,8 @@ class BlockStore:
                 spot = cache.spot_ids[place]
             what = "not finite" if checksums is None else "not what was written (checksum)"
             numbers = f"tokens of spot {spot} in view {view}" if self._kind == "token" else f"features of spot {spot}"
-            raise ValueError(f"{self._paths[file]} is damaged: the {numbers} are {what}. {_again(self._kind)}")
+            path = self._paths[file]
+            raise ValueError(f"{path} is damaged: the {numbers} are {what}. {_again(path, self._kind)}")
         self._is_verified[row, view] = True
 
 
@@ -201,13 +202,13 @@ def _chunk_table(path: Path, numbers: h5py.Dataset, kind: str) -> np.ndarray:
     if (table < 0).any():
         raise ValueError(
             f"{path}: {int((table < 0).sum())} of {table.size} {kind} blocks are missing or not stored plainly, one "
-            f"per spot{' and view' * (kind == 'token')}. {_again(kind)}"
+            f"per spot{' and view' * (kind == 'token')}. {_again(path, kind)}"
         )
     return table
 
 
 def _check_alike(paths: Sequence[Path], slides: Sequence[_Blocks]) -> None:
-    problems, first = [], slides[0]
+    problems, others, first = [], [], slides[0]
     kind = first.identity.kind
     for path, slide in zip(paths[1:], slides[1:], strict=True):
         differences = [
@@ -219,16 +220,19 @@ def _check_alike(paths: Sequence[Path], slides: Sequence[_Blocks]) -> None:
             differences = [f"{kind}s of shape {slide.shape[1:]} instead of {first.shape[1:]}"]
         if differences:
             problems.append(f"- {path}: {', '.join(differences)}")
+            others.append(path.stem)
     if problems:
-        flags = " with the same --encoder, --views, --dtype, --token_pool." if kind == "token" else ", and alike."
+        alike = "--encoder, --views, --dtype, --token_pool, --precision" if kind == "token" else "settings"
         raise ValueError(
             f"The {kind} caches do not belong together; compared with {paths[0]}:\n" + "\n".join(problems) + "\n"
-            f"Extract them alike: --extract_mode {kind} --overwrite{flags}"
+            f"Keep those listed elsewhere and extract their slides with the same {alike}: --extract_mode {kind} --slides "
+            f"{','.join(others)}"
         )
 
 
-def _again(kind: str) -> str:
-    return f"Extract it again with --extract_mode {kind} --overwrite."
+def _again(path: Path, kind: str) -> str:
+    program = "python preprocess/extract_features_uni.py"
+    return keeping(f"{program} --extract_mode {kind} --slides {path.stem} (with its other flags)")
 
 
 def _allow_open_files(count: int) -> None:

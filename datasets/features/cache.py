@@ -138,7 +138,7 @@ class OpenCache:
         what = "not what was written (checksum)" if self.is_sealed else "not finite"
         raise ValueError(
             f"{self.path} is damaged: the numbers of {len(rows)} of its {len(spots)} spots are {what}: "
-            f"{some([spots[row] for row in rows])}. Re-run:\n{self.repair()}"
+            f"{some([spots[row] for row in rows])}. {keeping(self.repair())}"
         )
 
 
@@ -147,8 +147,7 @@ def opened(path: str | Path, repair: Callable[[], str] | None = None) -> Iterato
     """Open a cache for reading, once its seal is verified, or, for a cache of an earlier version, its structure.
 
     repair: spells the command that makes it again; asked only when something is wrong.
-    Raises FileNotFoundError, or ValueError, also while the caller reads. Only for a file that is proven to be damaged or
-    made otherwise the message says to overwrite it.
+    Raises FileNotFoundError, or ValueError, also while the caller reads; no message says to replace the file.
     """
     path = Path(path)
     repair = repair or partial(_usual_repair, path)
@@ -161,7 +160,7 @@ def opened(path: str | Path, repair: Callable[[], str] | None = None) -> Iterato
             probe_hdf5(path, "a cache of features", keep)
         with h5py.File(path, "r") as file:
             if CHECKSUM in file and not is_sealed:
-                raise ValueError(f"{path} is damaged: it has lost its seal. Re-run:\n{repair()}")
+                raise ValueError(f"{path} is damaged: it has lost its seal. {keeping(repair())}")
             identity = identity_of(file.attrs)
             check_structure(file, identity)
             yield OpenCache(path, file, identity, is_sealed, repair)
@@ -171,11 +170,16 @@ def _is_sealed(path: Path, repair: Callable[[], str]) -> bool:
     try:
         return read_seal(path) is not None
     except ValueError as error:
-        raise ValueError(f"{path} {error}. Re-run:\n{repair()}") from error
+        raise ValueError(f"{path} {error}. {keeping(repair())}") from error
 
 
 def _usual_repair(path: Path) -> str:
-    return f"python preprocess/extract_features_uni.py --slides {path.stem} --overwrite (with its other flags)"
+    return f"python preprocess/extract_features_uni.py --slides {path.stem} (with its other flags)"
+
+
+def keeping(command: str) -> str:
+    """Advise to make a cache anew beside one that took as long, whatever is wrong with that: it may be whole, and wanted."""
+    return f"Keep it elsewhere and run:\n{command}"
 
 
 def read_identity(path: str | Path) -> CacheIdentity:

@@ -18,7 +18,7 @@ from anndata import AnnData
 from scipy import sparse
 from torch import Tensor
 
-from datasets.features.cache import read_features
+from datasets.features.cache import keeping, read_features
 from datasets.features.identity import UNKNOWN, CacheIdentity
 from datasets.features.neighbor_files import IN_MEMORY, PUBLISHED, NeighborFiles, Residence
 from datasets.features.places import find_cache, other_encoders, other_widths
@@ -174,7 +174,7 @@ class FeatureReader:
         if image is not None:
             with open_slide(image) as opened:
                 expected["image_fingerprint"] = opened.fingerprint()
-        repair = partial(self.layout.repair, kind, slide, self.encoder, overwrite=True)
+        repair = partial(self.layout.repair, kind, slide, self.encoder)
         identity = verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair)
         if identity.encoder_sha256 != UNKNOWN:
             self.sha256 = self.sha256 or identity.encoder_sha256
@@ -247,8 +247,8 @@ class FeatureReader:
             if features.shape[1:] != whole.shape[1:]:
                 raise ValueError(
                     f"{kind} features of slide {record.name} have the shape {tuple(features.shape[1:])} a spot, those of "
-                    f"slide {records[0].name} {tuple(whole.shape[1:])}. Run: "
-                    f"{self.layout.repair(kind, record.name, self.encoder, overwrite=True)}"
+                    f"slide {records[0].name} {tuple(whole.shape[1:])}. "
+                    f"{keeping(self.layout.repair(kind, record.name, self.encoder))}"
                 )
             whole[record.start : record.stop] = features
         assert whole is not None, "at least one slide is read"

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.features.cache import opened
+from datasets.features.cache import keeping, opened
 from datasets.features.identity import UNKNOWN, CacheIdentity
 from datasets.layout import Layout
 
 _NAMED_AT_MOST = 5  # spots in a message
+# What to set so that a cache of another value fits.
+_SETTINGS = {"encoder": "DATA.encoder={}", "encoder_sha256": "those weights (--weights)"}
+_OF_TOKENS = {name: f"--{name} {{}}" for name in ("views", "token_pool", "dtype")}
 
 
 def verify_cache(
@@ -34,10 +37,10 @@ def verify_cache(
         problems = [_describe_field(name, getattr(identity, name), expected[name]) for name in differing]
         problems += _compare_spots(cache.spot_ids, cache.centers, list(spot_ids), np.asarray(centers))
     if len(problems) == 1:
-        raise ValueError(f"{path} cannot be used: {problems[0]}. {_what_to_do(identity, differing, repair)}")
+        raise ValueError(f"{path} cannot be used: {problems[0]}. {_what_to_do(identity, differing, 1, repair)}")
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
-        what_to_do = _what_to_do(identity, differing, repair)
+        what_to_do = _what_to_do(identity, differing, len(problems), repair)
         raise ValueError(f"{path} cannot be used, for {len(problems)} reasons:\n{listed}\n{what_to_do}")
     return identity
 
@@ -47,13 +50,19 @@ def expected_size(layout: Layout) -> dict[str, object]:
     return {"patch_size": layout.patch_size, "patch_um": layout.patch_um}
 
 
-def _what_to_do(identity: CacheIdentity, differing: Sequence[str], repair: Callable[[], str]) -> str:
-    """What another patch encoder, or other weights of it, made took as long as this would: it is never to be overwritten."""
-    if not {"encoder", "encoder_sha256"} & set(differing):
-        return f"Re-run:\n{repair()}"
-    command = repair().replace(" --overwrite", "")
-    other = f"DATA.encoder={identity.encoder}" if "encoder" in differing else "those weights (--weights)"
-    return f"Work with {other}, or keep these features elsewhere and run:\n{command}"
+def _what_to_do(identity: CacheIdentity, differing: Sequence[str], count: int, repair: Callable[[], str]) -> str:
+    """A cache of other settings took as long as this would: work with them if that is all, and keep it in any case.
+
+    count: of all problems, those with spots included.
+    """
+    settings = _SETTINGS | (_OF_TOKENS if identity.kind == "token" else {})
+    own = {name: settings[name].format(getattr(identity, name)) for name in differing if name in settings}
+    advice = keeping(repair())
+    if not own or len(own) < count:
+        return advice
+    if "encoder" in own:
+        own.pop("encoder_sha256", None)  # other weights, of course
+    return f"Work with {' and '.join(own.values())}, or {advice[0].lower()}{advice[1:]}"
 
 
 def _is_same(found: object, expected: object) -> bool:

@@ -68,7 +68,7 @@ def join(counts: AnnData, spots: pd.DataFrame, spec: DatasetSpec, source: str) -
     if shared.empty:
         raise ValueError(
             f"{source}: {SELECTED} is 0 for all {len(listed)} spots with counts, so none is left. Correct the column, or "
-            "remove it."
+            "leave it out."
         )
     table = spots.loc[shared]
     table_x, table_y = rounded(table["x"]), rounded(table["y"])

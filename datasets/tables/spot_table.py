@@ -93,7 +93,7 @@ def check_inside(adata: AnnData, image_size: tuple[int, int], image: str | Path 
     elif outside.mean() > 0.2:
         remedy = "So many point to an image that is not the full-resolution one, or to the image of another slide."
     else:
-        remedy = "Correct their pixel_x and pixel_y in the spot table, or remove them from it."
+        remedy = "Correct their pixel_x and pixel_y in the spot table, or mark them selected = 0 there."
     raise ValueError(
         f"Slide {adata.uns.get('slide', '?')}: {outside.sum()} of {adata.n_obs} spots lie outside {image} "
         f"({width} x {height} pixels): {some(listed)}. {remedy}"

@@ -52,7 +52,7 @@ def _refuse_grid(grid_xy: Tensor, slide: Tensor, repeated: Tensor) -> None:
     listed = "; ".join(f"slide {index} of the batch at (x, y) = ({x}, {y})" for index, x, y in cells)
     raise ValueError(
         f"Duplicate grid positions: {len(repeated)} spots share the grid position of another spot of their slide "
-        f"({listed}). Every spot needs a position of its own: remove the duplicates from the spot table."
+        f"({listed}). Every spot needs a position of its own: correct the spot table."
     )
 
 

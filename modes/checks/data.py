@@ -16,7 +16,7 @@ from datasets.tables.gene_list import checked_genes
 from datasets.tables.genes_in_common import genes_in_common
 from datasets.tables.slide_table import load_slide
 from datasets.tables.summary import summarise, with_genes
-from datasets.targets import note_on_counts
+from datasets.targets import note_on_counts, other_panel
 from modes.checks.findings import Findings
 from modes.prediction.model import needs_of
 from modes.training.run_data import OF_CONFIGURATION
@@ -104,11 +104,11 @@ def check_panel(config: Config, layout: Layout, records: Sequence[SlideRecord], 
     missing = [gene for gene in panel if gene not in known]
     if missing:
         where = [slide for slide, genes in measured.items() if not genes >= set(panel)]
+        which = f"--type {layout.name} --data_dir {layout.data_dir}"
         findings.problem(
             "genes",
             f"{len(missing)} of {len(panel)} genes of {layout.panel_path} have no counts on every slide: {some(missing)} "
-            f"(on {some(where, 3)}). Make a panel of the genes that all have: python preprocess/select_genes.py --type "
-            f"{layout.name} --data_dir {layout.data_dir} --overwrite",
+            f"(on {some(where, 3)}). {other_panel(which)}",
         )
         return
     findings.ok("genes", f"{layout.panel_path} lists {len(panel)} genes, measured on every slide.")
@@ -155,7 +155,7 @@ def _check_tokens(layout: Layout, records: Sequence[SlideRecord], reader: Featur
     expected = {"kind": "token", "encoder": reader.encoder, **expected_size(layout)}
     expected |= {"encoder_sha256": reader.sha256} if reader.sha256 else {}
     for record in cached:
-        repair = partial(layout.repair, "token", record.name, reader.encoder, overwrite=True)
+        repair = partial(layout.repair, "token", record.name, reader.encoder)
         path, table = find_cache(layout, "token", record.name), record.table
         try:
             verify_cache(path, expected, list(table.obs_names), table.obsm["center"], repair)

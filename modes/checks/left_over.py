@@ -22,5 +22,5 @@ def check_left_over(layout: Layout, run_dir: Path | None, findings: Findings) ->
         findings.warning(
             "left over",
             f"{len(found)} temporary files of processes that have ended take {size}: {some(list(map(str, found)), 6)}. Whoever "
-            "writes there next removes them, or you do, if no other machine is at work there.",
+            "writes there next clears them away.",
         )

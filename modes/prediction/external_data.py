@@ -149,7 +149,7 @@ def cached_tokens(member: Member, layout: Layout, store: SpotStore, device: torc
     if pool != trained:
         raise ValueError(
             f"The token caches of {layout.name} are pooled by {pool}, the run was trained on tokens pooled by "
-            f"{trained}. Extract them again with --token_pool {trained} --overwrite."
+            f"{trained}. Keep them elsewhere and extract with --token_pool {trained}."
         )
     return source
 

@@ -234,7 +234,7 @@ def _online_encoder(config: Config, layout: Layout, store: SpotStore, device: to
         raise ValueError(
             f"the features in {layout.root} were made with other weights of {encoder.name} (sha256 "
             f"{store.encoder.sha256[:12]}...) than the ones found now ({encoder.weights_sha256[:12]}...). Give the same file "
-            "with --weights, or extract again with preprocess/extract_features_uni.py --overwrite."
+            f"with --weights, or keep those features elsewhere and run:\n{layout.repair('all', None, encoder.name)}"
         )
     return encoder
 

@@ -88,8 +88,8 @@ def check_same_patch_encoder(fold: TrainedFold, run_data: RunData, checkpoint: P
     if pool != run_data.token_pool:
         raise ValueError(
             f"{checkpoint} was trained on tokens pooled by {pool}, those at hand are pooled by {run_data.token_pool} "
-            f"({run_data.token_source['source']}). Make token caches of the training's kind: extract again with --token_pool "
-            f"{pool} --overwrite, and leave DATA.tokens=online out."
+            f"({run_data.token_source['source']}). Make token caches of the training's kind: keep those that are there "
+            f"elsewhere, extract with --token_pool {pool}, and leave DATA.tokens=online out."
         )
     if made.name != found.name or not made.has_weights(found.sha256):
         raise ValueError(

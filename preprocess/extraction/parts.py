@@ -74,4 +74,4 @@ def _blocks(parts: Sequence[Path]) -> Iterator[np.ndarray]:
 
 
 def _repair(part: Path) -> str:
-    return f"the same command again, after removing {part}"
+    return f"the same command again (it makes {part.name} anew)"

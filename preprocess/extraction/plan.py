@@ -61,11 +61,11 @@ class ExtractionSettings:
     num_processes: int = 1
 
     def repair(self, kind: str, slide: str) -> str:
-        """The command that makes one cache of one slide again, as these settings would."""
+        """The command that makes one cache of one slide where there is none, as these settings would."""
         variant = ""
         if kind == "token":
             variant = f" --views {self.views} --token_pool {self.token_pool} --dtype {self.token_dtype}"
-        return f"{self.command} --extract_mode {kind}{variant} --slides {slide} --overwrite"
+        return f"{self.command} --extract_mode {kind}{variant} --slides {slide}"
 
 
 @dataclass(frozen=True)

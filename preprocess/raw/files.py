@@ -26,6 +26,7 @@ from utils.files import reading, sha256, write_atomically, write_text
 from utils.text import some
 from utils.untrusted.text import open_unpacked, text_of
 
+KEEP = "Keep it elsewhere and repeat, or prepare into another --data_dir."
 _CELLS_AT_A_TIME = 1 << 27  # of a table of counts: half a gigabyte
 
 
@@ -54,7 +55,7 @@ def place_file(source: Path, target: Path, *, overwrite: bool, link: bool = Fals
         if target.exists() and same_content(source, target):
             return "kept"
         if not overwrite:
-            raise ValueError(f"{target} is there already and differs from {source}. Use --overwrite to replace it.")
+            raise ValueError(f"{target} is there already and differs from {source}. {KEEP}")
     if link and not is_packed(source, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.link")
@@ -137,7 +138,7 @@ def write_counts(path: Path, slide: AnnData, *, overwrite: bool) -> None:
     """
     if path.exists() and not overwrite:
         if not same_counts(read_counts(path), slide):
-            raise ValueError(f"{path} is there already and holds other counts. Use --overwrite to replace it.")
+            raise ValueError(f"{path} is there already and holds other counts. {KEEP}")
         return
     # Neither dictionaries nor statistics: with thousands of short columns they only cost time, here and at every reading.
     write_atomically(path, lambda temporary: _write_parquet(temporary, slide))
@@ -191,5 +192,5 @@ def write_spots(path: Path, spots: pd.DataFrame, *, overwrite: bool) -> None:
         with reading(path, "a table of spots"):
             is_same = text_of(path) == text
         if not is_same:
-            raise ValueError(f"{path} is there already and differs. Use --overwrite to replace it.")
+            raise ValueError(f"{path} is there already and differs. {KEEP}")
     write_text(path, text)

@@ -92,7 +92,7 @@ class HestPatches:
         )
         if path.exists() and not overwrite:
             expected = {"kind": "patch", "image_fingerprint": identity.image_fingerprint, "patch_size": self.size}
-            repair = "python preprocess/prepare_hest.py --overwrite (with its other flags)"
+            repair = "python preprocess/prepare_hest.py (with its other flags)"
             verify_cache(path, expected, list(joined.obs_names), centers, lambda: repair)
             return
         write_cache(path, identity, list(joined.obs_names), centers, self.blocks(barcodes))

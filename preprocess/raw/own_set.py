@@ -180,7 +180,7 @@ def _extended(before: DatasetSpec, own: OwnSet, sections: Sequence[Section]) -> 
         if there is not None and section.patient is not None and there != section.patient and not own.overwrite:
             raise ValueError(
                 f"{Layout(own.data_dir, before).spec_path} says that {section.slide} is of patient {there}, not of "
-                f"{section.patient}. Use --overwrite to change that, or another name for the section."
+                f"{section.patient}. Correct one of the two, or use another name for the section."
             )
         if section.patient is not None:
             patients[section.slide] = section.patient
@@ -278,7 +278,9 @@ def duplicate_notes(names: Sequence[str]) -> list[str]:
 def _genes_in_common(layout: Layout) -> list[str]:
     """The genes that every section of the set has. Raises ValueError, as `genes_in_common`, if there is none."""
     measured = {slide: gene_names(layout.counts_path(slide)) for slide in layout.slides_with_counts()}
-    remedy = f"Prepare those with Ensembl ids again, with --overwrite and --gene_map FILE, {WHERE}."
+    remedy = (
+        f"Keep the counts of those with Ensembl ids elsewhere, and prepare them again with --gene_map FILE, {WHERE}."
+    )
     return genes_in_common(measured, remedy=remedy)
 
 

@@ -31,7 +31,7 @@ def write_panel(path: Path, genes: Sequence[str], *, overwrite: bool, method: st
         changed = len(set(genes) - set(there))
         return (
             f"{path} is kept: it holds {len(there)} genes, {changed} of the {len(genes)} genes chosen now are not among "
-            "them. Use --overwrite to replace it."
+            f"them. To have these, keep it and {path.stem}.json elsewhere and repeat."
         )
     write_atomically(path, lambda temporary: np.save(temporary, np.array(list(genes))))
     record = {"method": method, "meaning": PANEL_METHODS[method], "num_genes": len(genes), **how, "genes": list(genes)}

@@ -76,7 +76,7 @@ def _of_rows(rows: Sequence[SheetRow], numbers: Sequence[int], sheet: Path) -> l
         empty = [name for name in COLUMNS if str(getattr(row, name)) in ("", ".")]
         if empty:
             problems.append(
-                f"row {number} ({row.sample or 'no sample'}): {', '.join(empty)} empty. Fill the row, or remove it"
+                f"row {number} ({row.sample or 'no sample'}): {', '.join(empty)} empty. Fill the row, or leave it out"
             )
             continue
         for what, name in (("sample", row.sample), ("patient", row.patient)):

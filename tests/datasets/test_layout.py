@@ -221,10 +221,10 @@ def test_a_repair_command_makes_the_cache_where_it_was_looked_for(tmp_path):
     def opened(name="her2st/dml", test_name=None, spec=SPECS["her2st"], **sizes):
         return Layout(tmp_path, spec, test_name, extraction=partial(extraction_command, config_name=name), **sizes)
 
-    found = opened(patch_size=112, num_neighbors=3).repair("target", "A1", "resnet50", overwrite=True)
+    found = opened(patch_size=112, num_neighbors=3).repair("target", "A1", "resnet50")
     assert found == (
         "python preprocess/extract_features_uni.py --config her2st/dml --mode internal --extract_mode target "
-        f"--data_dir {tmp_path} --encoder resnet50 --set DATA.patch_size=112 --num_n 3 --slides A1 --overwrite"
+        f"--data_dir {tmp_path} --encoder resnet50 --set DATA.patch_size=112 --num_n 3 --slides A1"
     )
     usual = opened().repair("token", None, "uni")
     assert "--set" not in usual and "--num_n" not in usual

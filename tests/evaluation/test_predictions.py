@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anndata
 import h5py
 import matplotlib
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from anndata.io import write_elem
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from scipy import sparse
 
 from evaluation.predictions import read_compared, read_prediction, slide_of, tissue_image, write_prediction
 
@@ -73,6 +75,35 @@ def test_provenance_keeps_plain_values(tmp_path: Path) -> None:
     assert provenance["fold"] == 2 and provenance["checkpoint"] == "best.pt" and provenance["model"]["name"] == "x"
     assert list(provenance["patients"]) == ["A", "B"]
     assert "mpp" not in provenance
+
+
+@pytest.mark.parametrize("place", ["X", "layers/measured", "obsm/spatial", "uns/more"])
+@pytest.mark.parametrize("index", [2, 500, 2**31 - 1])
+def test_sparse_matrices_are_refused_before_anything_touches_them(tmp_path: Path, place: str, index: int) -> None:
+    """An index beyond the genes was read: wrong sums, or the end of the process."""
+    path = tmp_path / "A1.h5ad"
+    write_prediction(path, **slide_arguments())
+    with h5py.File(path, "r+") as file:
+        if place in file:
+            del file[place]
+        write_elem(file, place, sparse.eye(30, 5, format="csr", dtype=np.float32))
+        file[place]["indices"][0] = index
+    said = rf"A1\.h5ad cannot be read as a prediction .*{place} is a sparse matrix"
+    with pytest.raises(ValueError, match=f"{said}.*predict again"):
+        read_prediction(path)
+    if place in ("X", "layers/measured"):
+        with pytest.raises(ValueError, match=said):
+            read_compared(path, ["GENE0"])
+
+
+def test_what_scanpy_adds_beside_a_prediction_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "A1.h5ad"
+    write_prediction(path, **slide_arguments())
+    adata = anndata.read_h5ad(path)
+    adata.obsp["connectivities"] = sparse.eye(30, format="csr")
+    adata.write_h5ad(path)
+    found = read_prediction(path)
+    assert not found.obsp and np.array_equal(found.X, adata.X) and slide_of(found) == "A1"
 
 
 def test_slide_without_counts_image_or_grid(tmp_path: Path) -> None:

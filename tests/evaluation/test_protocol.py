@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from evaluation import aggregation
+from evaluation.external import Predictor, external_summary
 from evaluation.fold_files import find_folds, read_fold, read_run, write_fold
 from evaluation.gene_lists import (
     highly_variable_list,
@@ -171,6 +172,23 @@ def test_undefined_genes_are_skipped_and_counted():
     everything = score([slide("A1", [math.nan] * 6)])
     assert math.isnan(everything.summary["pcc_all"]) and math.isnan(everything.summary["pcc_h"])
     assert everything.summary["mse"] == pytest.approx(1.0)
+
+
+def test_a_slide_of_one_spot_is_called_so():
+    """Not constant: that would send the reader to look for genes that do not vary."""
+    whole, values = slide("A1", [0.5] * 6), np.full((1, 6), 2.0)
+    lone = SlideResult("A2", "A", ["1x1"], GRID[:1], whole.genes, values, None, {"fused": values})
+    notes = score([whole, lone]).summary["notes"]
+    assert "PCC undefined for every gene of slides that have 1 spot: A2; means skip them." in notes
+    assert not any("constant" in note for note in notes)
+    predictor = Predictor("fold 0", np.full((2, 6), 2.0), {"h": ["a"]})
+    predictor.add(whole)
+    predictor.add(lone)
+    about = {"genes": whole.genes, "slides": {"A1": 8, "A2": 1}}
+    notes = external_summary([predictor], about)[0]["notes"]
+    assert any("slides that have 1 spot: A2" in note for note in notes) and not any(
+        "constant" in note for note in notes
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

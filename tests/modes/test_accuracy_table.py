@@ -44,7 +44,10 @@ def test_methods_are_trained_compared_and_shown(work, capsys):
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert list(rows)[2:] == [METHODS["gene_dml"][0], METHODS["ridge"][0]]
     assert "(2)" in rows[METHODS["gene_dml"][0]] and "(1)" in rows[METHODS["ridge"][0]], "seeds of each"
-    assert "the seeds 0, 1" in text and "`python benchmarks/accuracy.py --data tiny --device cpu --methods gene_dml" in text
+    assert (
+        "the seeds 0, 1" in text
+        and "`python benchmarks/accuracy.py --data tiny --device cpu --methods gene_dml" in text
+    )
     assert "too few for an interval or a test" in text
     assert {"A", "B"} < {cell.strip() for cell in text.splitlines()[0].split("|")}
     content = json.loads((path.parent / "accuracy.json").read_text())

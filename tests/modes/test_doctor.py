@@ -186,7 +186,7 @@ def test_caches_of_other_spots_encoders_and_none(config, layout, ask):
     has(
         text, "problem", "features", "1 of 3 slides have no target features: A1", r"--extract_mode target .*--slides A1"
     )
-    has(text, "problem", "features", r"B1\.h5 cannot be used", r"\d extra", "--slides B1 --overwrite")
+    has(text, "problem", "features", r"B1\.h5 cannot be used", r"\d extra", "eep it elsewhere", "--slides B1")
     has(text, "problem", "tokens", r"token_features_efficientnet-lite0_64/B1\.h5 cannot be used")
     has(text, "warning", "tokens", "1 of 3 slides have no token cache", "--extract_mode token")
     text = ask(with_overrides(config, ["DATA.encoder=resnet50"]))
@@ -222,6 +222,7 @@ def test_genes_of_the_panel(config, layout, ask):
         "problem",
         "genes",
         r"2 of 24 genes of .*genes_demo\.npy .*\(on B1\)",
+        "in a file of its own: .*select_genes.py --type demo --data_dir .* --out FILE.npy",
         r"select_genes\.py --type demo",
     )
     layout.panel_path.unlink()

@@ -89,7 +89,7 @@ def test_a_region_goes_into_the_spot_table(tiny_run, tmp_path):
     region.write_text(json.dumps({"type": "Polygon", "coordinates": [area]}))
     shared = ("--type", "demo", "--slide", "A1", "--region", region, "--data_dir", data_dir)
     refused = call(select_spots.main, *shared)
-    assert refused.status and "--overwrite replaces it" in refused.said
+    assert refused.status and "keep this one elsewhere" in refused.said
     assert call(select_spots.main, *shared, "--overwrite").status == 0
     after = load_slide(layout, "A1")
     expected = before[before.obsm["center"][:, 0] < middle]

@@ -206,8 +206,10 @@ def test_valid_caches_are_kept_and_invalid_ones_refused(data_dir, capsys):
         _run(data_dir, "target")
     message = str(refused.value)
     assert "2 slides cannot be extracted" in message and "other weights" in message and "B1.h5 is truncated" in message
-    assert "--config demo/dml --mode internal" in message and "--extract_mode target --slides B1 --overwrite" in message
-    assert "keep these features elsewhere" in message and "--slides A1 --overwrite" not in message
+    assert "--config demo/dml --mode internal" in message and "--extract_mode target --slides B1" in message
+    assert (
+        "Work with those weights (--weights), or keep it elsewhere and run:" in message and "--overwrite" not in message
+    )
     _run(data_dir, "target", "--slides", "A1", "--overwrite")
     assert read_identity(path).encoder_sha256 != "other"
 
@@ -216,10 +218,11 @@ def test_the_variant_of_the_token_cache_is_part_of_it(extracted, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(extracted, folder)
     with pytest.raises(
-        ValueError, match=r"(?s)views is 2, expected 1.*--views 1 --token_pool 1 --dtype float16"
+        ValueError,
+        match=r"(?s)views is 2, expected 1\. Work with --views 2, or keep it .*--views 1 --token_pool 1 --dtype float16",
     ) as refused:
         _run(folder, "token", "--views", "1")
-    assert "--overwrite" in str(refused.value)
+    assert "--overwrite" not in str(refused.value)
     _run(folder, "token", "--views", "1", "--token_pool", "2", "--dtype", "float32", "--overwrite")
     layout = _layout(folder)
     pooled, whole = (read_features(_layout(place).cache_path("token", "A1")) for place in (folder, extracted))

@@ -149,7 +149,7 @@ def test_files_that_differ_are_replaced_with_overwrite_only(raw, tmp_path, name,
     before = (data / "her2st" / name).read_bytes()
     with pytest.raises(ValueError, match=message) as caught:
         prepare_her2st(raw, data, SMALL, "A1")
-    assert name in str(caught.value) and "Use --overwrite to replace it" in str(caught.value)
+    assert name in str(caught.value) and "Keep it elsewhere and repeat" in str(caught.value)
     assert (data / "her2st" / name).read_bytes() == before
     prepare_her2st(raw, data, Options(num_genes=3, overwrite=True), "A1")
     assert (data / "her2st" / name).read_bytes() != before

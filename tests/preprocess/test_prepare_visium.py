@@ -238,7 +238,7 @@ def test_the_second_run_keeps_and_a_changed_one_needs_overwrite(tmp_path, pictur
     layout = _prepare(outs, tmp_path / "data", panel_file)
     assert layout.image_path("visium").is_symlink()
     other = write_outs(tmp_path / "b" / "outs", picture, SYMBOLS, seed=3)
-    with pytest.raises(ValueError, match="--overwrite"):
+    with pytest.raises(ValueError, match="Keep it elsewhere and repeat"):
         _prepare(other, tmp_path / "data", panel_file)
     _prepare(other, tmp_path / "data", panel_file, "--overwrite")
 

@@ -103,7 +103,8 @@ def test_an_existing_panel_is_not_replaced_silently(layout, tmp_path):
     out = tmp_path / "panel.npy"
     first = select_genes(layout, num_genes=5, out=out)
     assert select_genes(layout, num_genes=5, out=out) == first
-    with pytest.raises(ValueError, match=r"panel\.npy is kept: it holds 5 genes, 1 of the 6 .*Use --overwrite"):
+    said = r"panel\.npy is kept: it holds 5 genes, 1 of the 6 .*keep it and panel\.json elsewhere and repeat"
+    with pytest.raises(ValueError, match=said):
         select_genes(layout, num_genes=6, out=out)
     assert load_names(out) == first
     assert load_names(out) != select_genes(layout, num_genes=6, out=out, overwrite=True) == load_names(out)

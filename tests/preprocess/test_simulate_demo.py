@@ -150,7 +150,7 @@ def test_finished_data_are_kept(tmp_path):
     assert simulate(tmp_path, **arguments) == first
     assert image.read_bytes() == b"edited", "a complete data set is not written again"
 
-    with pytest.raises(ValueError, match=r"holds another simulation: seed is 2021, asked for 7.*--overwrite"):
+    with pytest.raises(ValueError, match=r"holds another simulation: seed is 2021, asked for 7.*Keep it elsewhere"):
         simulate(tmp_path, **arguments, seed=7)
     simulate(tmp_path, **{**arguments, "patients": ("B",)}, overwrite=True)
     assert layout_of(tmp_path, "demo").slides_on_disk() == ["B1"], "no slide of the earlier simulation remains"

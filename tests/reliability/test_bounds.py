@@ -15,6 +15,9 @@ from scipy import sparse
 from datasets.tables.counts import gene_names, read_counts
 from datasets.tables.positions import read_positions
 from datasets.tables.spot_table import read_spots
+from preprocess.raw.files import place_file
+from preprocess.raw.gene_map import read_gene_map
+from tests.command_line import call_main
 from utils.untrusted import text
 
 
@@ -70,6 +73,26 @@ def test_damage_in_a_compressed_table_is_an_error_with_its_name(tmp_path, read):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"s\.tsv\.gz cannot be read as "):
         read(path)
+
+
+def test_damage_in_a_compressed_gene_map_or_a_file_to_be_copied_is_an_error_with_its_name(tmp_path):
+    path, target = tmp_path / "map.tsv.gz", tmp_path / "map.tsv"
+    content = bytearray(gzip.compress("".join(f"ENSG{i:011d}\tGENE{i * 7919}\n" for i in range(999)).encode()))
+    content[15:17] = b"\xff\xff"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"map\.tsv\.gz cannot be read as a table of genes"):
+        read_gene_map(path)
+    with pytest.raises(ValueError, match=r"map\.tsv\.gz cannot be read as a file to copy.*Download it again"):
+        place_file(path, target, overwrite=False)
+    assert not target.exists()
+
+
+def test_a_model_larger_than_any_memory(tiny_run):
+    left = call_main(
+        *("--mode", "train", "--config_name", tiny_run.config_name, "--data_dir", tiny_run.data_dir, "--device", "cpu"),
+        *("--log_path", tiny_run.path.parent / "large", "--set", f"MODEL.fusion_mlp_dim={10**11}"),
+    )
+    assert left.status == 2 and "MODEL.fusion_mlp_dim" in left.said and "Traceback" not in left.said, left.said
 
 
 @pytest.mark.parametrize("character", ["\0", "\x1c", "\x0c", "\x1b"])

@@ -26,7 +26,7 @@ from utils.files import UnwritableFile
 SPOTS, DIM = 12, 6
 IDS = [f"{row}x1" for row in range(SPOTS)]
 CENTERS = np.arange(2 * SPOTS).reshape(SPOTS, 2)
-REPAIR = "python preprocess/extract_features_uni.py --slides A1 --overwrite"
+REPAIR = "python preprocess/extract_features_uni.py --slides A1"
 IDENTITY = CacheIdentity(
     kind="target",
     encoder="uni",
@@ -92,7 +92,8 @@ def test_spots_whose_numbers_changed_are_named(tmp_path):
         file["features"][3] = file["features"][4]
         file["features"][7, 2] += 1
     message = refusal(path)
-    assert "the numbers of 2 of its 12 spots are not what was written (checksum): 3x1, 7x1. Re-run" in message
+    said = "the numbers of 2 of its 12 spots are not what was written (checksum): 3x1, 7x1. Keep it elsewhere and run:"
+    assert said in message
     assert np.array_equal(read_features(path, slice(8, 12)), values_of("target")[8:])
 
 

@@ -77,7 +77,7 @@ def without_locks(monkeypatch):
 def test_without_locks_of_the_file_system_the_name_of_the_owner_counts(tmp_path, holder):
     process, _ = holder
     with (
-        pytest.raises(ValueError, match=rf"by process {process.pid} on .* remove .*\.A1\.lock and repeat"),
+        pytest.raises(ValueError, match=rf"by process {process.pid} on .* move .*\.A1\.lock away and repeat"),
         held(tmp_path),
     ):
         pass

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
+import json
 import os
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.test_architecture import ROOMS, ROOT, sources, tree
 from utils.files import load_names
 from utils.untrusted.npy import strings_of_npy
 
@@ -178,21 +183,108 @@ def test_every_cut_and_many_changed_bytes_are_clean_errors_or_names(tmp_path):
             assert all(type(name) is str for name in names)
 
 
-def test_nothing_in_the_program_unpickles():
-    from tests.test_architecture import ROOMS, sources
+SAFE_LOADER = ROOT / "utils" / "untrusted" / "tensors.py"
+PICKLES = ("read_pickle", "Unpickler")  # of whatever
+UNPICKLES = ("pickle", "_pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal")
+UNPICKLES += ("torch.jit.load", "torch.hub", "torch.package", "torch.serialization", "pandas.io.pickle")
 
-    for room in ROOMS:
-        for path in sources(room):
-            text = path.read_text()
-            for call in (
-                "pickle.load",
-                "Unpickler",
-                "allow_pickle=True",
-                "weights_only=False",
-                "read_pickle",
-                "joblib",
-            ):
-                assert call not in text, f"{path} uses {call}"
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a name or an attribute of one; what it is an attribute of is left out where that is no name."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}".strip(".")
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def unpickled(code: ast.AST, *, is_loader: bool = False, is_program: bool = True) -> list[str]:
+    """What in a piece of code may unpickle: names as they are imported, arguments, and loads of PyTorch that are not safe.
+
+    is_loader: the one place of the program where PyTorch loads. is_program: elsewhere the safe loader is good enough.
+    """
+    nodes, called, found = list(ast.walk(code)), {}, []
+    modules = [alias for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names = {
+        alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0]
+        for alias in modules
+    }
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call):
+            called[id(node.func)] = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+            found += [
+                word.arg for word in node.keywords if word.arg == "allow_pickle" and ast.unparse(word.value) != "False"
+            ]
+    uses = [(name, {}) for name in {*names.values(), *(alias.name for alias in modules)}]
+    for node in nodes:
+        first, _, rest = dotted(node).partition(".")
+        if first in names or rest in PICKLES or first in PICKLES:
+            uses.append((f"{names.get(first, first)}.{rest}".strip("."), called.get(id(node), {})))
+    for name, words in uses:
+        is_safe = (is_loader or not is_program) and words.get("weights_only") is True
+        if (name == "torch.load" and not is_safe) or name.rpartition(".")[2] in PICKLES:
+            found.append(name)
+        if any(f"{name}.".startswith(f"{wrong}.") for wrong in UNPICKLES):
+            found += [] if is_loader and name in ("pickle", "pickle.UnpicklingError") else [name]
+    return found
+
+
+def may_unpickle(path: Path) -> bool:
+    """Whether a file has any of the words at all: most need not be parsed."""
+    return (
+        re.search(r"pickl|\bload\b|dill|joblib|shelve|marshal|hub|package|serialization", path.read_text(), re.I)
+        is not None
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.load(path)",
+        "import torch\ntorch.load(path, weights_only=True)",  # not where the checksums are verified
+        "import torch as t\nt.load(path, weights_only=False)",
+        "import torch.nn\ntorch.load(path)",
+        "from torch import load",
+        "import torch\nread = torch.load",
+        "import torch\ntorch.serialization.load(path)",
+        "import torch.serialization as loader",
+        "import pickle",
+        "from pickle import loads as parse",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+        "import numpy as np\nnp.load(path, allow_pickle=allowed)",
+        "import pandas as pd\npd.read_pickle(path)",
+        "import dill, joblib",
+    ],
+)
+def test_whatever_unpickles_is_found(code):
+    assert unpickled(ast.parse(code))
+
+
+def test_the_safe_loader_says_so_in_words():
+    loads = "import pickle, torch\ntorch.load(path, weights_only={})\npickle.{}"
+    assert unpickled(ast.parse(loads.format("True", "UnpicklingError")), is_loader=True) == []
+    assert unpickled(ast.parse(loads.format("is_safe", "UnpicklingError")), is_loader=True) == ["torch.load"]
+    assert unpickled(ast.parse(loads.format("True", "loads")), is_loader=True) == ["pickle.loads"]
+    assert unpickled(ast.parse("import torch\ntorch.load(path, weights_only=True)"), is_program=False) == []
+
+
+def test_nothing_in_the_program_unpickles():
+    """Nor in benchmarks, notebooks, scripts and pages; PyTorch's safe loader is called in one place of the program."""
+    program = [path for room in ROOMS for path in sources(room)]
+    assert SAFE_LOADER in program
+    found = {path: unpickled(tree(path), is_loader=path == SAFE_LOADER) for path in program if may_unpickle(path)}
+    beside = [
+        path for folder in ("benchmarks", "docs", "scripts", "notebooks") for path in (ROOT / folder).rglob("*.py")
+    ]
+    found |= {path: unpickled(tree(path), is_program=False) for path in beside if may_unpickle(path)}
+    for path in (ROOT / "notebooks").rglob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            lines = [line for line in "".join(cell["source"]).splitlines() if not line.startswith(("%", "!"))]
+            if cell["cell_type"] == "code":
+                found[path] = found.get(path, []) + unpickled(ast.parse("\n".join(lines)), is_program=False)
+    for path in (ROOT / "scripts").rglob("*.sh"):
+        found[path] = re.findall(r"\w*pickle|torch\.load|joblib|\bdill\b", path.read_text())
+    assert {str(path.relative_to(ROOT)): names for path, names in found.items() if names} == {}
 
 
 def test_strings_come_from_the_file_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import fcntl
 import json
@@ -18,6 +19,7 @@ from datasets.spec import DatasetSpec, read_spec
 from evaluation.fold_files import read_fold
 from evaluation.predictions import read_prediction
 from tests.command_line import call_main
+from tests.test_architecture import ROOMS, ROOT, sources, tree
 from utils.cli import run
 from utils.config import load_config
 from utils.files import UnreadableFile, reading
@@ -25,6 +27,15 @@ from utils.runs import read_epochs
 from utils.text import brief, parse_yaml, shortened
 
 DESTROYS = ("overwrite", "delete", "remove")
+# Texts of the program with such a word that advise nobody to destroy a file.
+HARMLESS = {
+    "overwrite": "the flag's name where it is defined",
+    "--overwrite": "the same",
+    "--overwrite with --parallel: each process would make again what another has made. Give --slides to each instead.": (
+        "refuses the flag"
+    ),
+    "table to write (default: the slide's own, with --overwrite)": "--help, which says what the flag does",
+}
 
 
 def read_with(error: BaseException, path: Path) -> str:
@@ -231,9 +242,21 @@ def test_a_pattern_of_images_has_two_names_only(line, text, tmp_path):
     assert text in str(caught.value)
 
 
-@pytest.mark.parametrize("pattern", ["^(B)?[A-Z]", "^(B*)A"])
-def test_a_patient_that_the_pattern_leaves_empty_is_unknown(pattern):
-    with pytest.raises(ValueError, match="Slide 'A1' of own has no known patient"):
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("^(B)?[A-Z]", "leaves the group empty of"),
+        ("^(Z*)[A-Z]", "leaves the group empty of"),
+        ("^(P[0-9])", "does not match"),
+    ],
+)
+def test_a_pattern_that_gives_no_patient_is_named_with_its_file(pattern, why, tmp_path):
+    path = tmp_path / "dataset.yaml"
+    path.write_text(f"patient_pattern: '{pattern}'\n")
+    with pytest.raises(ValueError, match="Slide 'A1' of own has no known patient") as caught:
+        read_spec(path, name="own").patient_of("A1")
+    assert f"its name {why} '{pattern}'. Correct patient_pattern in {path}, or write the patient" in str(caught.value)
+    with pytest.raises(ValueError, match="describe your own data set in a dataset"):
         DatasetSpec(name="own", patient_pattern=pattern).patient_of("A1")
 
 
@@ -296,3 +319,22 @@ def test_a_locked_cache_in_a_whole_command(tiny_run):
         )
     assert left.status == 2 and "it is locked (in use by another process" in left.said, left.said
     assert "HDF5_USE_FILE_LOCKING=FALSE" in left.said and "--overwrite" not in left.said
+
+
+def texts_of(path: Path) -> list[str]:
+    """All texts in a file of the program but its docstrings, those with values in braces in their pieces."""
+    found = list(ast.walk(tree(path)))
+    said = {id(node.value) for node in found if isinstance(node, ast.Expr)}
+    return [n.value for n in found if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in said]
+
+
+def test_no_text_of_the_program_advises_to_destroy_a_file():
+    """Whatever is wrong with a file, it may be whole: it is kept elsewhere, and the same command then makes another."""
+    wrong = re.compile(
+        r"overwrit|delet|remov(?!eprefix|esuffix)|eras|discard|throw|get rid|\brm\b|unlink", re.IGNORECASE
+    )
+    texts = [(path, text) for room in ROOMS for path in sources(room) for text in texts_of(path)]
+    assert [
+        (str(path.relative_to(ROOT)), text) for path, text in texts if wrong.search(text) and text not in HARMLESS
+    ] == []
+    assert set(HARMLESS) <= {text for _, text in texts}

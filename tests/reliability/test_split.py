@@ -7,7 +7,7 @@ import pytest
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec, read_spec, write_spec
 from modes.training.plan import plan_folds
-from tests.command_line import call_main
+from tests.command_line import call_extract, call_main
 from utils.config import Config
 
 ANIMALS = {"MOB1": "1", "MOB2": "1", "MOB3": "2", "MOB4": "2"}
@@ -87,6 +87,21 @@ def test_names_of_runs_that_leave_their_folder(name, mode, tmp_path):
     left = call_main("--mode", mode, "--config_name", "her2st/dml", "--log_path", tmp_path, "--run_name", name)
     assert left.status == 2 and "--run_name" in left.said and "is not a plain name" in left.said, left.said
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["external_test", "doctor"])
+def test_a_name_of_a_test_set_longer_than_any_folder_s(mode, tiny_run, tmp_path):
+    more = (
+        ("--model_path", tiny_run.path)
+        if mode == "external_test"
+        else ("--config_name", "demo/dml", "--data_dir", tmp_path)
+    )
+    left = call_main("--mode", mode, "--test_name", "n" * 300, "--device", "cpu", *more)
+    assert left.status == 2 and "is not a plain name" in left.said and "Traceback" not in left.said, left.said
+    left = call_extract(
+        "--mode", "external", "--extract_mode", "patch", "--test_name", "n" * 300, "--data_dir", tmp_path
+    )
+    assert left.status == 2 and "is not a plain name" in left.said, left.said
 
 
 def test_no_folder_of_runs(tmp_path):

@@ -17,6 +17,8 @@ from datasets.tables.counts import gene_names, read_counts, round_ids
 from datasets.tables.positions import read_positions
 from datasets.tables.sparse import Stored, checked_sparse
 from datasets.tables.spot_table import read_spots
+from preprocess.raw.hest import HestSample
+from preprocess.raw.hest_patches import HestPatches
 from utils.files import load_names, safe_name
 from utils.text import checked_names
 
@@ -192,6 +194,25 @@ def test_a_panel_lists_a_gene_once(tmp_path):
     np.save(tmp_path / "panel.npy", np.array(["A", "B", "A"]))
     with pytest.raises(ValueError, match=r"panel\.npy should hold distinct names, found more than once: A\."):
         load_names(tmp_path / "panel.npy")
+
+
+@pytest.mark.parametrize("name", ["img", "coords", "barcode"])
+def test_a_group_in_place_of_the_patches_of_a_sample(name, tmp_path):
+    path = tmp_path / "S1.h5"
+    parts = {
+        "img": np.zeros((2, 8, 8, 3), np.uint8),
+        "coords": np.zeros((2, 2), int),
+        "barcode": np.array([b"A-1", b"C-1"]),
+    }
+    with h5py.File(path, "w") as file:
+        file.create_group(name)
+        for part in parts.keys() - {name}:
+            file[part] = parts[part]
+    sample = HestSample("S1", "P1", tmp_path / "S1.h5ad", path, None, None, (100, 100), "human")
+    with pytest.raises(
+        ValueError, match=r"S1\.h5 (cannot be read as a file of patches|holds img .*expected N patches)"
+    ):
+        HestPatches(sample, path)
 
 
 @pytest.mark.parametrize("name", ["s.tsv", "s.csv"])

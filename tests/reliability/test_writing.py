@@ -178,7 +178,11 @@ def test_the_doctor_finds_it_too(tiny_run, tmp_path):
 def test_a_file_that_is_there_is_replaced_only_on_request(tiny_run, tmp_path):
     out = tmp_path / "precious.h5ad"
     out.write_bytes(b"a table of counts")
-    refused(predict(tiny_run, out, "--pitch_px", 64), f"--out {out} exists", "--overwrite to replace it")
+    refused(
+        predict(tiny_run, out, "--pitch_px", 64),
+        f"--out {out} exists",
+        "Give another name, or keep that file elsewhere",
+    )
     assert out.read_bytes() == b"a table of counts"
     left = predict(tiny_run, out, "--pitch_px", 64, "--overwrite")
     assert left.status == 0 and anndata.read_h5ad(out).n_vars == 24, left.said

@@ -122,8 +122,11 @@ def test_caches_that_differ_are_refused_together(tmp_path):
     _write(paths[2], 3, 0, dtype="float32")
     with pytest.raises(
         ValueError, match=r"(?s)B\.h5: encoder sha256 ff instead of ab12, views 2 instead of 8.*C\.h5: dtype"
-    ):
+    ) as caught:
         BlockStore(paths, "token")
+    # the first is what they are compared with; those that differ may be whole, and what is right nobody knows here
+    assert "Keep those listed elsewhere and extract their slides with the same --encoder" in str(caught.value)
+    assert str(caught.value).endswith("--extract_mode token --slides B,C")
     patches = np.zeros((3, 8, 8, 3), dtype=np.uint8)
     identity = dataclasses.replace(TOKENS_OF_UNI, kind="patch", dtype="uint8", patch_size=8)
     write_cache(paths[1], identity, ["0x1", "1x1", "2x1"], np.zeros((3, 2), dtype=int), [patches])
@@ -135,7 +138,9 @@ def test_a_file_cut_while_in_use(tmp_path):
     _write(tmp_path / "A.h5", 4, 0)
     with BlockStore([tmp_path / "A.h5"], "token") as store:
         os.truncate(tmp_path / "A.h5", int(store._offsets[3, 7]) + 10)
-        with pytest.raises(ValueError, match=r"A\.h5 ends in the middle of its numbers"):
+        with pytest.raises(
+            ValueError, match=r"A\.h5 ends in the middle of its numbers.*Keep it elsewhere.*\n.*--slides A"
+        ):
             store.read([0, 3], [0, 7])
     with pytest.raises(ValueError, match=r"A\.h5 is truncated"):
         BlockStore([tmp_path / "A.h5"], "token")

@@ -30,7 +30,7 @@ IDENTITY = CacheIdentity(
 IDS = ["1x1", "2x1", "1x2", "2x2"]
 CENTERS = np.array([[100, 100], [300, 100], [100, 300], [300, 300]])
 FEATURES = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
-REPAIR = "python preprocess/extract_features_uni.py --slides A1 --overwrite"
+REPAIR = "python preprocess/extract_features_uni.py --slides A1"
 EXPECTED = {"encoder": "uni", "encoder_sha256": "ab12", "patch_size": 224, "image_fingerprint": "9000x8000-77-cd"}
 
 
@@ -38,20 +38,19 @@ def _write(path, identity=IDENTITY, ids=IDS, centers=CENTERS, features=FEATURES)
     return write_cache(path, identity, ids, centers, iter([features[:3], features[3:]]))
 
 
-def _refusal(path, expected=EXPECTED, ids=IDS, centers=CENTERS) -> str:
+def _kept(path, expected=EXPECTED, ids=IDS, centers=CENTERS) -> str:
+    """The message about a file that cannot be used: it says to keep it, whatever is wrong, for it may be whole."""
     with pytest.raises(ValueError) as refused:
         verify_cache(path, expected, ids, centers, repair=lambda: REPAIR)
     message = str(refused.value)
-    assert str(path) in message and REPAIR in message
+    assert str(path) in message and "eep it elsewhere" in message and "overwrite" not in message
     return message
 
 
-def _kept(path, expected=EXPECTED, ids=IDS, centers=CENTERS) -> str:
-    """The message about a file that may be whole, and someone else's: it does not say to overwrite it."""
-    with pytest.raises(ValueError) as refused:
-        verify_cache(path, expected, ids, centers, repair=lambda: REPAIR)
-    message = str(refused.value)
-    assert str(path) in message and "elsewhere" in message and "overwrite" not in message
+def _refusal(path, expected=EXPECTED, ids=IDS, centers=CENTERS) -> str:
+    """As `_kept`, with the command that makes another one."""
+    message = _kept(path, expected, ids, centers)
+    assert message.endswith(f"eep it elsewhere and run:\n{REPAIR}")
     return message
 
 
@@ -116,12 +115,33 @@ def test_an_attribute_of_an_older_version_is_ignored(tmp_path):
     ("changed", "message"),
     [
         ({"image_fingerprint": "1x1-1-a"}, r"another image file (fingerprint 1x1-1-a, the image there now has 9000x"),
-        ({"patch_size": 448}, r"its patch size is 448, expected 224"),
+        ({"patch_size": 448}, r"its patch size is 448, expected 224. Keep it elsewhere and run:"),
+        ({"patch_um": 112.0}, "its patches are 112 um wide, expected not scaled (DATA.patch_um). Keep it elsewhere"),
+        ({"fill": "black"}, "its fill is black, expected white outside the image"),
+        ({"precision": "bf16"}, "its precision is bf16, expected float32. Keep it elsewhere and run:"),
+        ({"dtype": "float16"}, "its dtype is float16, expected float32. Keep it elsewhere and run:"),
     ],
 )
-def test_a_cache_made_otherwise_is_refused(tmp_path, changed, message):
-    path = _write(tmp_path / "A1.h5", dataclasses.replace(IDENTITY, **changed))
-    assert message in _refusal(path)
+def test_a_cache_made_otherwise_is_refused_and_kept(tmp_path, changed, message):
+    features = FEATURES.astype(changed.get("dtype", "float32"))
+    path = _write(tmp_path / "A1.h5", dataclasses.replace(IDENTITY, **changed), features=features)
+    assert message in _refusal(path, EXPECTED | {name: getattr(IDENTITY, name) for name in changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "way"),
+    [
+        ({"views": 1}, "its views is 1, expected 8. Work with --views 1, or keep it elsewhere"),
+        ({"views": 1, "dtype": "float32"}, "Work with --views 1 and --dtype float32, or keep it elsewhere"),
+        ({"token_pool": 2}, "Work with --token_pool 2, or keep it elsewhere"),
+        ({"views": 1, "patch_size": 64}, "its views is 1, expected 8\nKeep it elsewhere"),
+    ],
+)
+def test_tokens_of_other_settings_are_kept_and_named_with_what_fits_them(tmp_path, changed, way):
+    asked = dataclasses.replace(IDENTITY, kind="token", views=8, dtype="float16")
+    made = dataclasses.replace(asked, **changed)
+    path = _write(tmp_path / "A1.h5", made, features=np.zeros((4, made.views, 3, 5), made.dtype))
+    assert way in _refusal(path, {name: getattr(asked, name) for name in ("patch_size", *changed)})
 
 
 def test_features_of_other_weights_are_kept(tmp_path):

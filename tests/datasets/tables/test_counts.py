@@ -61,6 +61,20 @@ def test_whole_numbers_written_as_decimals_are_counts(tmp_path):
     assert read_counts(save(TABLE.astype(float), tmp_path / "s.tsv")).X.dtype == np.int32
 
 
+@pytest.mark.parametrize(
+    ("text", "count"), [("1e+05", 100_000), ("1e3", 1000), ("1.5e3", 1500), ("2E0", 2), ("5e-1", None), ("1e10", None)]
+)
+@pytest.mark.parametrize("name", ["s.tsv", "s.csv"])
+def test_whole_numbers_in_scientific_notation_are_counts_as_r_writes_them(tmp_path, name, text, count):
+    path = save(changed(1, "A.B", text), tmp_path / name)
+    if count is None:
+        with pytest.raises(ValueError, match=r"(no integers|above 2147483647) .*for gene A\.B\) in spots 2x4"):
+            read_counts(path)
+    else:
+        expected = changed(1, "A.B", count).astype(int)
+        pd.testing.assert_frame_equal(read_counts(path).to_df(), expected, check_dtype=False, check_names=False)
+
+
 def test_large_tables_of_text_are_read_cell_by_cell(tmp_path):
     """More rows than are read at once, counts of one to nine digits, no end of line at the end of the file."""
     generator = np.random.default_rng(0)

@@ -110,7 +110,9 @@ def test_neighbors_never_reach_into_another_slide():
 
 
 def test_duplicate_positions_are_refused_and_named(recording):
-    with pytest.raises(ValueError, match=r"Duplicate grid positions: \d+ spots .*slide 0 of the batch.*remove"):
+    with pytest.raises(
+        ValueError, match=r"Duplicate grid positions: \d+ spots .*slide 0 of the batch.*correct the spot table"
+    ):
         grid_neighbors(recording["position_dup"].flip(1), [len(recording["position_dup"])])
     first = random_slide(5, 0)
     second = torch.tensor([[4, 2], [4, 3], [4, 2]])

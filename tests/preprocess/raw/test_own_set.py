@@ -17,6 +17,7 @@ def test_a_section_with_ids_beside_one_with_symbols_is_named(tmp_path):
     for slide, genes in (("S1", ["TP53", "ERBB2"]), ("S2", ["ENSG00000141510", "ENSG00000141736"])):
         pd.DataFrame(1, index=["1x1", "2x1"], columns=genes).to_parquet(layout.new_counts_path(slide))
     with pytest.raises(
-        ValueError, match=r"The genes of S2 have Ensembl ids .*of S1 have symbols.*--overwrite and --gene_map"
+        ValueError,
+        match=r"The genes of S2 have Ensembl ids .*of S1 have symbols.*Keep the counts .*elsewhere, .*--gene_map",
     ):
         write_match(layout, TrainingPanel(["TP53"], "panel.txt", None))

@@ -50,7 +50,7 @@ def test_other_columns_and_their_order_do_not_matter():
         (HEADER + GOOD + "S1,P3,c/outs,c/image.tif\n", "rows 2, 4: the same sample S1. Every section has a name of its own"),
         (HEADER + GOOD + "S3,P3,a/../a/outs,c/image.tif\n", r"rows 2, 4: the same outs /.*/a/outs\. .*correct one"),
         (HEADER + GOOD + "S3,P3,c/outs,b/image.tif\n", r"rows 3, 4: the same image /.*/b/image\.tif\. .*Space Ranger"),
-        (HEADER + GOOD + "S3,,c/outs,c/image.tif\n", r"row 4 \(S3\): patient empty. Fill the row, or remove it"),
+        (HEADER + GOOD + "S3,,c/outs,c/image.tif\n", r"row 4 \(S3\): patient empty. Fill the row, or leave it out"),
         (HEADER + GOOD + "S3,P3,c/outs\n", r"row 4 \(S3\): image empty"),
         (HEADER + GOOD + "../S3,P3,c/outs,c/image.tif\n", r"row 4: Sample '\.\./S3' is not a plain name.*Choose another name"),
         (HEADER + GOOD + "S3,P3,d/outs,c/image.tif\n", r"row 4 \(S3\): outs d/outs is no folder. .*current folder .*it"),
