@@ -47,12 +47,17 @@ def shortcuts() -> Iterator[None]:
         for module in ("datasets.features.reader", "modes.checks.data", "preprocess.extraction.plan"):
             patch.setattr(f"{module}.load_slide", load_slide_once)
         patch.setattr("utils.checkpoint.load_tensors", load_tensors_once)
-        patch.setattr(build, "load_patch_encoder", lambda spec, path: _read_once(spec, path, path.stat().st_mtime_ns))
-        patch.setattr(build, "sha256", lambda path: _hash_once(path, path.stat().st_mtime_ns))
+        read_encoders_once(patch)
         patch.setattr(build, "encode", encode_once)
         patch.setattr(TissuePicture, "of", look_once)
         patch.setattr(overlay, "draw_overlay", one_colour)
         yield
+
+
+def read_encoders_once(patch: pytest.MonkeyPatch) -> None:
+    """Until the patch is undone the same encoder is read from an unchanged file once."""
+    patch.setattr(build, "load_patch_encoder", lambda spec, path: _read_once(spec, path, path.stat().st_mtime_ns))
+    patch.setattr(build, "sha256", lambda path: _hash_once(path, path.stat().st_mtime_ns))
 
 
 @lru_cache(maxsize=4)

@@ -14,6 +14,11 @@ from utils.config import load_config
 from utils.devices import device_from
 
 
+@pytest.fixture(autouse=True)
+def _few_shuffles(monkeypatch):
+    monkeypatch.setattr(groups, "SHUFFLES", 4)
+
+
 def test_agreement_is_one_for_the_same_groups_and_near_chance_for_unrelated_ones():
     random = np.random.default_rng(1)
     labels = np.repeat([0, 1, 2, 3], 8)

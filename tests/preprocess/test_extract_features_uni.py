@@ -34,9 +34,17 @@ from preprocess.extraction.writers import CacheWriters, locked
 from preprocess.simulate_demo import simulate
 from tests.caches import edited
 from tests.command_line import call_extract
+from tests.shortcuts import read_encoders_once
 from tests.team import run_team
 
 SIZE = 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _encoders():
+    with pytest.MonkeyPatch.context() as patch:
+        read_encoders_once(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +78,7 @@ def data_dir(tiny_data, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def extracted(tiny_data, tmp_path_factory) -> Path:
     """Slide A1 with all its caches. Read only."""
+    torch.set_num_threads(1)
     folder = _copy(tiny_data, tmp_path_factory.mktemp("extracted"), ("A1",))
     _run(folder, "all", "--views", "2")
     return folder

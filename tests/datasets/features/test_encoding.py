@@ -61,15 +61,17 @@ def centers() -> np.ndarray:
     return np.concatenate([inside, [[0, 0], [WIDTH - 1, HEIGHT - 1], [115, 3], [3, 100], [115, 105]]])
 
 
-def _crop(picture: np.ndarray, x: int, y: int) -> np.ndarray:
-    """The tile whose top left corner is (x, y), white outside: cut from a copy with a wide white border."""
-    border = 3 * SIZE
-    padded = np.pad(picture, ((border, border), (border, border), (0, 0)), constant_values=255)
-    return padded[y + border : y + border + SIZE, x + border : x + border + SIZE]
+BORDER = 3 * SIZE
+
+
+def _crop(padded: np.ndarray, x: int, y: int) -> np.ndarray:
+    """The tile whose top left corner is (x, y) of the picture within the border."""
+    return padded[y + BORDER : y + BORDER + SIZE, x + BORDER : x + BORDER + SIZE]
 
 
 def _slow(picture: np.ndarray, centers: np.ndarray, views: int) -> dict[str, np.ndarray]:
-    """One patch, one tile, one view at a time."""
+    """One patch, one tile, one view at a time, cut from a copy with a wide white border."""
+    picture = np.pad(picture, ((BORDER, BORDER), (BORDER, BORDER), (0, 0)), constant_values=255)
     is_valid = neighbor_validity(centers, (WIDTH, HEIGHT), SIZE)
     patch_encoder = MeanColour()
     result = {"target": [], "neighbor": [], "token": [], "patch": []}
