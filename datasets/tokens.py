@@ -12,7 +12,7 @@ from torch import Tensor
 from datasets.batches import goes_to_device
 from datasets.features.block_store import BlockStore
 from datasets.features.cache import read_features
-from datasets.features.identity import CacheIdentity
+from datasets.features.identity import UNKNOWN, CacheIdentity
 from datasets.features.places import find_cache
 from datasets.features.verify import expected_size, verify_cache
 from datasets.images.geometry import NUM_VIEWS, dihedral_views, patch_corner
@@ -50,6 +50,23 @@ class CachedTokens:
                     self.store.read(rows, torch.full_like(rows, view)), self.device
                 )
         return resident
+
+    def check(self, at_most: int) -> int:
+        """Compare the caches with their checksums and see that their numbers are finite, before they are used.
+
+        at_most: bytes; of more, every n-th spot of every slide is read. Returns n.
+        Raises ValueError that names every cache with a fault, and the first in it.
+        """
+        step = -(-self.store.nbytes // at_most)
+        problems = []
+        for file in progress(range(self.store.num_files), description="tokens", unit="slide", leave=False):
+            try:
+                self.store.check(file, step)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return step
 
     def get(self, rows: Tensor, views: Tensor) -> Tensor:
         """(B, T, D) tokens on the device, in the type of the cache: the models widen them where they are needed."""
@@ -127,8 +144,10 @@ def _verify_tokens(layout: Layout, store: SpotStore) -> CacheIdentity:
     problems, identity = [], None
     for slide in store.slides:
         expected = {"kind": "token", "encoder": store.encoder.name, **expected_size(layout)}
-        if store.encoder.sha256 != "unknown":
+        if store.encoder.sha256 != UNKNOWN:
             expected["encoder_sha256"] = store.encoder.sha256
+        if slide.fingerprint not in (None, UNKNOWN):
+            expected["image_fingerprint"] = slide.fingerprint
         try:
             identity = verify_cache(
                 find_cache(layout, "token", slide.name),

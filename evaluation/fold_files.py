@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,17 @@ import pandas as pd
 
 from evaluation.metrics import METRIC_NAMES
 from utils.checkpoint import check_fold_folders, fold_folders
-from utils.files import reading, require_file, write_atomically, write_text
-from utils.runs import plain, read_epochs
+from utils.cli import say
+from utils.files import reading, require_file, set_aside, write_atomically, write_text
+from utils.runs import plain, read_epochs, write_epochs, write_json
 from utils.text import brief, checked_names, some
-from utils.trained_fold import ALL_PATIENTS_FOLDER, COPIED_FOLD, FOLD_FOLDER
+from utils.trained_fold import ALL_PATIENTS_FOLDER, COPIED_FOLD, FOLD_FOLDER, made_again
 from utils.untrusted.text import text_of
 
 _TABLES = ("per_gene_slide", "per_gene", "per_slide", "per_patient")
 _NAMES = ("slide", "patient", "scale", "truth", "gene")  # columns of text
 _SPLIT = {"fold": int, "name": str, "protocol": str, "test_patients": list}
 _RESULT = {"protocol": str, "gene_lists": dict, "slides": dict, "num_slides": int, "num_spots": int, "notes": list}
-_RERUN = "Run the fold again: python main.py --mode train ... --resume (or --mode test for a trained fold)."
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +93,11 @@ def write_fold(scores: FoldScores, fold_dir: str | Path, extra: Mapping[str, Any
     if genes_path.is_file() and read_genes(genes_path) != scores.genes:
         raise ValueError(
             f"{genes_path} lists another panel than the {len(scores.genes)} genes scored. The folder belongs to "
-            "another run; choose another --run_name."
+            "another run: choose another --run_name. If the list was damaged, move it elsewhere and repeat the command."
         )
     result_path = fold_dir / "result.json"
     result_path.unlink(missing_ok=True)
-    write_text(genes_path, "".join(f"{gene}\n" for gene in scores.genes))
+    _write_genes(genes_path, scores.genes)
     for name in _TABLES:
         write_table(getattr(scores, name), fold_dir / f"{name}.csv")
     result = plain({**scores.summary, **extra, "notes": notes})
@@ -116,12 +116,13 @@ def read_fold(fold_dir: str | Path) -> FoldRecord:
     if result.get("protocol") != split["protocol"]:
         raise ValueError(
             f"{fold_dir}: split.json was made for the protocol {split['protocol']!r}, result.json for "
-            f"{result.get('protocol')!r}; expected the same. {_RERUN}"
+            f"{result.get('protocol')!r}; expected the same. {made_again(fold_dir / 'result.json')}"
         )
     genes, table = read_genes(fold_dir / "genes.txt"), _read_table(fold_dir / "per_gene_slide.csv")
     if differing := sorted(set(genes) ^ set(table["gene"])):
         raise ValueError(
-            f"{fold_dir}: genes.txt and per_gene_slide.csv do not list the same genes: {some(differing)}. {_RERUN}"
+            f"{fold_dir}: genes.txt and per_gene_slide.csv do not list the same genes: {some(differing)}. "
+            + made_again(fold_dir / "genes.txt")
         )
     return FoldRecord(
         path=fold_dir,
@@ -136,6 +137,42 @@ def read_fold(fold_dir: str | Path) -> FoldRecord:
     )
 
 
+def mend_fold(
+    fold_dir: Path, split: Mapping[str, Any], genes: Sequence[str], epochs: Sequence[Mapping[str, float]]
+) -> None:
+    """Write the split, the panel and the epochs of a fold again where they are lost or cannot be read.
+
+    split, genes, epochs: as the checkpoint in the folder holds them. What can be read stays as it is, what cannot is kept
+    beside the new file.
+    """
+    parts: tuple[tuple[str, Callable[[Path], object], Callable[[Path], object]], ...] = (
+        ("split.json", lambda path: _read_json(path, _SPLIT), lambda path: write_json(path, split)),
+        ("genes.txt", read_genes, lambda path: _write_genes(path, genes)),
+        ("metrics.jsonl", _records, lambda path: write_epochs(path, epochs)),
+    )
+    for name, read, write in parts:
+        path = fold_dir / name
+        is_lost = not path.is_file() and (name != "metrics.jsonl" or len(epochs) > 0)
+        was = "lost"
+        try:
+            if not is_lost:
+                read(path)
+                continue
+        except ValueError:
+            was = f"damaged (kept as {set_aside(path).name})"
+        write(path)
+        say(f"Note: {path} was {was} and is written again, as the checkpoint of the fold has it.")
+
+
+def _write_genes(path: Path, genes: Sequence[str]) -> None:
+    write_text(path, "".join(f"{gene}\n" for gene in genes))
+
+
+def scored_folds(run_dir: Path) -> dict[int, Path]:
+    """Find the folders of complete folds, {index: folder}, in the order of their index; raises as `fold_folders`."""
+    return {index: path for index, path in fold_folders(run_dir).items() if (path / "result.json").is_file()}
+
+
 def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
     """Find the folders of complete folds, in the order of their index, and say in sentences what is not there.
 
@@ -144,8 +181,7 @@ def find_folds(run_dir: str | Path) -> tuple[list[Path], list[str]]:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir} does not exist; expected the folder of a run, with fold_<i> folders in it.")
-    found = fold_folders(run_dir)
-    complete = {index: path for index, path in found.items() if (path / "result.json").is_file()}
+    found, complete = fold_folders(run_dir), scored_folds(run_dir)
     if not complete and (run_dir / ALL_PATIENTS_FOLDER).is_dir():
         raise ValueError(
             f"{run_dir} holds a model that was trained on all patients: it has no held-out scores. Give the cross-validation "
@@ -210,7 +246,8 @@ def read_histories(run_dir: str | Path) -> dict[int, list[dict[str, float]]]:
 
 def read_genes(path: Path) -> list[str]:
     """Read a list of one gene a line; FileNotFoundError or ValueError names the file."""
-    with reading(require_file(path, _RERUN), "a list of genes", remedy=_RERUN):
+    remedy = made_again(path)
+    with reading(require_file(path, remedy), "a list of genes", remedy):
         return checked_names(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), "genes", path)
 
 
@@ -226,13 +263,14 @@ def _records(path: Path) -> list[dict[str, float]]:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    with reading(require_file(path, _RERUN), "the scores of a fold", remedy=_RERUN):
+    remedy = made_again(path)
+    with reading(require_file(path, remedy), "the scores of a fold", remedy):
         text = text_of(path)
         columns, *rows = csv.reader(io.StringIO(text, newline=""))
         if not text.endswith("\n") or any(len(row) != len(columns) for row in rows):
-            raise ValueError(f"{path} ends early, or a line of it has another length than the first. {_RERUN}")
+            raise ValueError(f"{path} ends early, or a line of it has another length than the first. {remedy}")
         if missing := [name for name in (*_NAMES, *METRIC_NAMES) if name not in (*columns, "mse_centered")]:
-            raise ValueError(f"{path} has no column {', '.join(missing)}. {_RERUN}")
+            raise ValueError(f"{path} has no column {', '.join(missing)}. {remedy}")
         table = pd.read_csv(
             io.StringIO(text),
             dtype={name: str if name in _NAMES else np.float64 for name in (*_NAMES, *METRIC_NAMES)},
@@ -257,13 +295,14 @@ def _read_split(fold_dir: Path) -> dict[str, Any]:
 
 def _read_json(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     """The object in a file of JSON; ValueError unless it holds a value of each kind."""
-    with reading(require_file(path, _RERUN), "JSON", remedy=_RERUN):
+    remedy = made_again(path)
+    with reading(require_file(path, remedy), "JSON", remedy):
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object. {_RERUN}")
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object. {remedy}")
     if missing := sorted(set(kinds) - set(content)):
-        raise ValueError(f"{path} lacks {missing}. {_RERUN}")
+        raise ValueError(f"{path} lacks {missing}. {remedy}")
     for name, kind in kinds.items():
         if type(content[name]) is not kind:
-            raise ValueError(f"{path}: {name} should be a {kind.__name__}, found {brief(content[name])}. {_RERUN}")
+            raise ValueError(f"{path}: {name} should be a {kind.__name__}, found {brief(content[name])}. {remedy}")
     return content

@@ -20,6 +20,7 @@ from PIL import Image
 from evaluation.slide_result import SCALES
 from utils.files import reading, require_file, safe_name, write_atomically
 from utils.text import brief, checked_names, some
+from utils.trained_fold import made_again
 from utils.untrusted.hdf5 import opened_hdf5
 
 MEASURED = "measured"
@@ -31,7 +32,7 @@ HELD_OUT_FILE = "held_out.json"
 INTERVAL_LEVEL = 0.8
 # What is read of a file: another program may have added, say, a graph of neighbors.
 _PARTS = ("X", "layers", "obs", "obsm", "uns", "var")
-_WHAT, _REMEDY = "a prediction (.h5ad)", "It may be truncated or changed: predict again, into another file."
+_WHAT, _AGAIN = "a prediction (.h5ad)", "It may be truncated or changed: predict again, into another file."
 _MEASURE_AGAIN = "Make it again: python main.py --mode test --model_path RUN"
 
 
@@ -139,7 +140,7 @@ def read_prediction(path: Path) -> anndata.AnnData:
     path = require_file(
         path, "Predictions are written by: python main.py --config_name CONFIG --mode test --model_path RUN"
     )
-    with opened_hdf5(path, _WHAT, _REMEDY) as file:
+    with opened_hdf5(path, _WHAT, _remedy_of(path)) as file:
         parts = {name: file[name] for name in _PARTS if name in file}
         _check_dense(parts.values())
         adata = anndata.AnnData(**{name: read_elem(part) for name, part in parts.items()})
@@ -160,7 +161,7 @@ def read_compared(path: Path, genes: Sequence[str]) -> tuple[np.ndarray, np.ndar
 
     Raises FileNotFoundError, or ValueError when it is none or lacks a gene or the measured values.
     """
-    with opened_hdf5(path, _WHAT, _REMEDY) as file:
+    with opened_hdf5(path, _WHAT, _remedy_of(path)) as file:
         parts = [file[name] for name in ("var", "X", f"layers/{MEASURED}")]
         _check_dense(parts)
         known, predicted, measured = map(read_elem, parts)
@@ -191,6 +192,11 @@ def _check_dense(parts: Iterable[h5py.Group | h5py.Dataset]) -> None:
         raise ValueError(
             f"{some(found)} is a sparse matrix, which another program has written; predictions of ours are dense"
         )
+
+
+def _remedy_of(path: Path) -> str:
+    """What makes a prediction file again: it is of a scored fold, or somebody's own."""
+    return made_again(path.parent, _AGAIN) if path.parent.name == "predictions" else _AGAIN
 
 
 def slide_of(adata: anndata.AnnData) -> str:

@@ -20,6 +20,7 @@ from modes.checks.rehearsal import rehearse
 from modes.checks.tissue import check_spots_on_images
 from modes.parallel.folds import check_nobody_works_on
 from modes.prediction.model import needs_of
+from modes.prediction.summary import check_scored_folds
 from modes.training.compose import open_layout
 from modes.training.memory import demand, tokens_of_spot
 from modes.training.plan import lacks_validation, plan_folds
@@ -27,7 +28,7 @@ from modes.training.run_data import check_clusters, runs_encoder
 from utils.cli import say
 from utils.config import Config
 from utils.devices import Precision
-from utils.runs import FinishedRun, check_run, result_of
+from utils.runs import FinishedRun, check_run, read_versions, result_of
 from utils.trained_fold import SplitRecord
 
 
@@ -99,6 +100,12 @@ def _check_run(config: Config, question: Question, findings: Findings) -> None:
     except FinishedRun as finished:
         findings.finished("run", str(finished))
         return
+    check_scored_folds(question.run_dir)
+    if (noted := question.run_dir / "versions.json").is_file():
+        try:
+            read_versions(noted)
+        except ValueError as error:  # stops nothing
+            findings.warning("run", f"{error} The next start keeps it beside a new one.")
     if question.resume and (result := result_of(question.run_dir, asked)):
         findings.ok("run", f"{question.run_dir} is finished, so --resume only makes its summary again: {result}.")
 

@@ -10,7 +10,7 @@ import torch
 
 from datasets.digests import changed_slides
 from datasets.targets import store_targets
-from evaluation.fold_files import check_together
+from evaluation.fold_files import check_together, mend_fold
 from modes.prediction.model import restored_config
 from modes.prediction.summary import finish_run
 from modes.training.compose import open_layout
@@ -70,15 +70,16 @@ def test(
             genes,
         )
         return
+    check_fold_folders(checkpoints)
+    for checkpoint in checkpoints:
+        check_writable(result_folder(checkpoint) / "predictions" / "slide.h5ad")
+        if is_official:
+            _mend_record(checkpoint)
     run_dir = checkpoints[0].parent.parent
     has_summary = is_official and (run_dir / "config.yaml").is_file()
     if has_summary:  # what cannot be summarised is refused before a fold is scored again
         folders = fold_folders(run_dir).values()
         check_together([f for f in folders if f / "best.pt" in checkpoints or (f / "result.json").is_file()])
-    else:
-        check_fold_folders(checkpoints)
-    for checkpoint in checkpoints:
-        check_writable(result_folder(checkpoint) / "predictions" / "slide.h5ad")
     for checkpoint in checkpoints:
         _test_checkpoint(checkpoint, fold, overrides, device, data_type)
     if has_summary:
@@ -98,6 +99,13 @@ def _check_has_score(checkpoint: Path, is_official: bool) -> None:
             f"{checkpoint} is of a training that has not ended, so it has no result yet. Go on with it: the command of "
             "the training, with --resume; a test follows by itself. A copy under another name can be tested apart."
         )
+
+
+def _mend_record(checkpoint: Path) -> None:
+    """Write again what the folder of a checkpoint has lost of its record, or what cannot be read of it."""
+    fold = load_checkpoint(checkpoint, memory_map=True)
+    split = {**fold.split.to_dict(), "tokens": fold.split.features.get("tokens", {})}
+    mend_fold(checkpoint.parent, split, fold.genes, fold.progress.history)
 
 
 def _test_checkpoint(

@@ -23,6 +23,7 @@ from models.table import find_model
 from modes.parallel.data import shared_step
 from modes.parallel.folds import check_nobody_works_on, claimed_folds, finish, in_turn
 from modes.prediction.slide import Encode, predict_slide, slide_result
+from modes.prediction.summary import check_scored_folds
 from modes.telling.board import Board, check_wandb
 from modes.telling.epoch_line import EpochLine, word_on_test_scores
 from modes.training.checkpoints import FoldCheckpoints
@@ -96,6 +97,7 @@ def train(config: Config, options: TrainOptions) -> Path:
     folds, notices = find_folds(config, layout, patient_of_slide, options.folds, all_patients=options.all_patients)
     if not options.shares_folds:
         team.by_first(lambda: check_nobody_works_on(run_dir, folds))
+    check_scored_folds(run_dir)
     # Every fold splits all patients on disk into training, validation and test.
     run_data = open_run_data(config, config_file, layout, list(patient_of_slide), options.device, folds, team)
     check_started_folds(run_dir, run_data)
@@ -163,6 +165,8 @@ def train_fold(
     progress = checkpoints.restore(model, optimization)
     team.same_start(model)
     board = Board(folder / "tensorboard", progress.epoch + 1, with_wandb) if team.is_first else None
+    if board is not None and progress.history:
+        write_epochs(folder / "metrics.jsonl", progress.history)  # whatever has become of it meanwhile
     line = EpochLine(config, split.record)
     try:
         while not progress.is_finished(config, score_name):

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from utils.files import reading, write_text
-from utils.text import brief, located, parse_yaml
+from utils.text import brief, located, parse_yaml, some
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "config"
 
@@ -213,9 +213,15 @@ def config_from_dict(content: Mapping, source: str) -> Config:
 def read_config(path: str | Path) -> Config:
     """The resolved configuration that a run has saved, with which it goes on.
 
-    Keys that are no more are left out; ValueError if the run trained with what they switched on.
+    Keys that are no more are left out; ValueError if the run trained with what they switched on, or a section is lost.
     """
     content = _read(Path(path))
+    if lost := [section for section in SECTIONS if section not in content]:
+        raise ValueError(
+            f"{path} {f'lacks {some(lost)}' if content else 'is empty'}; expected the whole configuration of the run, as it "
+            "was saved at its start. Restore the file: the same command with another --run_name begins a run with the same "
+            "one, to be copied; or start another run with --run_name NAME."
+        )
     gone = [
         f"{key} {value!r}"
         for key, (value, _) in _flatten(content, str(path))[0].items()

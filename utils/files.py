@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from utils.locks import sweep, temporary_prefix
@@ -207,6 +208,12 @@ def _umask() -> int:
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text atomically."""
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file that cannot be used, so that another can take its place and nothing is lost; returns its new path."""
+    names = (path.with_name(f"{path.stem}.damaged{number or ''}{path.suffix}") for number in count())
+    return path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def sha256(path: str | Path) -> str:

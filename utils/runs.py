@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 from utils.checkpoint import is_complete, seed_runs
+from utils.cli import say
 from utils.config import MAY_CHANGE, Config, differences, read_config, save_config
-from utils.files import check_writable, reading, write_text
+from utils.files import check_writable, reading, set_aside, write_text
 from utils.locks import sweep
 from utils.text import brief, some
-from utils.trained_fold import ALL_PATIENTS_FOLDER, SplitRecord
+from utils.trained_fold import ALL_PATIENTS_FOLDER, SplitRecord, made_again
 
 VERSION = "1.0.0"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pandas", "anndata", "scanpy", "scikit-learn", "h5py", "pillow")
-_TRAIN_ON = "Run the fold again: python main.py --mode train ... --resume."
 
 
 def seed_for(*keys: object) -> int:
@@ -148,10 +148,14 @@ def _has_begun(folder: Path) -> bool:
 def note_versions(folder: Path) -> None:
     """Add a start to `versions.json`: when, and its versions; of a start that went on, those that differ from the first.
 
-    Raises ValueError for a file that is none.
+    No result depends on the file: one that cannot be read is kept beside the new one, which is said.
     """
     path, now = folder / "versions.json", versions()
-    starts = read_versions(path) if path.is_file() else []
+    starts = []
+    try:
+        starts = read_versions(path) if path.is_file() else []
+    except ValueError as error:
+        say(f"Note: {error} It is kept as {set_aside(path)}, and {path.name} begins anew.")
     differing = {name: value for name, value in now.items() if not starts or starts[0].get(name) != value}
     started = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(path, [*starts, {"started": started, **differing}])
@@ -234,15 +238,15 @@ def write_epochs(path: Path, records: Iterable[Mapping[str, float]]) -> None:
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:
-    """Read the records of `metrics.jsonl` in order; ValueError names the file and the line that is none."""
-    records = []
-    with reading(path, "the log of the epochs"):
+    """Read the records of `metrics.jsonl` in order; ValueError names the file, the line that is none, and what mends it."""
+    records, remedy = [], made_again(path, "Move it elsewhere: nothing but the curves of this training is lost.")
+    with reading(path, "the log of the epochs", remedy):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error.msg}). {_TRAIN_ON}") from error
+                raise ValueError(f"{path}, line {number} is not JSON ({error.msg}). {remedy}") from error
             if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: expected an epoch, found {brief(record)}. {_TRAIN_ON}")
+                raise ValueError(f"{path}, line {number}: expected an epoch, found {brief(record)}. {remedy}")
             records.append(record)
     return records

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -32,6 +34,18 @@ NO_SCORE = "trained on all patients, so no patient is held out and it has no sco
 _KIND_OF = {"int": int, "str": str, "list": list, "dict": dict}  # of the entries of a split, by how they are declared
 _LATER = ("digests", "panel")  # entries that earlier versions did not write
 Record = TypeVar("Record", "Progress", "SplitRecord", "PatchEncoderRecord", "OptimizationState")
+
+
+def made_again(
+    path: Path, without: str = "Restore it, or move the folder elsewhere and train the fold again (--resume)."
+) -> str:
+    """Say what makes a file of a fold again that was scored: a test of its checkpoint; without one there is none.
+
+    without: what to do then.
+    """
+    if not (path.parent / "best.pt").is_file():
+        return without
+    return f"A test makes it again: python main.py --mode test --model_path {shlex.quote(str(path.parent))}"
 
 
 Digests = Mapping[str, Mapping[str, str]]  # {slide: {part: digest}}, as `datasets.digests.digests_of`

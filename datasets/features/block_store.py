@@ -32,6 +32,7 @@ _SAME_IN_ALL = {
     "token": ("kind", "encoder", "encoder_sha256", "patch_size", "views", "dtype", "token_pool", "precision"),
     "neighbor": ("kind", "dtype"),
 }
+_PIECE = 1 << 26  # bytes checked at a time
 _OTHER_FILES = 256  # that a process may have open beside the caches
 
 
@@ -39,7 +40,8 @@ class BlockStore:
     """Tokens ("token") or neighbor features of all spots of the slides whose caches are `paths`, in that order.
 
     A block (T, D) is what a spot has in one view; neighbor features (M, D) have one view.
-    num_rows, num_views, num_tokens (T, or M tiles), dim (D), dtype (torch), nbytes (on disk), identity (of the first cache).
+    num_files, num_rows, num_views, num_tokens (T, or M tiles), dim (D), dtype (torch), nbytes (on disk), identity (of the
+    first cache).
     Raises ValueError that lists every cache that differs from the first or is damaged.
     """
 
@@ -60,7 +62,7 @@ class BlockStore:
         self._checksums = [slide.checksums for slide in blocks]
         self._first_row = np.cumsum([0, *(len(slide.places) for slide in blocks)])
         self._is_verified = np.zeros(self._offsets.shape, dtype=bool)
-        self.num_rows = len(self._offsets)
+        self.num_files, self.num_rows = len(self._paths), len(self._offsets)
         self._chunk_bytes = self.num_tokens * self.dim * self.dtype.itemsize
         self.nbytes = self.num_rows * self.num_views * self._chunk_bytes
         _allow_open_files(len(self._paths))
@@ -93,6 +95,22 @@ class BlockStore:
                 done.result()
         return out
 
+    def check(self, file: int, step: int = 1) -> None:
+        """Read every `step`-th spot of one cache in all its views, a few MB at a time; what was read before is not again.
+
+        Raises ValueError for a block that is not what was written, or holds a number that is not finite.
+        """
+        rows = np.arange(self._first_row[file], self._first_row[file + 1], step)
+        rows, views = rows[~self._is_verified[rows].all(axis=1)], np.arange(self.num_views)
+        at_once = max(1, _PIECE // (self.num_views * self._chunk_bytes))
+        buffer = self._new_buffer(min(at_once, len(rows)) * self.num_views)
+        try:
+            for first in range(0, len(rows), at_once):
+                part = rows[first : first + at_once]
+                self.read(part.repeat(len(views)), np.tile(views, len(part)), buffer[: len(part) * len(views)])
+        finally:
+            self._end_threads()  # a process that is forked before the first step would wait for them for ever
+
     def _new_buffer(self, count: int) -> Tensor:
         shape = (count, self.num_tokens, self.dim)
         if self._is_pinned:
@@ -102,11 +120,14 @@ class BlockStore:
 
     def close(self) -> None:
         """Let files and threads go."""
+        self._end_threads()
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _end_threads(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
-        while self._descriptors:
-            os.close(self._descriptors.pop())
 
     def __enter__(self) -> BlockStore:
         return self
@@ -151,13 +172,13 @@ class BlockStore:
                 self._verify(file, row, view, buffer[place])
 
     def _verify(self, file: int, row: int, view: int, block: np.ndarray) -> None:
-        """Compare a block with its checksum; without one, its numbers must be finite."""
+        """Compare a block with its checksum, if it has one; its numbers must be finite in any case."""
         checksums, place = self._checksums[file], row - self._first_row[file]
-        is_right = is_finite(block) if checksums is None else checksums_of(block[None], 1)[0] == checksums[place, view]
-        if not is_right:
+        is_written = checksums is None or checksums_of(block[None], 1)[0] == checksums[place, view]
+        if not (is_written and is_finite(block)):
             with opened(self._paths[file]) as cache:
                 spot = cache.spot_ids[place]
-            what = "not finite" if checksums is None else "not what was written (checksum)"
+            what = "not finite" if is_written else "not what was written (checksum)"
             numbers = f"tokens of spot {spot} in view {view}" if self._kind == "token" else f"features of spot {spot}"
             path = self._paths[file]
             raise ValueError(f"{path} is damaged: the {numbers} are {what}. {_again(path, self._kind)}")

@@ -108,21 +108,20 @@ class OpenCache:
         shape = (max(stop - start, 0), *numbers.shape[1:])
         if out is None or out.shape != shape or out.dtype != numbers.dtype:
             out = np.empty(shape, numbers.dtype)
-        wrong: list[int] = []
+        is_written, finite = np.ones((2, len(out)), dtype=bool)
         at_once = max(1, _PIECE * len(out) // max(out.nbytes, 1))
         fill, checksums, axes = self._filler(), self.checksums, _block_axes(self.identity.kind)
         for first in range(0, len(out), at_once):
             piece, row = out[first : first + at_once], start + first
             fill(piece, row)
-            if checksums is None:
-                is_right = None if is_finite(piece) else np.array([is_finite(values) for values in piece])
-            else:
+            if checksums is not None:
                 same = checksums_of(piece, axes) == checksums[row : row + len(piece)]
-                is_right = None if same.all() else same.reshape(len(piece), -1).all(axis=1)
-            if is_right is not None:
-                wrong += (row + np.flatnonzero(~is_right)).tolist()
-        if wrong:
-            self._refuse(wrong)
+                is_written[first : first + len(piece)] = same.reshape(len(piece), -1).all(axis=1)
+            if not is_finite(piece):
+                finite[first : first + len(piece)] = [is_finite(values) for values in piece]
+        for is_right, what in ((is_written, "not what was written (checksum)"), (finite, "not finite")):
+            if not is_right.all():
+                self._refuse(start + np.flatnonzero(~is_right), what)
         return out
 
     def _filler(self) -> Callable[[np.ndarray, int], None]:
@@ -133,9 +132,8 @@ class OpenCache:
             return lambda piece, row: numbers.read_direct(piece, np.s_[row : row + len(piece)])
         return lambda piece, row: read_whole(self.path, piece, begin + row * size)
 
-    def _refuse(self, rows: Sequence[int]) -> NoReturn:
+    def _refuse(self, rows: np.ndarray, what: str) -> NoReturn:
         spots = self.spot_ids
-        what = "not what was written (checksum)" if self.is_sealed else "not finite"
         raise ValueError(
             f"{self.path} is damaged: the numbers of {len(rows)} of its {len(spots)} spots are {what}: "
             f"{some([spots[row] for row in rows])}. {keeping(self.repair())}"

@@ -34,6 +34,7 @@ from datasets.tables.summary import CountSummary, summarise, with_genes
 from utils.cli import progress, say
 
 _SAME_IN_ALL = ("dtype", "precision", "fill")
+_OF_IMAGE = ("image_size", "image_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class FeatureReader:
         for kind in self.kinds:
             path = find_cache(self.layout, kind, slide)
             if path.exists():
-                identity = self._verify_cache(kind, slide, table, image)
+                identity = self._verify_cache(kind, slide, table, image, identity)
             elif (published := self.layout.published_path(kind, slide)) is not None:
                 verify_published(published, table.n_obs)
             else:
@@ -162,7 +163,15 @@ class FeatureReader:
             f"{self.layout.repair(kind, slide, self.encoder)}"
         )
 
-    def _verify_cache(self, kind: str, slide: str, table: AnnData, image: Path | None) -> CacheIdentity:
+    def _verify_cache(
+        self, kind: str, slide: str, table: AnnData, image: Path | None, other: CacheIdentity | None
+    ) -> CacheIdentity:
+        """Verify one cache of a slide. other: the identity of its cache of another kind, which must be of the same image.
+
+        Not compared: num_neighbors of target features, since these are of the spot's own patch whatever grid was configured
+        when they were made; and microns_per_pixel, from which nothing is computed (a patch is `covered_px` wide), and which
+        the data set may have learned since.
+        """
         path = find_cache(self.layout, kind, slide)
         expected = {"kind": kind, "encoder": self.encoder, **expected_size(self.layout)}
         if kind == "neighbor":
@@ -171,6 +180,8 @@ class FeatureReader:
             expected["encoder_sha256"] = self.sha256
         if kind in self._first:  # slides are not mixed that were encoded in another way
             expected |= {name: getattr(self._first[kind], name) for name in _SAME_IN_ALL}
+        if other is not None and other.image_fingerprint != UNKNOWN:
+            expected |= {name: getattr(other, name) for name in _OF_IMAGE}
         if image is not None:
             with open_slide(image) as opened:
                 expected["image_fingerprint"] = opened.fingerprint()

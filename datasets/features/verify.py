@@ -75,7 +75,7 @@ def _is_same(found: object, expected: object) -> bool:
 
 def _describe_field(name: str, found: object, expected: object) -> str:
     if name == "image_fingerprint":
-        return f"it was made from another image file (fingerprint {found}, the image there now has {expected})"
+        return f"it was made from another image file (fingerprint {found}, expected {expected})"
     if name == "encoder_sha256":
         return f"it was made with other weights of the encoder (SHA-256 {found}, expected {expected})"
     if name == "encoder":

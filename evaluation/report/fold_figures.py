@@ -136,7 +136,7 @@ def read_clusters(path: Path) -> pd.DataFrame:
 
     Raises ValueError naming the file if a column is missing, or a cluster is no whole number from 0 on.
     """
-    with reading(path, "a table of clusters"):
+    with reading(path, "a table of clusters", "Move it elsewhere: nothing but the figure of the clusters is lost."):
         table = cells_of(text_of(path), ",")[["slide", "patient", "image_cluster", "gene_cluster"]]
         for name in ("image_cluster", "gene_cluster"):
             if not table[name].str.fullmatch(r"\d{1,9}").all():

@@ -279,6 +279,10 @@ def _settings_part(run_dir: Path) -> str:
     for name, heading in (("config.yaml", "Configuration"), ("versions.json", "Versions")):
         path = run_dir / name
         with reading(path, "text"):
-            text = path.read_text(encoding="utf-8") if path.is_file() else f"{name} is not in the run folder."
+            text = (
+                path.read_text(encoding="utf-8", errors="replace")
+                if path.is_file()
+                else f"{name} is not in the run folder."
+            )
         parts.append(f"<h3>{heading}</h3>{html.preformatted(text)}")
     return "\n".join(parts)

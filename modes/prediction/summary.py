@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.comparison.verdict import STRONGER, Circumstances, config_of, judge, ridge_beside
-from evaluation.fold_files import find_folds, read_histories
+from evaluation.fold_files import FoldRecord, check_together, find_folds, read_fold, read_histories, scored_folds
 from evaluation.held_out import measure_held_out, write_held_out
+from evaluation.predictions import read_compared, read_prediction
 from evaluation.report.explorer import write_explorer
+from evaluation.report.fold_figures import read_clusters
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
 from utils.checkpoint import fold_checkpoints, is_complete, load_checkpoint
+from utils.cli import progress
 from utils.config import load_config
 from utils.files import reading
 
@@ -42,6 +45,45 @@ def finish_run(run_dir: Path, with_report: bool = True, genes: Sequence[str] = (
         if predictions:
             write_explorer(run_dir / "explorer.html", predictions, title=f"Genes of {summary['run']}")
     return format_table(summary)
+
+
+def check_scored_folds(run_dir: Path) -> None:
+    """Read what `finish_run` will read of the folds that are complete, before others are trained; nothing is written.
+
+    Raises ValueError that names every damaged file and what makes it again, and as `read_run`.
+    """
+    records: list[FoldRecord] = []
+    problems: list[str] = []
+    for folder in progress(
+        list(scored_folds(run_dir).values()), description="complete folds", unit="fold", leave=False
+    ):
+        try:
+            if not _is_complete(folder):
+                continue  # trained, and then scored, again
+            records.append(read_fold(folder))
+            if (folder / "clusters.csv").is_file():
+                read_clusters(folder / "clusters.csv")
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        for path in sorted((folder / "predictions").glob("[!.]*.h5ad")):
+            try:
+                read_compared(path, records[-1].genes)
+                read_prediction(path)
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    check_together([record.path for record in records])
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return is_complete(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Restore it; or move it elsewhere: the fold keeps its scores, and nothing predicts with it any more."
+        ) from error
 
 
 def _run_notes(run_dir: Path) -> list[str]:

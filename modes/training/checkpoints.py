@@ -14,6 +14,7 @@ from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from utils.cli import say
 from utils.files import check_writable
 from utils.trained_fold import Progress, TrainedFold
+from utils.untrusted.tensors import check_tensors
 
 
 class FoldCheckpoints:
@@ -32,16 +33,29 @@ class FoldCheckpoints:
     def restore(self, model: nn.Module, optimization: Optimization) -> Progress:
         """Fill model and optimiser from last.pt and return how far it was; an untouched start where there is none.
 
-        Raises ValueError for a last.pt that is damaged or of another model.
+        Raises ValueError for a last.pt that is damaged or of another model, and for a best.pt with whose weights the training
+        could not end.
         """
         if not self.last_path.exists():
             return Progress()
         last = load_checkpoint(self.last_path)
         load_weights(model, last.weights, self.last_path)
         assert last.optimization is not None, "last.pt holds the optimiser"
+        self._check_best(last.progress)
         optimization.load_state(last.optimization)
         say(f"{self.fold.split.title}: goes on after epoch {last.epoch}.")
         return last.progress
+
+    def _check_best(self, progress: Progress) -> None:
+        """Read best.pt, which holds the best epoch so far; ValueError where it is lost or damaged."""
+        try:
+            check_tensors(self.best_path, load_checkpoint(self.best_path).weights)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{str(error).removesuffix(' Check the path.')} It holds epoch {progress.best_epoch} of {progress.epoch}, the "
+                f"best so far. Restore it; or move it and {self.last_path} elsewhere, and the same command trains the fold "
+                "again from its start, to the same result."
+            ) from error
 
     def check_room(self, model: nn.Module) -> None:
         """See that the files will fit on the disk, before the first epoch: the weights, with two moments of each in last.pt.

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import anndata
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 
 from datasets.features.cache import read_features
+from datasets.features.identity import DATASET_OF_KIND
 from tests.caches import as_earlier, edited
+from tests.checkpoints import edit
 from tests.command_line import Left, call_main
 from tests.modes.test_bad_input import BAD_TABLES, Place, outside, place
 from tests.reliability.test_locks import HOLD, ROOT
+from tests.reliability.test_pickles import CRAFTED
+from utils.runs import read_versions
 
 __all__ = ["place"]
 pytestmark = pytest.mark.usefixtures("_takes_shortcuts")
@@ -72,7 +82,7 @@ def number(kind: str, value: float, *, is_earlier: bool = False, is_sealed: bool
         if is_earlier:
             as_earlier(path)
         with edited(path) if is_sealed else h5py.File(path, "r+") as file:
-            numbers = file["features"]
+            numbers = file[DATASET_OF_KIND[kind]]
             numbers[(5, *(0,) * (numbers.ndim - 1))] = value
 
     return spoil
@@ -172,12 +182,35 @@ def flags(*words: object) -> Spoil:
     return lambda _: list(words)
 
 
-def without(path_of: Callable[[Place], Path], *words: object) -> Spoil:
-    def spoil(place: Place) -> list[object]:
+def without(path_of: Callable[[Place], Path], *words: object, spoil: Spoil | None = None) -> Spoil:
+    def remove(place: Place) -> list[object]:
         path_of(place).unlink()
-        return list(words)
+        return [*words, *((spoil(place) if spoil else None) or [])]
+
+    return remove
+
+
+def locked(place: Place) -> None:
+    """By another process, until the test process ends."""
+    fcntl.flock(os.open(place.layout.cache_path("token", "C1"), os.O_RDONLY), fcntl.LOCK_EX)
+
+
+def sparse_counts(array: str, row: int, value: int) -> Spoil:
+    def spoil(place: Place) -> None:
+        path = place.layout.counts_path("B1")
+        table = pd.read_parquet(path)
+        path.unlink()
+        names = {"obs": pd.DataFrame(index=table.index.astype(str)), "var": pd.DataFrame(index=table.columns)}
+        anndata.AnnData(sparse.csr_matrix(table.to_numpy()), **names).write_h5ad(path.with_name("B1.h5ad"))
+        with h5py.File(path.with_name("B1.h5ad"), "r+") as file:
+            file[f"X/{array}"][row] = value
 
     return spoil
+
+
+def crafted_panel(place: Place) -> list[object]:
+    place.layout.panel_path.write_bytes(CRAFTED)
+    return ["--protocol", "paper"]
 
 
 def unmeasured(place: Place) -> list[object]:
@@ -191,7 +224,7 @@ def blocker(place: Place) -> None:
 
 
 def started(spoil: Spoil | None, *words: object) -> Spoil:
-    """A run of two folds is there; the third is to be added."""
+    """A run of two folds is there (`_run_beside` put it beside the data); the third is to be added."""
 
     def begin(place: Place) -> list[object]:
         shutil.copytree(place.config.parent / "run", place.logs / place.config.stem / "exp_0")
@@ -204,11 +237,41 @@ def of_run(file: str, change: Callable[[Path], object]) -> Spoil:
     return lambda place: change(place.logs / place.config.stem / "exp_0" / file) and None
 
 
+def written(content: str) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content.encode("latin-1"))
+
+
+def cut(path: Path) -> int:
+    return path.write_bytes(path.read_bytes()[:999])
+
+
+def begun(change: Callable[[Path], object]) -> Spoil:
+    """Fold 1 has ended its training and waits for its scores; `change` gets its best.pt."""
+
+    def spoil(place: Place) -> None:
+        of_run("fold_1/result.json", Path.unlink)(place)
+        of_run("fold_1/best.pt", change)(place)
+
+    return spoil
+
+
+def with_nan(path: Path) -> None:
+    edit(path, lambda content: next(iter(content["model"].values())).view(-1)[0].fill_(torch.nan))
+
+
 def shuffled(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table.to_numpy()[::-1], index=table.index, columns=table.columns)
 
 
 RESUME = "--resume"
+DAMAGED = {
+    "metrics.jsonl": "3",
+    "genes.txt": "\xff\xfe",
+    "per_gene_slide.csv": "a,b",
+    "result.json": "{}",
+    "predictions/A1.h5ad": "?",
+}
+WRONG_WEIGHTS = {"none": (Path.unlink, "does not exist"), "no numbers": (with_nan, "not finite")}
 BAD: dict[str, tuple[Spoil, str]] = {
     **{name: (table(what, change), said) for name, (what, change, _, said) in BAD_TABLES.items()},
     "log-normalised counts": (counts(np.log1p), "no integers"),
@@ -224,9 +287,21 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "features of other spots": (lambda place: place.spots(lambda t: t.iloc[:-2]), r"holds \d+ spots but the slide has"),
     "a truncated cache": (truncated("neighbor"), "truncated"),
     "a truncated token cache": (truncated("token"), "truncated"),
-    "a missing feature": (number("target", np.nan, is_earlier=True), "not finite"),
-    "a missing feature of a neighbor": (number("neighbor", np.nan, is_earlier=True), "not finite"),
     "a fault of the disk in a cache": (number("target", 0.5), "not what was written"),
+    **{f"a missing number in {name} {kind} cache": (number(kind, np.nan, **how), r"C1\.h5 is damaged.*not finite")
+       for kind in KINDS for name, how in {"an earlier": {"is_earlier": True}, "a sealed": {"is_sealed": True}}.items()},
+    "a fault of the disk in a token cache": (
+        number("token", 0.5), r"C1\.h5 is damaged: the tokens of spot \S+ in view 0 are not what was written"),
+    "a locked token cache": (locked, "it is locked"),
+    "tokens of another image": (attribute("token", "image_fingerprint", "f"), "another image file"),
+    "neighbor features of another image, whose image is not there": (
+        without(lambda place: place.layout.image_path("B1"), spoil=attribute("neighbor", "image_fingerprint", "f")),
+        "n_features.*B1.h5 .*another image file"),
+    "features of another precision": (attribute("neighbor", "precision", "bfloat16"), "its precision is bfloat16, expected fl"),
+    "features with another rule outside the image": (attribute("target", "fill", "black"), "its fill is black, expected white"),
+    "sparse counts that point nowhere": (sparse_counts("indices", 0, 300), r"B1\.h5ad.*indices holds 300"),
+    "sparse counts of rows that end nowhere": (sparse_counts("indptr", 3, 10**9), r"B1\.h5ad.*indptr"),
+    "a panel that is a crafted pickle": (crafted_panel, "genes_demo.npy cannot be read as an array of names"),
     "features that are all the same": (same_everywhere, "the same for every training spot"),
     "features of other weights": (attribute("target", "encoder_sha256", "f" * 64), "weights"),
     "tokens of other weights": (attribute("token", "encoder_sha256", "f" * 64), "weights"),
@@ -263,11 +338,28 @@ BAD: dict[str, tuple[Spoil, str]] = {
         started(None, "--fold", 0), r"already holds fold_0 of a run, finished: its summary is \S+/exp_0/summary\.md;"),
     "a run of another configuration": (started(None, RESUME, "--k", 5), "LOSS.k"),
     "a run of other counts": (started(counts(shuffled, "B1"), RESUME), "slide B1: other counts"),
+    "a run of another image": (started(another_image, RESUME), "another image file"),
+    "a run of another image, whose images are not there": (
+        started(twin("fingerprint"), RESUME), "slide B1: other .*and image than then"),
+    **{f"a run whose configuration is {name}": (
+        started(of_run("config.yaml", change), RESUME), rf"exp_0/config\.yaml {said}; expected the whole configuration")
+       for name, change, said in (
+           ("empty", written(""), "is empty"), ("cut", cut, "lacks EVALUATION"))},
     "a run of other features": (started(number("target", 0.25, is_sealed=True), RESUME), "slide C1: other features"),
     "a run whose record is damaged": (
         started(of_run("fold_1/split.json", lambda path: path.write_text("{")), RESUME), "split.json"),
     "a run whose checkpoint is truncated": (
-        started(of_run("fold_0/best.pt", lambda path: path.write_bytes(path.read_bytes()[:999])), RESUME), "pt"),
+        started(of_run("fold_0/best.pt", cut), RESUME), r"fold_0/best\.pt.*move it elsewhere: the fold keeps its scores"),
+    **{f"a run whose {name} is damaged": (
+        started(of_run(f"fold_0/{name}", written(content)), RESUME),
+        rf"fold_0/{name}\b(.|\n)*A test makes it again: python main\.py --mode test --model_path \S+/fold_0\b")
+       for name, content in DAMAGED.items()},
+    "a run whose clusters are damaged": (
+        started(of_run("fold_0/clusters.csv", written("slide\n")), RESUME), r"fold_0/clusters\.csv .*Move it elsewhere"),
+    **{f"a fold in work whose best weights are {name}": (
+        started(begun(change), RESUME),
+        rf"fold_1/best\.pt.*{said}.* It holds epoch \d of 2, .*move it and \S+last\.pt elsewhere")
+       for name, (change, said) in WRONG_WEIGHTS.items()},
     "a run without its configuration": (
         started(of_run("config.yaml", lambda path: path.unlink() or 1), RESUME), "holds no config.yaml"),
 }  # fmt: skip
@@ -289,11 +381,95 @@ def check_both_refuse(place: Place, words: list[object], said: str) -> None:
         assert not list(place.logs.rglob("fold_2")), "nothing was begun"
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_what_training_refuses_the_doctor_has_found(case, place, tiny_run):
+@pytest.fixture
+def _run_beside(place, tiny_run) -> None:
     tiny_run.copy(place.config.parent)
+
+
+@pytest.mark.usefixtures("_run_beside")
+@pytest.mark.parametrize("case", BAD)
+def test_what_training_refuses_the_doctor_has_found(case, place):
     spoil, said = BAD[case]
     check_both_refuse(place, spoil(place) or [], said)
+
+
+@pytest.mark.usefixtures("_run_beside")
+def test_what_is_advised_mends_the_files_of_a_complete_fold(place):
+    """All of them at once, and the split as well; the same command goes on then."""
+    started(None)(place)
+    fold = place.logs / place.config.stem / "exp_0" / "fold_0"
+    before = {name: (fold / name).read_bytes() for name in (*DAMAGED, "split.json") if not name.endswith("h5ad")}
+    for name, content in DAMAGED.items():
+        written(content)(fold / name)
+    (fold / "split.json").unlink()
+    (advice,) = set(re.findall(r"python main\.py (--mode test .*)", place.train(RESUME).said))
+    left = call_main(*shlex.split(advice), "--no_report")
+    assert left.status == 0, left.said
+    for name in ("metrics.jsonl", "genes.txt"):
+        assert f"{name} was damaged (kept as {name.replace('.', '.damaged.')}) and is written again" in left.said
+    after = {name: (fold / name).read_bytes() for name in before}
+    found, expected = (json.loads(files.pop("split.json")) for files in (after, before))
+    assert found == {name: value for name, value in expected.items() if name != "run_notes"}
+    assert after == before
+    assert doctor(place, RESUME).status == 0
+
+
+@pytest.mark.usefixtures("_run_beside")
+def test_what_is_advised_goes_on_without_the_best_weights(place, tiny_run):
+    run = place.logs / place.config.stem / "exp_0"
+    started(begun(cut))(place)
+    cut(run / "fold_0" / "best.pt")
+    for name in ("fold_0/best.pt", "fold_1/best.pt", "fold_1/last.pt"):
+        (run / name).rename(run / name.replace("/", "_"))
+    assert place.train(RESUME, "--fold", 1).status == 0
+    assert (run / "fold_1" / "result.json").read_bytes() == (tiny_run.path / "fold_1" / "result.json").read_bytes()
+
+
+@pytest.mark.usefixtures("_run_beside")
+def test_what_is_advised_brings_an_emptied_configuration_back(place):
+    started(of_run("config.yaml", written("")))(place)
+    assert place.train("--run_name", "other", "--fold", 0).status == 0
+    runs = place.logs / place.config.stem
+    shutil.copy(runs / "other" / "config.yaml", runs / "exp_0")
+    assert doctor(place, RESUME).status == 0
+
+
+def test_of_large_token_caches_it_is_said_what_was_not_read(place, monkeypatch):
+    number("token", np.nan, is_earlier=True)(place)
+    monkeypatch.setattr("modes.training.run_data.TOKENS_READ_FIRST", 0)
+    found = doctor(place, "--fold", 0)
+    assert found.status == 2 and re.search(r"problem +training +\S+C1\.h5 is damaged: the tokens", found.said), (
+        found.said
+    )
+    monkeypatch.setattr("modes.checks.rehearsal._TOKENS_READ", 1)
+    found = doctor(place, "--fold", 0)
+    assert found.status == 0, found.said
+    assert re.search(
+        r"warning +tokens +of .* GB of token caches one spot in \d+ was read.*The others were not", found.said
+    )
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_neighbors", 5), ("microns_per_pixel", 0.25)])
+def test_what_no_number_of_target_features_depends_on_may_differ(place, name, value):
+    """The grid that was configured when they were made, and a size of pixels that nothing is computed from."""
+    attribute("target", name, value)(place)
+    found = doctor(place, "--fold", 0)
+    assert found.status == 0 and "other" not in found.said, found.said
+
+
+@pytest.mark.usefixtures("_run_beside")
+def test_side_files_do_not_stop_a_run(place, tiny_run):
+    """The versions of a run, and the epochs of a fold whose checkpoint has them."""
+    run = place.logs / place.config.stem / "exp_0"
+    started(begun(lambda _: None))(place)
+    (run / "versions.json").write_text("{")
+    (run / "fold_1" / "metrics.jsonl").write_text("3")
+    found = doctor(place, RESUME, "--fold", 1)
+    assert found.status == 0 and re.search(r"warning +run +\S+versions\.json cannot be read", found.said), found.said
+    left = place.train(RESUME, "--fold", 1)
+    assert left.status == 0 and "It is kept as" in left.said, left.said
+    assert (run / "versions.damaged.json").read_text() == "{" and len(read_versions(run / "versions.json")) == 1
+    assert (run / "fold_1" / "metrics.jsonl").read_bytes() == (tiny_run.path / "fold_1" / "metrics.jsonl").read_bytes()
 
 
 def test_a_fold_that_another_process_trains(place):

@@ -114,7 +114,7 @@ def test_an_attribute_of_an_older_version_is_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"image_fingerprint": "1x1-1-a"}, r"another image file (fingerprint 1x1-1-a, the image there now has 9000x"),
+        ({"image_fingerprint": "1x1-1-a"}, r"another image file (fingerprint 1x1-1-a, expected 9000x"),
         ({"patch_size": 448}, r"its patch size is 448, expected 224. Keep it elsewhere and run:"),
         ({"patch_um": 112.0}, "its patches are 112 um wide, expected not scaled (DATA.patch_um). Keep it elsewhere"),
         ({"fill": "black"}, "its fill is black, expected white outside the image"),

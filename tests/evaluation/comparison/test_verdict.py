@@ -21,6 +21,7 @@ from evaluation.comparison.verdict import (
 )
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
+from utils.config import Config, config_from_dict, save_config
 
 
 def summary(
@@ -178,6 +179,10 @@ def test_an_undefined_list_has_its_reason_and_a_way_out():
     assert "share none" in judge({**summary(pcc_h=None), "protocol": "paper"}, Circumstances())[-1]
 
 
+def config_of(model: str) -> Config:
+    return config_from_dict({"DATA": {"type": "demo"}, "MODEL": {"name": model}}, "here")
+
+
 @pytest.fixture(scope="module")
 def runs(make_run, tmp_path_factory) -> Path:
     """exp_0, a run whose folds hold what a comparison asks for, and beside it two ridges and what must be passed over."""
@@ -185,9 +190,9 @@ def runs(make_run, tmp_path_factory) -> Path:
     make_run(folder / "exp_0", predictions=False, signal=0.6)
     for name, model, signal in (("patch", "ridge", 0.2), ("both", "ridge_neighbor", 0.4), ("other", "mlp", 0.9)):
         run = make_run(folder / name, predictions=False, signal=signal)
-        (run / "config.yaml").write_text(f"DATA: {{type: demo}}\nMODEL: {{name: {model}}}\n")
+        save_config(config_of(model), run / "config.yaml")
     (folder / "unfinished").mkdir()
-    (folder / "unfinished" / "config.yaml").write_text("MODEL: {name: ridge_neighbor}\n")
+    save_config(config_of("ridge_neighbor"), folder / "unfinished" / "config.yaml")
     (folder / "notes.txt").write_text("no run")
     return folder
 
@@ -218,7 +223,7 @@ def test_a_ridge_of_other_folds_is_passed_over_and_seeds_look_beside_their_folde
     assert ridge_beside(neighbors, "gene_dml") is None
     seed = shutil.copytree(neighbors, tmp_path / "seeds" / "mine" / "seed_0")
     shutil.copytree(neighbors, tmp_path / "seeds" / "both" / "seed_0")
-    (tmp_path / "seeds" / "both" / "seed_0" / "config.yaml").write_text("MODEL: {name: ridge_neighbor}\n")
+    save_config(config_of("ridge_neighbor"), tmp_path / "seeds" / "both" / "seed_0" / "config.yaml")
     assert ridge_beside(seed, "gene_dml").name == "both"
 
 
