@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def load_slide_once(layout: Layout, slide: str, genes: Sequence[str] | None = No
         files = [state_of(path) for path in (layout.counts_path(slide), layout.spots_path(slide))]
     except (OSError, ValueError):
         return load_slide(layout, slide, genes)
-    key = (*files, repr(layout.spec), slide, None if genes is None else tuple(genes))
+    key = (*files, repr(replace(layout.spec, source=None)), slide, None if genes is None else tuple(genes))
     return once(_TABLES, key, lambda: load_slide(layout, slide, genes), 100).copy()
 
 

@@ -62,8 +62,8 @@ def test_a_training_lists_the_data_folder_before_its_store_is_open_and_then_no_m
     with watched() as events:
         run = train(config, TrainOptions("tiny", "run", CPU, None, resume, 60.0, with_report=False))
     assert len(list(run.glob("fold_*/result.json"))) == 3
-    # What is opened first once the store is there: whatever of a new run, the splits of one that goes on.
-    first = "split.json" if resume else f"{tmp_path}/tiny/run/.config."
+    # What is opened first once the store is there: whatever of a new run, the split of the unfinished fold of one that goes on.
+    first = "fold_1/split.json" if resume else f"{tmp_path}/tiny/run/.config."
     opened = next(place for place, (name, path) in enumerate(events) if name == "open" and first in path)
     assert listings(events[:opened], tiny_run.data_dir)
     assert listings(events[opened:], tiny_run.data_dir) == []

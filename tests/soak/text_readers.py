@@ -223,7 +223,7 @@ _SPEC_TEXT = yaml.safe_dump(
     },
     sort_keys=False,
 )
-_NOT_IN_FILE = ("name", "external", "prepared_by", "pitch_um")
+_NOT_IN_FILE = ("name", "external", "prepared_by", "pitch_um", "source")
 
 
 def spec_of(path: Path) -> object:
