@@ -16,7 +16,6 @@ from PIL import Image
 
 from preprocess.simulate_demo import simulate
 from tests.modes.conftest import CONFIG
-from tests.shortcuts import keep_spots
 from tests.soak.jobs import Job, contents, differences, kill_chain, run_job, start_job
 from tests.space_ranger import write_outs
 
@@ -54,7 +53,6 @@ def programs(folder: Path, names: Sequence[str] = NAMES) -> list[Program]:
     is_trained = bool({"extraction", "training", "prediction"} & set(names))
     if is_trained:
         simulate(folder / "raw", patients="ABC", slides_per_patient=1, grid=(4, 4), num_genes=24, external=False)
-        keep_spots(folder / "raw" / "demo", 8)
     config, device = folder / "tiny.yaml", ("--device", "cpu", "--num_workers", "1")
     config.write_text(CONFIG)
     extraction = Job("preprocess.extract_features_uni", ("--config", str(config), "--extract_mode", "all", *device))
