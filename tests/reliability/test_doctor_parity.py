@@ -224,7 +224,7 @@ def blocker(place: Place) -> None:
 
 
 def started(spoil: Spoil | None, *words: object) -> Spoil:
-    """A run of two folds is there (`_run_beside` put it beside the data); the third is to be added."""
+    """A run of two folds is there (`_run_beside` put a link to it beside the data); the third is to be added."""
 
     def begin(place: Place) -> list[object]:
         shutil.copytree(place.config.parent / "run", place.logs / place.config.stem / "exp_0")
@@ -383,7 +383,7 @@ def check_both_refuse(place: Place, words: list[object], said: str) -> None:
 
 @pytest.fixture
 def _run_beside(place, tiny_run) -> None:
-    tiny_run.copy(place.config.parent)
+    (place.config.parent / "run").symlink_to(tiny_run.path)
 
 
 @pytest.mark.usefixtures("_run_beside")
