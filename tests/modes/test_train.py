@@ -247,14 +247,10 @@ def test_every_baseline_goes_the_same_way(config, model):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"MODEL": {"use_neighbor": False}},
-        {"MODEL": {"use_global": False}},
-        {"LOSS": {"instance_weight": 0.0}},
-        {"LOSS": {"group_weight": 0.0}},
-        {"LOSS": {"use_kmeans": False}},
-        {"LOSS": {"normalize_fused": True}},
-        {"TRAINING": {"slides_per_batch": 2}},
-        {"EVALUATION": {"fixed_epochs": 2}},
+        {"MODEL": {"use_neighbor": False}, "LOSS": {"group_weight": 0.0}},
+        {"MODEL": {"use_global": False}, "LOSS": {"instance_weight": 0.0}},
+        {"LOSS": {"use_kmeans": False}, "TRAINING": {"slides_per_batch": 2}},
+        {"LOSS": {"normalize_fused": True}, "EVALUATION": {"fixed_epochs": 2}},
     ],
     ids=str,
 )
