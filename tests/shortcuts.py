@@ -37,14 +37,16 @@ _CHECKPOINTS: dict[Hashable, object] = {}
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
-    """A figure is one pixel and the explorer its title; both are there. Encoders, tables and checkpoints are read once as long
-    as their files do not change, a batch of patches is encoded and the tissue of an image found once.
+    """A figure is one pixel, the explorer its title and the picture in a prediction small; all are there. Encoders, tables and
+    checkpoints are read once as long as their files do not change, a batch of patches is encoded and the tissue of an image
+    found once.
     """
     with pytest.MonkeyPatch.context() as patch:
         for module in ("report.style", "report.fold_figures", "report.write", "comparison.write"):
             patch.setattr(f"evaluation.{module}.save_figure", one_pixel)
         for module in ("evaluation.report.explorer", "modes.prediction.summary", "modes.external_test"):
             patch.setattr(f"{module}.write_explorer", title_page)
+        patch.setattr("modes.prediction.write.THUMBNAIL_PX", 100)
         for module in ("datasets.features.reader", "modes.checks.data", "preprocess.extraction.plan"):
             patch.setattr(f"{module}.load_slide", load_slide_once)
         patch.setattr("utils.checkpoint.load_tensors", load_tensors_once)
