@@ -161,7 +161,10 @@ def mend_fold(
         except ValueError:
             was = f"damaged (kept as {set_aside(path).name})"
         write(path)
-        say(f"Note: {path} was {was} and is written again, as the checkpoint of the fold has it.")
+        without = " without the notes of the start of the run" if name == "split.json" else ""
+        say(
+            f"Note: {path} was {was} and is written again, as the checkpoint of the fold has it{without and ','}{without}."
+        )
 
 
 def _write_genes(path: Path, genes: Sequence[str]) -> None:

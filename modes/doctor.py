@@ -100,7 +100,7 @@ def _check_run(config: Config, question: Question, findings: Findings) -> None:
     except FinishedRun as finished:
         findings.finished("run", str(finished))
         return
-    check_scored_folds(question.run_dir)
+    check_scored_folds(question.run_dir, in_full=True)
     if (noted := question.run_dir / "versions.json").is_file():
         try:
             read_versions(noted)

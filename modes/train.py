@@ -97,7 +97,8 @@ def train(config: Config, options: TrainOptions) -> Path:
     folds, notices = find_folds(config, layout, patient_of_slide, options.folds, all_patients=options.all_patients)
     if not options.shares_folds:
         team.by_first(lambda: check_nobody_works_on(run_dir, folds))
-    check_scored_folds(run_dir)
+    if not options.all_patients:
+        team.by_first(lambda: check_scored_folds(run_dir))
     # Every fold splits all patients on disk into training, validation and test.
     run_data = open_run_data(config, config_file, layout, list(patient_of_slide), options.device, folds, team)
     check_started_folds(run_dir, run_data)

@@ -41,8 +41,7 @@ def read_section(source: AnnDataFile, slide: SlideInFile, image: Path, microns: 
     """
     content = read_slide(source, slide)
     notes = list(content.notes)
-    if content.factors:
-        notes += check_full_resolution(content.factors, content.smaller, source.path, image)
+    notes += check_full_resolution(content.factors, content.smaller, source.path, image)
     if microns is None and content.factors:
         grid, pixels = (content.spots[list(names)].to_numpy() for names in (("x", "y"), ("pixel_x", "pixel_y")))
         microns = pixel_size(content.factors, grid, pixels, source.path)

@@ -83,10 +83,9 @@ def once(known: dict[Hashable, Any], key: Hashable, make: Callable[[], Any], mos
     return known[key]
 
 
-def state_of(path: Path) -> tuple[str, str, int, int]:
+def state_of(path: Path) -> bytes:
     """What is another when the file is, and the same of a copy."""
-    found = path.stat()
-    return path.parent.name, path.name, found.st_size, found.st_mtime_ns
+    return xxh3_128_digest(path.read_bytes())
 
 
 def encode_once(spec: PatchEncoderSpec, encoder: TimmModel, images: Tensor) -> Tokens:
@@ -115,7 +114,7 @@ def load_slide_once(layout: Layout, slide: str, genes: Sequence[str] | None = No
 def load_tensors_once(path: str | Path, **how: Any) -> object:
     """In the place of `load_tensors`, for checkpoints; everybody gets tensors of his own."""
     try:
-        key = state_of(Path(path))
+        key = (state_of(Path(path)), *how.items())
     except OSError:
         return load_tensors(path, **how)
     return _own(once(_CHECKPOINTS, key, lambda: _own(load_tensors(path, **how)), 50))

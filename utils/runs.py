@@ -86,7 +86,8 @@ def check_run(folder: Path, config: Config, resume: bool, asked: Sequence[str] =
     if is_of_seed or seed_runs(folder) != [folder]:
         raise ValueError(
             f"{folder.parent if is_of_seed else folder} holds {'a run' if is_of_seed else 'the runs of several seeds'}, so "
-            f"{'runs of several seeds' if is_of_seed else 'a run'} cannot lie in it, too: choose another --run_name."
+            f"{'runs of several seeds' if is_of_seed else 'a run'} cannot lie in it, too: choose another --run_name, or move "
+            "the seeds into a folder of their own."
         )
     if not saved.exists():
         if resume and _has_begun(folder):

@@ -33,6 +33,8 @@ COPIED_FOLD = "A fold that was copied into a run counts twice or is of another t
 NO_SCORE = "trained on all patients, so no patient is held out and it has no score of its own"
 _KIND_OF = {"int": int, "str": str, "list": list, "dict": dict}  # of the entries of a split, by how they are declared
 _LATER = ("digests", "panel")  # entries that earlier versions did not write
+TESTED_RUNS = "ensemble.json"  # in the folder of several runs that were tested together: which they are
+
 Record = TypeVar("Record", "Progress", "SplitRecord", "PatchEncoderRecord", "OptimizationState")
 
 
@@ -43,6 +45,8 @@ def made_again(
 
     without: what to do then.
     """
+    if (path.parent.parent / TESTED_RUNS).is_file():
+        return "A test of its runs together makes it again: python main.py --mode test --model_path RUN RUN"
     if not (path.parent / "best.pt").is_file():
         return without
     return f"A test makes it again: python main.py --mode test --model_path {shlex.quote(str(path.parent))}"

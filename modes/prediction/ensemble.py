@@ -22,12 +22,11 @@ from utils.config import Config
 from utils.devices import Precision
 from utils.files import reading, write_text
 from utils.text import LONGEST_NAME
-from utils.trained_fold import NO_SCORE, TrainedFold
+from utils.trained_fold import NO_SCORE, TESTED_RUNS, TrainedFold
 from utils.untrusted.tensors import digest_of
 
 # Spots that pass the models at a time: their tokens and the activations of the fusion take about 4 MB a spot.
 CHUNK_SIZE = 256
-_TESTED_RUNS = "ensemble.json"
 
 
 @dataclass
@@ -123,7 +122,7 @@ def ensemble_folder(runs: Sequence[Path]) -> Path:
 
 def write_tested_runs(folder: Path, runs: Sequence[Path]) -> None:
     """Write into the folder of several runs together which runs they are."""
-    write_text(folder / _TESTED_RUNS, json.dumps({"runs": _relative(folder, runs)}, indent=2) + "\n")
+    write_text(folder / TESTED_RUNS, json.dumps({"runs": _relative(folder, runs)}, indent=2) + "\n")
 
 
 def is_test_of(folder: Path, runs: Sequence[Path]) -> bool:
@@ -131,7 +130,7 @@ def is_test_of(folder: Path, runs: Sequence[Path]) -> bool:
 
     Raises ValueError for a record that cannot be read.
     """
-    path = folder / _TESTED_RUNS
+    path = folder / TESTED_RUNS
     if not path.is_file():
         return False
     with reading(path, "the record of which runs were tested together"):
@@ -146,15 +145,18 @@ def models_of(checkpoints: Sequence[Path]) -> list[str]:
 def outdated_folds(folder: Path, runs: Sequence[Path]) -> list[str]:
     """Name the scored folds in the folder of several runs that were not tested with the models that the runs hold now.
 
-    Raises ValueError for a record that cannot be read.
+    Earlier versions recorded no models; a record that cannot be read is of others.
     """
     found = []
     for fold in fold_folders(folder).values():
         if not (fold / "result.json").is_file():
             continue
-        with reading(fold / "split.json", "the record of a fold"):
-            tested = json.loads((fold / "split.json").read_text(encoding="utf-8")).get("models")
-        if tested != models_of([run / fold.name / "best.pt" for run in runs]):
+        try:
+            with reading(fold / "split.json", "the record of a fold"):
+                tested = json.loads((fold / "split.json").read_text(encoding="utf-8")).get("models")
+        except (ValueError, OSError):
+            tested = []
+        if tested is not None and tested != models_of([run / fold.name / "best.pt" for run in runs]):
             found.append(fold.name)
     return found
 

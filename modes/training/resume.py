@@ -40,7 +40,9 @@ def check_started_folds(run_dir: Path, run_data: RunData) -> None:
     Raises ValueError that names each change, the folds it concerns, and what to do, and as `check_fold_folders`.
     """
     finals = [path for path in [run_dir / ALL_PATIENTS_FOLDER / "best.pt"] if path.is_file()]
-    check_fold_folders([*fold_checkpoints(run_dir).values(), *finals])
+    best = [*fold_checkpoints(run_dir).values(), *finals]
+    # The same settings, and of a damaged best.pt the training says more.
+    check_fold_folders([last if (last := path.with_name("last.pt")).is_file() else path for path in best])
     planned = [plan_all_patients(run_data.config, run_data.store.patients)]
     if any(run_dir.glob("fold_*")):
         planned += plan_folds(run_data.config, run_data.layout.spec, run_data.store.patients)[0]

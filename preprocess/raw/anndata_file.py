@@ -289,7 +289,8 @@ def _of_space_ranger(file: h5py.File, slide: str | None) -> tuple[dict[str, floa
         return {}, {}
     stored, images = libraries[name]["scalefactors"], libraries[name].get("images", {})
     factors = checked_factors({key: float(stored[key][()]) for key in stored if stored[key].shape == ()})
-    return factors, {key: images[key].shape[1::-1] for key in SMALLER if key in images and len(images[key].shape) > 1}
+    pictures = {key: images[key] for key in SMALLER if key in images and isinstance(images[key], h5py.Dataset)}
+    return factors, {key: picture.shape[1::-1] for key, picture in pictures.items() if len(picture.shape) > 1}
 
 
 def _names_in(stored: h5py.Group | h5py.Dataset) -> list[str]:

@@ -69,7 +69,8 @@ class TestMark:
         options = TrainOptions("tiny", "cut", CPU, [0], False, 0.0, with_report=False)
         cut = train(load_config(tiny_run.config_name, [*shared, "TRAINING.epochs=1"]), options)
         edit(cut / "fold_0" / "best.pt", lambda content: content.update(finished=False))
-        edit(cut / "fold_0" / "best.pt", lambda content: content["config"]["TRAINING"].update(epochs=2))
+        for name in ("best.pt", "last.pt"):
+            edit(cut / "fold_0" / name, lambda content: content["config"]["TRAINING"].update(epochs=2))
         (cut / "config.yaml").write_text((cut / "config.yaml").read_text().replace("epochs: 1\n", "epochs: 2\n"))
         train(config, replace(options, resume=True))
         assert len((cut / "fold_0" / "metrics.jsonl").read_text().splitlines()) == 2

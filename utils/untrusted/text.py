@@ -76,6 +76,10 @@ def cells_of(text: str, separator: str | None = None, *, has_header: bool = True
     has_more_cells = not isinstance(table.index, pd.RangeIndex)  # R leaves out the name of the first column
     if has_more_cells and (table.index.nlevels > 1 or table.isna().to_numpy().any()):
         raise ValueError(f"rows of it have other numbers of cells than its first line, {len(header)}")
-    if has_more_cells and (table.iloc[:, -1].str.strip() == "").all():  # as if the first column were one of names
-        raise ValueError(f"its rows end with {separator!r} and its first line does not; take it away from their ends")
+    # As if the first column were one of names, which it may be.
+    if has_more_cells and header[-1] and (table.iloc[:, -1].str.strip() == "").all():
+        raise ValueError(
+            f"its rows end with {separator!r} and its first line does not: add it there, at the end; or at the beginning, if "
+            "the first column holds names of rows"
+        )
     return table.fillna("")

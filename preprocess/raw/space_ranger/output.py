@@ -55,10 +55,14 @@ def checked_factors(content: object) -> dict[str, float]:
     if not isinstance(content, Mapping):
         raise ValueError(f"expected names and numbers, found {brief(content)}")
     factors = {name: content[name] for name in _FACTORS if name in content}
+    used: dict[str, float] = {}
     for name, value in factors.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 < value < 1e6:
+            if name == "tissue_lowres_scalef" and "tissue_hires_scalef" in factors:
+                continue  # nothing asks for it
             raise ValueError(f"{name} is {brief(value)}, expected a positive number")
-    return {name: float(value) for name, value in factors.items()}
+        used[name] = float(value)
+    return used
 
 
 def bin_size_of(names: Sequence[str]) -> float | None:
