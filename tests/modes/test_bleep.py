@@ -92,7 +92,8 @@ def test_a_run_that_goes_on_comes_to_the_same(run, tiny_run, settings):
     (cut / "fold_1/result.json").unlink()
     (cut / "config.yaml").write_text((run / "config.yaml").read_text())
     whole = load_checkpoint(run / "fold_1/best.pt").config.to_dict()
-    edit(cut / "fold_1/best.pt", lambda content: content.update(config=whole))
+    for name in ("best.pt", "last.pt"):
+        edit(cut / "fold_1" / name, lambda content: content.update(config=whole))
     train(_config(tiny_run, settings), replace(stopped, resume=True))
     expected, found = _weights(run / "fold_1/best.pt"), _weights(cut / "fold_1/best.pt")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
