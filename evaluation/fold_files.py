@@ -152,23 +152,27 @@ def mend_fold(
     )
     for name, read, write in parts:
         path = fold_dir / name
-        is_lost = not path.is_file() and (name != "metrics.jsonl" or len(epochs) > 0)
-        was = "lost"
         try:
-            if not is_lost:
-                read(path)
+            read(path)
+            if path.is_file() or not epochs:  # models that are fitted in one step have no log
                 continue
+            was = "lost"
+        except FileNotFoundError:
+            was = "lost"
         except ValueError:
             was = f"damaged (kept as {set_aside(path).name})"
         write(path)
-        without = " without the notes of the start of the run" if name == "split.json" else ""
-        say(
-            f"Note: {path} was {was} and is written again, as the checkpoint of the fold has it{without and ','}{without}."
-        )
+        without = ", without the notes of the start of the run" if name == "split.json" else ""
+        say(f"Note: {path} was {was} and is written again, as the checkpoint of the fold has it{without}.")
 
 
 def _write_genes(path: Path, genes: Sequence[str]) -> None:
     write_text(path, "".join(f"{gene}\n" for gene in genes))
+
+
+def prediction_files(fold_dir: Path) -> list[Path]:
+    """List the predictions of a fold by name, without what macOS leaves beside files."""
+    return sorted((fold_dir / "predictions").glob("[!.]*.h5ad"))
 
 
 def scored_folds(run_dir: Path) -> dict[int, Path]:

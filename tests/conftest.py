@@ -43,22 +43,30 @@ def golden() -> Callable[[str], dict[str, np.ndarray]]:
     return load
 
 
+def _folder_in(variable: str, what: str, which: str) -> Path:
+    """The folder that an environment variable names; without it the test is skipped."""
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"{what}: set {variable} to the folder of {which}")
+    return Path(folder)
+
+
 @pytest.fixture(scope="session")
 def her2st_raw() -> Path:
     """The public HER2ST download (GENE_DML_HER2ST); tests on real slides skip without it."""
-    folder = os.environ.get("GENE_DML_HER2ST")
-    if not folder:
-        pytest.skip("real slides: set GENE_DML_HER2ST to the folder of the public HER2ST download")
-    return Path(folder)
+    return _folder_in("GENE_DML_HER2ST", "real slides", "the public HER2ST download")
 
 
 @pytest.fixture(scope="session")
 def mob_raw() -> Path:
     """Four sections of mouse olfactory bulb (GENE_DML_MOB), see docs/installation.md; tests on them skip without it."""
-    folder = os.environ.get("GENE_DML_MOB")
-    if not folder:
-        pytest.skip("real slides: set GENE_DML_MOB to the folder of the sections of mouse olfactory bulb")
-    return Path(folder)
+    return _folder_in("GENE_DML_MOB", "real slides", "the sections of mouse olfactory bulb")
+
+
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """Files that once ended or held up the program (GENE_DML_CASES); tests on them skip without it."""
+    return _folder_in("GENE_DML_CASES", "real cases", "the files that once broke the program")
 
 
 @pytest.fixture(scope="session")

@@ -204,15 +204,15 @@ def check_fold_folders(checkpoints: Sequence[Path]) -> None:
         if run not in config_of:
             config_of[run] = _config_of_run(run) or (fold.config, folder.name)
         expected, source = config_of[run]
-        found = differences(expected, fold.config, f"{folder.name} was trained with")
-        if changed := [line for line in found if line.split(":")[0] not in {*MAY_CHANGE, "GENERAL.exp_id"}]:
+        said = f"{folder.name} was trained with"
+        if changed := differences(expected, fold.config, said, but_for={*MAY_CHANGE, "GENERAL.exp_id"}):
             listed = "\n  ".join(changed)
             raise ValueError(
                 f"{checkpoint} was trained with other settings than {source} of the run says:\n  {listed}\n{COPIED_FOLD} If "
                 "config.yaml was changed since the run was started, restore it."
             )
         for patient in split.test_patients:
-            if (other := folder_of.setdefault((folder.parent, patient), folder)) != folder:
+            if (other := folder_of.setdefault((run, patient), folder)) != folder:
                 raise ValueError(
                     f"{other} and {folder} both hold out patient {patient}; expected each patient in one fold. {COPIED_FOLD}"
                 )

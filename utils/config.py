@@ -232,17 +232,17 @@ def read_config(path: str | Path) -> Config:
     return config_from_dict(content, str(path))
 
 
-def differences(run: Config, asked: Config, other: str = "asked for") -> list[str]:
+def differences(run: Config, asked: Config, other: str = "asked for", *, but_for: Collection[str] = ()) -> list[str]:
     """One line "SECTION.key: the run has ..., asked for ..." for every key in which two configurations differ.
 
-    other: what the second one is called in place of "asked for".
+    other: what the second one is called in place of "asked for".  but_for: keys that may differ.
     """
     before, now = run.to_dict(), asked.to_dict()
     return [
         f"{section}.{key}: the run has {before[section][key]!r}, {other} {value!r}"
         for section, values in now.items()
         for key, value in values.items()
-        if before[section][key] != value
+        if before[section][key] != value and f"{section}.{key}" not in but_for
     ]
 
 

@@ -101,7 +101,7 @@ def check_run(folder: Path, config: Config, resume: bool, asked: Sequence[str] =
         if result := result_of(folder, asked):
             raise FinishedRun(f"{folder} already holds {_as_finished(result, asked)}; {another}.")
         raise ValueError(f"{folder} already holds an unfinished run: --resume goes on with it; {another}.")
-    changed = [line for line in differences(read_config(saved), config) if line.split(":")[0] not in MAY_CHANGE]
+    changed = differences(read_config(saved), config, but_for=MAY_CHANGE)
     if changed:
         listed = "\n  ".join(changed)
         raise ValueError(

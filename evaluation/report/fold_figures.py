@@ -14,7 +14,7 @@ from anndata import AnnData
 from matplotlib.figure import Figure
 
 from evaluation import aggregation
-from evaluation.fold_files import FoldRecord, read_fold
+from evaluation.fold_files import FoldRecord, prediction_files, read_fold
 from evaluation.predictions import MEASURED, read_prediction, slide_of, tissue_image
 from evaluation.report import figures
 from evaluation.report.maps import Tissue, gene_maps
@@ -92,7 +92,7 @@ def _state(fold_dir: Path, genes: Sequence[str], count: int) -> dict[str, object
     sources = ("result.json", "per_gene_slide.csv", "metrics.jsonl", "clusters.csv")
     hashes = {name: sha256(fold_dir / name) for name in sources if (fold_dir / name).is_file()}
     # The predictions are written before result.json by the same evaluation; their sizes tell a lost or replaced file.
-    predictions = {path.name: path.stat().st_size for path in sorted((fold_dir / "predictions").glob("*.h5ad"))}
+    predictions = {path.name: path.stat().st_size for path in prediction_files(fold_dir)}
     return {"drawing": _DRAWING, "files": hashes, "predictions": predictions, "genes": list(genes), "count": count}
 
 

@@ -65,7 +65,7 @@ def restored_config(fold: TrainedFold, checkpoint: Path, overrides: Sequence[str
     """
     config = with_overrides(fold.config, overrides)
     fixed = {"DATA.tokens"} if POOLED in (fold.config.DATA.tokens, config.DATA.tokens) else set()  # another model
-    changed = [line for line in differences(fold.config, config) if line.split(":")[0] not in set(FREE_KEYS) - fixed]
+    changed = differences(fold.config, config, but_for=set(FREE_KEYS) - fixed)
     if changed:
         listed = "\n  ".join(changed)
         raise ValueError(

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.comparison.verdict import STRONGER, Circumstances, config_of, judge, ridge_beside
-from evaluation.fold_files import FoldRecord, check_together, find_folds, read_fold, read_histories, scored_folds
+from evaluation.fold_files import (
+    FoldRecord,
+    check_together,
+    find_folds,
+    prediction_files,
+    read_fold,
+    read_histories,
+    scored_folds,
+)
 from evaluation.held_out import measure_held_out, write_held_out
 from evaluation.predictions import read_compared, read_prediction
 from evaluation.report.explorer import write_explorer
@@ -39,9 +47,7 @@ def finish_run(run_dir: Path, with_report: bool = True, genes: Sequence[str] = (
     if with_report:
         write_report(run_dir, genes=genes)
         folds, _ = find_folds(run_dir)
-        predictions = sorted(
-            (path for fold in folds for path in fold.glob("predictions/[!.]*.h5ad")), key=lambda p: p.name
-        )
+        predictions = sorted((path for fold in folds for path in prediction_files(fold)), key=lambda p: p.name)
         if predictions:
             write_explorer(run_dir / "explorer.html", predictions, title=f"Genes of {summary['run']}")
     return format_table(summary)
@@ -67,7 +73,7 @@ def check_scored_folds(run_dir: Path, in_full: bool = False) -> None:
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
             continue
-        for path in sorted((folder / "predictions").glob("[!.]*.h5ad")):
+        for path in prediction_files(folder):
             try:
                 read_compared(path, records[-1].genes)
                 if in_full:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -18,14 +17,6 @@ from utils.files import load_names
 
 USUAL_NAMES = {"hang_visium.h5": "filtered_feature_bc_matrix.h5"}  # by which the program finds it
 SECONDS = 30  # on a busy machine; what hangs takes minutes
-
-
-@pytest.fixture(scope="module")
-def cases() -> Path:
-    folder = os.environ.get("GENE_DML_CASES")
-    if not folder:
-        pytest.skip("real cases: set GENE_DML_CASES to the folder of the files that once broke the program")
-    return Path(folder)
 
 
 def pixels_of(path: Path) -> None:
