@@ -192,11 +192,16 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
                 write(temporary)
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            os.replace(temporary, path)
+            publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a file that is complete its name, with the rights of any other."""
+    temporary.chmod(0o666 & ~_umask())
+    os.replace(temporary, path)
 
 
 def _umask() -> int:

@@ -38,11 +38,12 @@ def write_cache(
     spot_ids: Sequence[str],
     centers: np.ndarray,
     blocks: Iterable[np.ndarray],
+    when_whole: Callable[[], object] = bool,
 ) -> Path:
     """Stream a cache to disk; the file appears only when it is complete.
 
     blocks: arrays (b, ...) of consecutive spots, N rows in all; only one is held at a time. Whatever they raise leaves
-        an older file as it was.
+        an older file as it was, and so does what `when_whole` raises, which is called when the file is about to appear.
     """
     centers = np.asarray(centers, dtype=np.int64)
     assert centers.shape == (len(spot_ids), 2), f"{len(spot_ids)} spots, centres {centers.shape}"
@@ -56,7 +57,12 @@ def write_cache(
     payload = Payload(
         Path(path), DATASET_OF_KIND[identity.kind], identity.dtype, len(spot_ids), _block_axes(identity.kind)
     )
-    return write_atomically(path, lambda temporary: write_sealed(temporary, payload, describe, blocks))
+
+    def write(temporary: Path) -> None:
+        write_sealed(temporary, payload, describe, blocks)
+        when_whole()
+
+    return write_atomically(path, write)
 
 
 def _block_axes(kind: str) -> int:

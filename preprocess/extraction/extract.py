@@ -23,6 +23,7 @@ from preprocess.extraction.patch_slide import PatchSlide
 from preprocess.extraction.pixels import has_image, open_pixels
 from preprocess.extraction.plan import ExtractionSettings, SlideWork, cache_shapes, check_disk, num_rows, plan
 from preprocess.extraction.prefetch import opened_in_turn
+from preprocess.extraction.unnamed import name_what_is_whole
 from preprocess.extraction.writers import CacheWriters, check_nobody_makes, locked, sweep_folders, sweep_lock
 from utils.cli import progress, say
 from utils.locks import Held
@@ -45,6 +46,8 @@ def extract(
     check_num_neighbors(layout.num_neighbors)
     shapes = cache_shapes(layout, patch_encoder, settings)
     work = plan(layout, slides, patch_encoder, encoder, settings)
+    if not settings.overwrite:
+        work = name_what_is_whole(work)
     to_do = {(item.slide, kind) for item in work for kind in item.identities}
     complete = sorted({(slide, kind) for slide in slides for kind in settings.kinds} - to_do)
     for cache in (find_cache(layout, kind, slide) for slide, kind in complete):

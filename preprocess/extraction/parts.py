@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,15 @@ def is_made(part: Path, identity: CacheIdentity, spot_ids: Sequence[str], center
     return True
 
 
+def numbers_of(part: Path) -> Iterator[np.ndarray]:
+    """Yield the numbers of a part, piece by piece. Raises ValueError for those that are not what was written."""
+    with opened(part, partial(_repair, part)) as cache:
+        count = len(cache.numbers)
+        step = max(1, _PIECE * count // max(cache.numbers.nbytes, 1))
+        for first in range(0, count, step):
+            yield cache.read(slice(first, first + step))
+
+
 def join(
     cache: Path, ranges: Sequence[slice], identity: CacheIdentity, spot_ids: Sequence[str], centers: np.ndarray
 ) -> bool:
@@ -53,7 +62,7 @@ def join(
     parts = [part_of(cache, rows) for rows in ranges]
     if not all(is_made(part, identity, spot_ids[rows], centers[rows]) for part, rows in zip(parts, ranges)):
         return False
-    write_cache(cache, identity, spot_ids, centers, _blocks(parts))
+    write_cache(cache, identity, spot_ids, centers, chain.from_iterable(map(numbers_of, parts)))
     remove_parts(cache)
     return True
 
@@ -62,15 +71,6 @@ def remove_parts(cache: Path) -> None:
     """Remove the parts of a complete cache."""
     for part in cache.parent.glob(f"{glob.escape(cache.stem)}.spots_*-*.part"):
         part.unlink(missing_ok=True)
-
-
-def _blocks(parts: Sequence[Path]) -> Iterator[np.ndarray]:
-    for path in parts:
-        with opened(path, partial(_repair, path)) as part:
-            count = len(part.numbers)
-            step = max(1, _PIECE * count // max(part.numbers.nbytes, 1))
-            for first in range(0, count, step):
-                yield part.read(slice(first, first + step))
 
 
 def _repair(part: Path) -> str:

@@ -22,8 +22,10 @@ _POLL_SECONDS = 0.2
 
 
 class CacheWriters:
-    """Caches that appear once `wait` has returned; if the `with` block is left by an exception, none does.
+    """Caches that appear together once `wait` has returned; if the `with` block is left by an exception, none does.
 
+    A cache that is made without the others is made in other batches, and its numbers differ in the last bits. So none appears
+    where a writer fails, and those that a killed process has not named any more, the next one does (`unnamed.py`).
     The end of the block does not wait for the disk, so that the next slide can begin meanwhile. Their locks are held until
     then; ValueError where another process makes one of them.
     locks: of the caches, where they are held already (`locked`).
@@ -40,9 +42,18 @@ class CacheWriters:
     ):
         self._queues: dict[str, queue.Queue] = {kind: queue.Queue(maxsize=_BLOCKS_AHEAD) for kind in paths}
         self._work = {
-            kind: partial(write_cache, path, identities[kind], spot_ids, centers, self._blocks_of(self._queues[kind]))
+            kind: partial(
+                write_cache,
+                path,
+                identities[kind],
+                spot_ids,
+                centers,
+                self._blocks_of(self._queues[kind]),
+                self._wait_for_the_others,
+            )
             for kind, path in paths.items()
         }
+        self._all_whole = threading.Barrier(len(paths))
         self._is_aborted, self._may_begin = False, threading.Event()
         self._locks = locked(paths.values()) if locks is None else locks
         self._pool = ThreadPoolExecutor(len(paths), thread_name_prefix="cache-writer")
@@ -76,6 +87,12 @@ class CacheWriters:
             if len(block):
                 yield block
 
+    def _wait_for_the_others(self) -> None:
+        try:
+            self._all_whole.wait()
+        except threading.BrokenBarrierError as error:
+            raise _Aborted from error
+
     def __enter__(self) -> CacheWriters:
         try:
             for kind, work in self._work.items():
@@ -89,8 +106,13 @@ class CacheWriters:
     def _begin(self, work: Callable[[], object]) -> None:
         """Write, once all writers are known: a pool does not wait for a thread whose start a signal has interrupted."""
         self._may_begin.wait()
-        if not self._is_aborted:
+        if self._is_aborted:
+            return
+        try:
             work()
+        except BaseException:
+            self._all_whole.abort()
+            raise
 
     def __exit__(self, kind_of_error, *_) -> None:
         if kind_of_error is not None:
@@ -109,12 +131,15 @@ class CacheWriters:
         """
         with self._locks:
             self._pool.shutdown(wait=True)
-            for written in self._written.values():
-                written.result()
+            errors = filter(None, [written.exception() for written in self._written.values()])
+            error = min(errors, key=lambda error: isinstance(error, _Aborted), default=None)
+            if error is not None:
+                raise error
 
     def _abort(self) -> None:
         self._is_aborted = True  # no effect on a writer that is done
         self._may_begin.set()
+        self._all_whole.abort()
         with self._locks:
             self._pool.shutdown(wait=True)
 
@@ -159,4 +184,4 @@ def _lock_of(path: Path) -> tuple[Path, str, str]:
 
 
 class _Aborted(Exception):
-    """Inside a writer: the caller has failed, so the file is thrown away."""
+    """Inside a writer: the caller or another writer has failed, so the file is thrown away."""

@@ -36,6 +36,7 @@ from tests.caches import edited
 from tests.command_line import call_extract
 from tests.shortcuts import read_encoders_once
 from tests.team import run_team
+from utils.locks import temporary_prefix
 
 SIZE = 64
 
@@ -536,3 +537,30 @@ def test_locks_that_a_killed_process_has_left_of_complete_slides_go(data_dir):
     left.touch()
     _run(data_dir, "target")
     assert path.exists() and not left.exists()
+
+
+@pytest.mark.parametrize("damaged", [None, "target", "neighbor"])
+def test_caches_that_a_killed_process_has_written_whole_get_their_names(extracted, tmp_path, capsys, damaged):
+    """Or are all made again in one pass, where the numbers of one are not what was written."""
+    data = shutil.copytree(extracted, tmp_path / "data")
+    caches = {kind: _layout(data).cache_path(kind, "A1") for kind in ("target", "neighbor", "token")}
+    written = {kind: cache.read_bytes() for kind, cache in caches.items()}
+
+    def leave_unnamed(_rank: int) -> None:
+        for kind in ("target", "neighbor"):
+            content = bytearray(written[kind])
+            content[-1] ^= kind == damaged
+            cache = caches[kind]
+            cache.rename(cache.with_name(f"{temporary_prefix('A1')}0123abcd.h5")).write_bytes(content)
+
+    run_team(1, leave_unnamed, tmp_path)
+    assert [cache.exists() for cache in caches.values()] == [False, False, True]
+    _run(data, "all", "--views", "2")
+    said = "A1: target, neighbor had been written whole" if damaged is None else "A1: target, neighbor of "
+    assert said in capsys.readouterr().out
+    assert len(_caches(data)) == 3, "nothing is left"
+    assert written["token"] == caches["token"].read_bytes()
+    for kind in ("target", "neighbor"):
+        assert damaged is not None or written[kind] == caches[kind].read_bytes()
+        assert caches[kind].stat().st_mode == caches["token"].stat().st_mode
+    np.testing.assert_allclose(read_features(caches["target"]), read_features(caches["neighbor"])[:, 12])

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from datasets.features.encoding import EncodedSpots
 from preprocess.extraction.writers import CacheWriters
 from tests.caches import TOKENS_OF_UNI
 
@@ -31,4 +32,16 @@ def test_a_signal_while_the_writers_start_leaves_no_file_and_no_thread_that_wait
     for thread in [thread for thread in threading.enumerate() if thread.name.startswith("cache-writer")]:
         thread.join(timeout=60)
         assert not thread.is_alive(), "it waits for blocks that nobody gives"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_caches_of_a_slide_appear_together_or_not_at_all(tmp_path):
+    paths = {kind: tmp_path / kind / "A1.h5" for kind in ("target", "neighbor")}
+    identities = {kind: replace(TOKENS_OF_UNI, kind=kind, dtype="float32") for kind in paths}
+    spots = EncodedSpots(slice(0, 2), target=np.zeros((2, 4), "f4"), neighbor=np.zeros((2, 25, 4), "f4"))
+    spots.neighbor[1, 24, 3] = np.nan
+    with pytest.raises(ValueError, match=r"neighbor/A1.h5 is not written: its features .* not finite"):
+        with CacheWriters(paths, identities, ["a", "b"], np.zeros((2, 2))) as writers:
+            writers.put(spots)
+        writers.wait()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -1,0 +1,56 @@
+"""Caches that a process had written whole when it was killed, but not all given their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from datasets.features.identity import CacheIdentity
+from preprocess.extraction.parts import is_made, numbers_of
+from preprocess.extraction.plan import SlideWork
+from utils.cli import say
+from utils.files import publish
+from utils.locks import left_over
+
+
+def name_what_is_whole(work: Iterable[SlideWork]) -> list[SlideWork]:
+    """Give those caches their names that a process had written whole; returns the work that is left.
+
+    The caches of a slide come out of one pass: a kind that is made alone is made in other batches, and differs from that of
+    an undisturbed run in the last bits. So all that a slide lacks is taken, or nothing.
+    """
+    work = list(work)
+    folders = {path.parent for item in work for path in item.made.values()}
+    unnamed = {folder: left_over(folder) for folder in folders}
+    return [item for item in work if not _is_named(item, unnamed) or item.is_part]
+
+
+def _is_named(item: SlideWork, unnamed: dict[Path, list[Path]]) -> bool:
+    found = {path: _whole(item, kind, unnamed[path.parent]) for kind, path in item.made.items()}
+    taken = {path: file for path, file in found.items() if file is not None}
+    if len(taken) < len(found):
+        return False
+    for path, file in taken.items():
+        with suppress(FileNotFoundError):  # another process has just done the same
+            publish(file, path)
+    say(f"{item.title}: {', '.join(item.paths)} had been written whole, and have their names now.")
+    return True
+
+
+def _whole(item: SlideWork, kind: str, unnamed: list[Path]) -> Path | None:
+    path, identity = item.made[kind], item.identities[kind]
+    own = [file for file in unnamed if file.name.startswith(f".{path.stem}.") and file.suffix == path.suffix]
+    return next((file for file in own if _is_whole(file, item, identity)), None)
+
+
+def _is_whole(file: Path, item: SlideWork, identity: CacheIdentity) -> bool:
+    """Also its numbers are read: it may have been left by a machine that went down, and not by a kill."""
+    if not is_made(file, identity, item.spot_ids[item.rows], item.centers[item.rows]):
+        return False
+    try:
+        for _ in numbers_of(file):
+            pass
+    except ValueError:
+        return False
+    return True
