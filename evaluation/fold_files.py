@@ -226,13 +226,14 @@ def check_together(folders: Sequence[Path]) -> None:
     """
     check_fold_folders([path for folder in folders if (path := folder / "best.pt").is_file()])
     splits = {folder: _read_split(folder) for folder in folders}
-    protocols = {split["protocol"]: folder for folder, split in splits.items()}
-    if len(protocols) > 1:
-        raise ValueError(
-            f"{folders[0].parent} mixes protocols: "
-            + ", ".join(f"{folder.name} is {protocol}" for protocol, folder in sorted(protocols.items()))
-            + ". Expected one protocol per run; train the other one under its own --run_name."
-        )
+    for what in ("protocol", "model"):  # earlier versions did not write the model
+        found = {str(split[what]): folder for folder, split in splits.items() if what in split}
+        if len(found) > 1:
+            listed = ", ".join(f"{folder.name} is {value}" for value, folder in sorted(found.items()))
+            raise ValueError(
+                f"{folders[0].parent} mixes {what}s: {listed}. Expected one {what} per run; train the other one under its own "
+                "--run_name."
+            )
     tested: dict[str, Path] = {}
     for folder, split in splits.items():
         for patient in split["test_patients"]:

@@ -104,8 +104,8 @@ def _check_has_score(checkpoint: Path, is_official: bool) -> None:
 def _mend_record(checkpoint: Path) -> None:
     """Write again what the folder of a checkpoint has lost of its record, or what cannot be read of it."""
     fold = load_checkpoint(checkpoint, memory_map=True)
-    split = {**fold.split.to_dict(), "tokens": fold.split.features.get("tokens", {})}
-    mend_fold(checkpoint.parent, split, fold.genes, fold.progress.history)
+    more = {"model": fold.config.MODEL.name, "tokens": fold.split.features.get("tokens", {})}
+    mend_fold(checkpoint.parent, {**fold.split.to_dict(), **more}, fold.genes, fold.progress.history)
 
 
 def _test_checkpoint(

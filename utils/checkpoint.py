@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from utils.config import MAY_CHANGE, Config, differences, read_config
-from utils.files import reading, require_file, write_atomically
+from utils.files import IF_DAMAGED, reading, require_file, write_atomically
 from utils.text import brief
 from utils.trained_fold import ALL_PATIENTS_FOLDER, COPIED_FOLD, FOLD_FOLDER, TrainedFold
 from utils.untrusted.tensors import check_tensors, load_tensors
 
 SCHEMA = 1
 _ENDED: set[tuple[Path, int, int, int]] = set()  # checkpoints with the mark: whatever lists folds asks again
+WITHOUT_LAST = (  # the remedy for a last.pt that cannot be used
+    "Restore it; or move it elsewhere: a training that has ended does not need it, and one that has not begins this fold "
+    "again (--resume), to the same result."
+)
 _CONTINUE = "Go on with it: the command of the training, with --resume."
 _BY_NAME = "To predict with it as it is, name the file:"
 
@@ -31,7 +35,8 @@ def load_checkpoint(path: str | Path, *, memory_map: bool = False) -> TrainedFol
 
     memory_map: leave the weights on disk until they are used.
     """
-    content = load_tensors(path, what="a checkpoint", memory_map=memory_map)
+    remedy = WITHOUT_LAST if Path(path).name == "last.pt" else IF_DAMAGED
+    content = load_tensors(path, what="a checkpoint", remedy=remedy, memory_map=memory_map)
     if not isinstance(content, dict) or "schema" not in content:
         raise ValueError(
             f"{path} is not a checkpoint of this program (no 'schema' entry). A checkpoint of the published code is "
@@ -40,7 +45,7 @@ def load_checkpoint(path: str | Path, *, memory_map: bool = False) -> TrainedFol
     schema = content["schema"]
     if type(schema) is not int or schema != SCHEMA:
         raise ValueError(f"{path} has checkpoint schema {brief(schema)}, this program reads {SCHEMA}.")
-    with reading(path, "a checkpoint"):
+    with reading(path, "a checkpoint", remedy):
         return TrainedFold.from_dict(content, str(path))
 
 
@@ -138,7 +143,8 @@ def chosen_checkpoints(path: str | Path, fold: int | None = None) -> tuple[list[
 def seed_runs(run_dir: str | Path) -> list[Path]:
     """Find the runs of one method: the `seed_<s>` folders of `run_dir` in the order of s, or `run_dir` itself.
 
-    Raises ValueError for a folder with both seeds and folds of its own, as it does not say which are meant.
+    Raises ValueError for a folder with both seeds and folds of its own, as it does not say which are meant, and where seeds
+    were trained with different settings.
     """
     run_dir = Path(run_dir)
     seeds = [path for path in run_dir.glob("seed_*") if path.is_dir() and path.name[5:].isdecimal()]
@@ -150,7 +156,23 @@ def seed_runs(run_dir: str | Path) -> list[Path]:
             f"({', '.join(path.name for path in seeds)}); expected one of the two. Move the seeds into a folder of their own, "
             f"or name what is meant: {seeds[0]}"
         )
+    configs = {path: config for path in seeds if (config := config_of_run(path)) is not None}
+    for path, config in configs.items():
+        check_seed_of(next(iter(configs)), path, config)
     return seeds or [run_dir]
+
+
+def check_seed_of(first: Path, other: Path, config: Config) -> None:
+    """Raise ValueError if `other`, trained with `config`, is no further seed of the run `first`: only the seed may differ."""
+    may_change = {*MAY_CHANGE, "GENERAL.seed", "GENERAL.exp_id"}
+    expected = config_of_run(first)
+    changed = [] if expected is None else differences(expected, config, other.name, but_for=may_change)
+    if changed:
+        listed = "\n  ".join(changed)
+        raise ValueError(
+            f"{other} is no other seed of {first}: not only the seed differs.\n  {listed}\n"
+            "Runs with other settings are another method: give them another --run_name, or a folder of their own."
+        )
 
 
 def runs_of(paths: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -202,7 +224,8 @@ def check_fold_folders(checkpoints: Sequence[Path]) -> None:
         if split.folder != folder.name:
             raise ValueError(f"{checkpoint} was trained for {split.folder}, its folder is {folder.name}. {COPIED_FOLD}")
         if run not in config_of:
-            config_of[run] = _config_of_run(run) or (fold.config, folder.name)
+            of_run = config_of_run(run)
+            config_of[run] = (fold.config, folder.name) if of_run is None else (of_run, "config.yaml")
         expected, source = config_of[run]
         said = f"{folder.name} was trained with"
         if changed := differences(expected, fold.config, said, but_for={*MAY_CHANGE, "GENERAL.exp_id"}):
@@ -218,10 +241,10 @@ def check_fold_folders(checkpoints: Sequence[Path]) -> None:
                 )
 
 
-def _config_of_run(run: Path) -> tuple[Config, str] | None:
-    """The configuration of a run's config.yaml, and the name of that file; None where there is none that can be read."""
+def config_of_run(run: Path) -> Config | None:
+    """Read the configuration that a run was started with; None where its folder holds none that can be read."""
     try:
-        return read_config(run / "config.yaml"), "config.yaml"
+        return read_config(run / "config.yaml")
     except (ValueError, OSError):
         return None
 

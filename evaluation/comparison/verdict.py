@@ -10,8 +10,7 @@ from typing import Any
 
 from evaluation.comparison.runs import compare_runs
 from evaluation.intervals import LEAST_PATIENTS
-from utils.checkpoint import seed_runs
-from utils.config import Config, read_config
+from utils.checkpoint import config_of_run, seed_runs
 from utils.text import capitalised
 
 # What every model of images is measured by, the stronger first, and what each sees of the features; Gene-DML sees tokens of
@@ -115,7 +114,7 @@ def ridge_beside(run_dir: Path, model: str) -> Beside | None:
             run = seed_runs(path)[0] if path.is_dir() and path != group else path
         except ValueError:  # of both seeds and folds
             continue
-        if (config := config_of(run)) is not None and config.MODEL.name in RIDGES:
+        if (config := config_of_run(run)) is not None and config.MODEL.name in RIDGES:
             found.setdefault(config.MODEL.name, []).append(run)
     for run, sees in ((run, sees) for kind, sees in RIDGES.items() for run in found.get(kind, [])):
         try:
@@ -135,14 +134,6 @@ def _scores(runs: Sequence[Path]) -> list[dict[str, dict[str, float]]]:
         for method, metric, values in table[["method", "metric", "by_patient"]].itertuples(index=False):
             scores[int(method)][metric if truth == "smoothed" else SINGLE_SPOTS] = values
     return scores
-
-
-def config_of(run_dir: Path) -> Config | None:
-    """Read the configuration that a run folder was started with; None where it holds none that can be read."""
-    try:
-        return read_config(run_dir / "config.yaml")
-    except (ValueError, OSError):
-        return None
 
 
 def _against_ridge(ridge: Beside) -> str:

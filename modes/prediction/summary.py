@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.comparison.verdict import STRONGER, Circumstances, config_of, judge, ridge_beside
+from evaluation.comparison.verdict import STRONGER, Circumstances, judge, ridge_beside
 from evaluation.fold_files import (
     FoldRecord,
     check_together,
@@ -24,7 +24,7 @@ from evaluation.report.explorer import write_explorer
 from evaluation.report.fold_figures import read_clusters
 from evaluation.report.write import format_table, write_report, write_summary
 from evaluation.summary import summarise
-from utils.checkpoint import fold_checkpoints, is_complete, load_checkpoint
+from utils.checkpoint import config_of_run, fold_checkpoints, is_complete, load_checkpoint
 from utils.cli import progress
 from utils.config import load_config
 from utils.files import reading
@@ -111,7 +111,7 @@ def _run_notes(run_dir: Path) -> list[str]:
 
 def _circumstances(run_dir: Path) -> Circumstances:
     """What the judgement of a run needs beside its scores; imported runs and means of runs have no configuration."""
-    histories, config = read_histories(run_dir), config_of(run_dir)
+    histories, config = read_histories(run_dir), config_of_run(run_dir)
     model = config.MODEL.name if config else ""
     ridge = ridge_beside(run_dir, model)
     if config is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from modes.training.compose import Optimization
-from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from utils.checkpoint import WITHOUT_LAST, load_checkpoint, load_weights, save_checkpoint
 from utils.cli import say
 from utils.files import check_writable
 from utils.trained_fold import Progress, TrainedFold
@@ -39,7 +39,10 @@ class FoldCheckpoints:
         if not self.last_path.exists():
             return Progress()
         last = load_checkpoint(self.last_path)
-        load_weights(model, last.weights, self.last_path)
+        try:
+            load_weights(model, last.weights, self.last_path)
+        except ValueError as error:
+            raise ValueError(f"{error} {WITHOUT_LAST}") from error
         assert last.optimization is not None, "last.pt holds the optimiser"
         self._check_best(last.progress)
         optimization.load_state(last.optimization)

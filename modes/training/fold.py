@@ -35,8 +35,8 @@ def start_folder(folder: Path, run_data: RunData, split: Split, notices: Sequenc
     # What a kill in the middle of a save has left.
     for place in (folder, folder / "figures", folder / "predictions"):
         sweep(place, is_locked=True)
-    described = {**split.record.to_dict(), "tokens": run_data.token_source, "run_notes": list(notices)}
-    write_json(folder / "split.json", described)
+    more = {"model": run_data.config.MODEL.name, "tokens": run_data.token_source, "run_notes": list(notices)}
+    write_json(folder / "split.json", {**split.record.to_dict(), **more})
     write_text(folder / "genes.txt", "\n".join(split.genes) + "\n")
 
 

@@ -22,6 +22,8 @@ from utils.files import reading
 from utils.text import some
 from utils.trained_fold import ALL_PATIENTS_FOLDER, SplitRecord
 
+_WRITTEN_AGAIN = "Restore it; or move it elsewhere: the same command writes it again."
+
 
 @dataclass(frozen=True)
 class Started:
@@ -92,12 +94,11 @@ def check_continues(folder: Path, split: Split) -> None:
 
 def _started(folder: Path) -> Started | None:
     """What a fold was started with: of its checkpoint, or where there is none yet of split.json; None before that."""
-    path = folder / "split.json"
-    if not path.is_file():
-        return None
-    with reading(path, "the record of how a fold was started"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        tokens = dict(content.get("tokens", {}))
+    path, content, tokens = folder / "split.json", None, {}
+    if path.is_file():
+        with reading(path, "the record of how a fold was started", _WRITTEN_AGAIN):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            tokens = dict(content.get("tokens", {}))
     for written in (folder / "last.pt", folder / "best.pt"):
         if written.is_file():
             trained = load_checkpoint(written, memory_map=True).without_weights()
@@ -108,7 +109,13 @@ def _started(folder: Path) -> Started | None:
                 genes=trained.genes,
                 training_mean=trained.training_mean,
             )
-    split, genes = SplitRecord.from_dict(content, str(path)), folder / "genes.txt"
+    if content is None:
+        return None
+    genes = folder / "genes.txt"
+    try:
+        split = SplitRecord.from_dict(content, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error} {_WRITTEN_AGAIN}") from error
     return Started(
         split=split,
         encoder={"name": split.features["encoder"], "sha256": split.features["encoder_sha256"]}

@@ -534,6 +534,17 @@ def test_a_run_has_one_protocol(tmp_path):
         summarise(run)
 
 
+def test_a_run_has_one_model(tmp_path):
+    """Copied without their checkpoints, folds still say which model they are of; those of earlier versions do not."""
+    run = write_run(tmp_path / "run", {index: [slide(f"{index}1", [0.5] * 6)] for index in range(3)})
+    for index, model in ((0, "gene_dml"), (2, "ridge_target")):
+        summarise(run)
+        path = run / f"fold_{index}" / "split.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model": model}))
+    with pytest.raises(ValueError, match="mixes models: fold_0 is gene_dml, fold_2 is ridge_target"):
+        summarise(run)
+
+
 # --- what the biases amount to ---
 
 

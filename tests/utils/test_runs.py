@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.checkpoints import fabricated_fold
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import save_checkpoint, seed_runs
 from utils.config import load_config
 from utils.runs import (
     FinishedRun,
@@ -72,6 +72,22 @@ def test_seeds_and_folds_do_not_share_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"seeds holds the runs of several seeds, so a run cannot lie in it, too"):
         check_run(tmp_path / "seeds", config, resume=False)
     check_run(tmp_path / "seeds" / "seed_4", config, resume=False)
+
+
+def test_seeds_of_one_folder_differ_in_nothing_else(tmp_path):
+    """Whether they were started there, or put there later."""
+    config = load_config("demo/dml")
+    open_run(tmp_path / "run" / "seed_0", config, resume=False)
+    for overrides in (["GENERAL.seed=1", "GENERAL.log_path=elsewhere"], []):
+        check_run(tmp_path / "run" / "seed_1", load_config("demo/dml", overrides), resume=False)
+    other = load_config("demo/dml", ["GENERAL.seed=1", "MODEL.name=mean"])
+    said = "seed_1 is no other seed of .*run/seed_0.*\n  MODEL.name: the run has 'gene_dml', seed_1 'mean'"
+    with pytest.raises(ValueError, match=said):
+        check_run(tmp_path / "run" / "seed_1", other, resume=False)
+    open_run(tmp_path / "other", other, resume=False)
+    (tmp_path / "other").rename(tmp_path / "run" / "seed_1")
+    with pytest.raises(ValueError, match=said):
+        seed_runs(tmp_path / "run")
 
 
 def test_a_finished_run_is_told_from_one_that_can_go_on(tmp_path):

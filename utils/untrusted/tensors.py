@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils.files import IF_DAMAGED, reading, reason_of, require_file, sha256
 
+_BEGINNINGS = (b"PK", b"\x80")  # of a zip and, in the old format, of a pickle
 _LARGE = 1 << 20  # bytes of a record
 _PIECE = 1 << 20
 
@@ -29,6 +30,9 @@ def load_tensors(
     """
     path = require_file(path, "Check the path.")
     with reading(path, what, remedy), ThreadPoolExecutor(1) as beside:
+        with open(path, "rb") as file:
+            if not file.read(2).startswith(_BEGINNINGS):
+                raise ValueError("it is no PyTorch file")
         checked = beside.submit(_check_records, path, with_large=not memory_map)
         try:
             content = torch.load(

@@ -66,6 +66,19 @@ def test_the_same_data_go_on_and_come_to_the_same(started, tiny_run):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("name", ["last.pt", "split.json"])
+def test_what_cannot_be_read_of_an_unfinished_fold_can_be_moved_away(started, tiny_run, name):
+    path = started.path / "fold_1" / name
+    for damaged in (path.read_bytes()[:-9], b"", b"[]"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"fold_1/{name}\b.* Restore it; or move it elsewhere: "):
+            started.resume(0, 1)
+    path.rename(started.path / name)
+    started.resume(0, 1)
+    for file in ("result.json", "metrics.jsonl", "split.json"):
+        assert (started.path / "fold_1" / file).read_bytes() == (tiny_run.path / "fold_1" / file).read_bytes()
+
+
 def test_slides_that_came_or_went(started):
     for folder in ("ST-cnts", "ST-spotfiles"):
         for path in (started.data_dir / "demo" / folder).glob("C1*"):
