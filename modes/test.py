@@ -11,6 +11,7 @@ import torch
 from datasets.digests import changed_slides
 from datasets.targets import store_targets
 from evaluation.fold_files import check_together, mend_fold
+from modes.parallel.folds import held_folds, in_turn
 from modes.prediction.model import restored_config
 from modes.prediction.summary import finish_run
 from modes.training.compose import open_layout
@@ -28,6 +29,7 @@ from utils.checkpoint import (
 )
 from utils.cli import say
 from utils.files import check_writable
+from utils.parallel.team import ALONE
 from utils.text import check_genes
 from utils.trained_fold import NO_SCORE, TrainedFold
 
@@ -73,17 +75,19 @@ def test(
     check_fold_folders(checkpoints)
     for checkpoint in checkpoints:
         check_writable(result_folder(checkpoint) / "predictions" / "slide.h5ad")
-        if is_official:
-            _mend_record(checkpoint)
     run_dir = checkpoints[0].parent.parent
     has_summary = is_official and (run_dir / "config.yaml").is_file()
-    if has_summary:  # what cannot be summarised is refused before a fold is scored again
-        folders = fold_folders(run_dir).values()
-        check_together([f for f in folders if f / "best.pt" in checkpoints or (f / "result.json").is_file()])
-    for checkpoint in checkpoints:
-        _test_checkpoint(checkpoint, fold, overrides, device, data_type)
+    with held_folds([checkpoint.parent for checkpoint in checkpoints] if is_official else []):
+        if is_official:
+            for checkpoint in checkpoints:
+                _mend_record(checkpoint)
+        if has_summary:  # what cannot be summarised is refused before a fold is scored again
+            folders = fold_folders(run_dir).values()
+            check_together([f for f in folders if f / "best.pt" in checkpoints or (f / "result.json").is_file()])
+        for checkpoint in checkpoints:
+            _test_checkpoint(checkpoint, fold, overrides, device, data_type)
     if has_summary:
-        say(finish_run(run_dir, with_report, genes))
+        say(in_turn(run_dir, ALONE, lambda: finish_run(run_dir, with_report, genes)))
 
 
 def _check_has_score(checkpoint: Path, is_official: bool) -> None:

@@ -41,6 +41,15 @@ def claimed_folds(
         yield folds
 
 
+@contextmanager
+def held_folds(folders: Iterable[Path]) -> Iterator[None]:
+    """Keep other processes from folds that are scored again in the block; ValueError names one that is at one of them."""
+    with ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(lock(*_lock_at(folder, str(folder))))
+        yield
+
+
 def check_nobody_works_on(run_dir: Path, folds: Sequence[SplitRecord]) -> None:
     """Raise ValueError as `claimed_folds`, before anything is read for these folds."""
     for fold in folds:
@@ -76,8 +85,12 @@ def _free_ones(run_dir: Path, folds: Sequence[SplitRecord]) -> Generator[SplitRe
 
 def _lock_of(run_dir: Path, fold: SplitRecord) -> tuple[Path, str, str]:
     """Where the lock of a fold lies, what another process does that holds it, and what to do then."""
+    return _lock_at(run_dir / fold.folder, f"{fold.title} of {run_dir}")
+
+
+def _lock_at(folder: Path, title: str) -> tuple[Path, str, str]:
     return (
-        run_dir / f".{fold.folder}.lock",
-        f"{fold.title} of {run_dir} is being trained",
-        "Wait until it has ended, then repeat the command with --resume; or train other folds (--folds).",
+        folder.with_name(f".{folder.name}.lock"),
+        f"{title} is being trained or tested",
+        "Wait until it has ended, then repeat the command (a training: with --resume); or take other folds.",
     )

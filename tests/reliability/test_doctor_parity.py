@@ -478,7 +478,7 @@ def test_a_fold_that_another_process_trains(place):
     command = [sys.executable, "-c", HOLD, str(lock)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
-        check_both_refuse(place, [], rf"is being trained by process {process.pid}")
+        check_both_refuse(place, [], rf"is being trained or tested by process {process.pid}")
         process.kill()
 
 
