@@ -18,17 +18,17 @@ import numpy as np
 import pandas as pd
 
 from evaluation import aggregation
-from evaluation.fold_files import FoldRecord, read_run
+from evaluation.fold_files import FoldRecord
 from evaluation.predictions import HELD_OUT_FILE, INTERVAL_LEVEL, HeldOut, read_compared
 from utils.runs import write_json
 
 
-def measure_held_out(run_dir: str | Path) -> HeldOut:
-    """Measure what the complete folds of a run have shown; reads their tables and prediction files.
+def measure_held_out(run_dir: str | Path, records: Sequence[FoldRecord]) -> HeldOut:
+    """Measure what the complete folds of a run have shown; reads their prediction files.
 
-    Raises ValueError or FileNotFoundError as `fold_files.read_run` and `read_compared`.
+    records: as `fold_files.read_run` gives them.
+    Raises ValueError as `read_compared`.
     """
-    records, _ = read_run(run_dir)
     genes = list(dict.fromkeys(gene for record in records for gene in record.genes))
     pcc = gene_scores(records)
     residuals = residuals_of(records, genes)

@@ -22,7 +22,7 @@ from evaluation.fold_files import FoldScores
 from evaluation.gene_lists import ranked_on_test_list
 from evaluation.metrics import mae, mse, pearson
 from evaluation.slide_result import TRAINING_MEAN, SlideResult
-from evaluation.slide_scores import long_table, notes_on_undefined, score_slide, score_training_mean
+from evaluation.slide_scores import notes_on_undefined, score_slide, score_training_mean
 from utils.text import some
 
 PROTOCOLS = ("paper", "clean")
@@ -98,19 +98,14 @@ def epoch_scores(results: Sequence[SlideResult], protocol: str = "clean") -> dic
 
     Against the smoothed target; averaged in the order of the protocol. Undefined values are NaN.
     """
-    rows = []
-    for result in results:
-        for scale, predicted in result.predictions.items():
-            columns = {"pearson": pearson, "mse": mse, "mae": mae}
-            values = {name: metric(result.measured, predicted) for name, metric in columns.items()}
-            rows.append(long_table(result, scale, "smoothed", values))
-    per_gene = pd.concat(rows, ignore_index=True)
-    slides, patients = aggregation.slide_table(per_gene, {}), aggregation.patient_table(per_gene, {})
-    table = aggregation.fold_table(slides, patients, protocol).set_index("scale")
+    group_of_slide = [result.slide if protocol == "paper" else result.patient for result in results]
     scores = {}
-    for scale, row in table.iterrows():
+    for scale in results[0].predictions:
         suffix = "" if scale == "fused" else f"_{scale}"
-        scores.update({f"{name}{suffix}": float(row[name]) for name in ("pcc_all", "mse", "mae")})
+        for name, metric in (("pcc_all", pearson), ("mse", mse), ("mae", mae)):
+            by_slide = pd.DataFrame([metric(result.measured, result.predictions[scale]) for result in results])
+            by_group = by_slide.groupby(group_of_slide, sort=False).mean()
+            scores[f"{name}{suffix}"] = float(by_group.mean(axis=1).mean())
     return scores
 
 

@@ -41,10 +41,15 @@ PAPER_NOTE = (
 PAPER_PANEL = "The gene panel is chosen from all slides, those of the test patients included."
 
 
-def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
+def summarise(
+    run_dir: str | Path,
+    notes: Sequence[str] = (),
+    read: tuple[Sequence[FoldRecord], Sequence[str]] | None = None,
+) -> dict[str, Any]:
     """Summarise what the folds of a run wrote. Plain values; None where a value is undefined.
 
     notes: sentences the run itself cannot know, e.g. which folds were skipped for want of slides.
+    read: what `fold_files.read_run` gives, where it is at hand.
 
     The dictionary, in this order:
     protocol, protocol_description, run
@@ -72,7 +77,7 @@ def summarise(run_dir: str | Path, notes: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises ValueError or FileNotFoundError as `fold_files.read_run`.
     """
-    records, found_notes = read_run(run_dir)
+    records, found_notes = read or read_run(run_dir)
     protocol = records[0].protocol
     lists, list_notes = aggregation.lists_of_run(records)
     of_protocols, per_patient = _tables(records, lists)
@@ -155,14 +160,13 @@ def _tables(
 def _scale_rows(per_fold: pd.DataFrame, averaged: pd.DataFrame) -> list[dict[str, Any]]:
     """One row per truth and scale: mean over the rows of `averaged`, standard deviation over folds."""
     columns = aggregation.value_columns(per_fold)
-    means = averaged.groupby(["truth", "scale"], sort=False)[columns].mean()
-    deviations = per_fold.groupby(["truth", "scale"], sort=False)[columns].std(ddof=1)
+    means = averaged.groupby(["truth", "scale"], sort=False)[columns].mean().to_dict("index")
+    deviations = per_fold.groupby(["truth", "scale"], sort=False)[columns].std(ddof=1).to_dict("index")
     rows = []
-    for (truth, scale), mean in means.iterrows():
+    for (truth, scale), mean in means.items():
         row = {"truth": truth, "scale": scale}
         for name in columns:
-            row[name] = mean[name]
-            row[f"{name}_std"] = deviations.loc[(truth, scale), name]
+            row |= {name: mean[name], f"{name}_std": deviations[truth, scale][name]}
         rows.append(row)
     return rows
 

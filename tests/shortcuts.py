@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from datasets.tables.slide_table import load_slide
 from models.patch_encoders import build
 from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, Tokens
 from utils.files import sha256
+from utils.text import parse_yaml
 from utils.untrusted.tensors import load_tensors
 
 _read, _encode, _look_at = build.load_patch_encoder, build.encode, TissuePicture.of
@@ -37,9 +39,9 @@ _CHECKPOINTS: dict[Hashable, object] = {}
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
-    """A figure is one pixel, the explorer its title and the picture in a prediction small; all are there. Encoders, tables and
-    checkpoints are read once as long as their files do not change, a batch of patches is encoded and the tissue of an image
-    found once.
+    """A figure is one pixel, the explorer its title and the picture in a prediction small; all are there. Encoders, tables,
+    checkpoints and configurations are read once as long as their files do not change, a batch of patches is encoded and the
+    tissue of an image found once.
     """
     with pytest.MonkeyPatch.context() as patch:
         for module in ("report.style", "report.fold_figures", "report.write", "comparison.write"):
@@ -50,6 +52,7 @@ def shortcuts() -> Iterator[None]:
         for module in ("datasets.features.reader", "modes.checks.data", "preprocess.extraction.plan"):
             patch.setattr(f"{module}.load_slide", load_slide_once)
         patch.setattr("utils.checkpoint.load_tensors", load_tensors_once)
+        patch.setattr("utils.config.parse_yaml", lambda text: deepcopy(parse_yaml_once(text)))
         read_encoders_once(patch)
         patch.setattr(build, "encode", encode_once)
         patch.setattr(TissuePicture, "of", look_once)
@@ -72,6 +75,9 @@ def _read_once(spec, path: Path, _mtime_ns: int):
 @lru_cache(maxsize=4)
 def _hash_once(path: Path, _mtime_ns: int) -> str:
     return sha256(path)
+
+
+parse_yaml_once = lru_cache(maxsize=200)(parse_yaml)
 
 
 def once(known: dict[Hashable, Any], key: Hashable, make: Callable[[], Any], most: int) -> Any:

@@ -24,12 +24,23 @@ from datasets.features.identity import (
     check_structure,
     identity_of,
 )
-from datasets.features.sealed import CHECKSUM, Payload, checksums_of, is_finite, read_seal, read_whole, write_sealed
+from datasets.features.sealed import (
+    CHECKSUM,
+    Payload,
+    Seal,
+    checksums_of,
+    is_finite,
+    read_seal,
+    read_whole,
+    write_sealed,
+)
 from utils.files import reading, write_atomically
 from utils.text import checked_names, some
 from utils.untrusted.hdf5 import probe_hdf5
 
 _PIECE = 1 << 22  # bytes read and verified at a time
+# What caches are, and that they are built so: a training opens each some five times, and the same seal is over the same.
+_CHECKED: dict[Seal | None, CacheIdentity] = {}
 
 
 def write_cache(
@@ -159,20 +170,24 @@ def opened(path: str | Path, repair: Callable[[], str] | None = None) -> Iterato
         raise FileNotFoundError(f"{path} does not exist. Run:\n{repair()}")
     keep = f"It is truncated or no cache of ours: keep it elsewhere, and extract slide {path.stem} again."
     with reading(path, "a cache of features", keep):
-        is_sealed = _is_sealed(path, repair)
-        if not is_sealed:
+        found = _seal_of(path, repair)
+        if found is None:
             probe_hdf5(path, "a cache of features", keep)
         with h5py.File(path, "r") as file:
-            if CHECKSUM in file and not is_sealed:
+            if CHECKSUM in file and found is None:
                 raise ValueError(f"{path} is damaged: it has lost its seal. {keeping(repair())}")
-            identity = identity_of(file.attrs)
-            check_structure(file, identity)
-            yield OpenCache(path, file, identity, is_sealed, repair)
+            identity = _CHECKED.get(found)
+            if identity is None:
+                identity = identity_of(file.attrs)
+                check_structure(file, identity)
+                if found is not None:
+                    _CHECKED[found] = identity
+            yield OpenCache(path, file, identity, found is not None, repair)
 
 
-def _is_sealed(path: Path, repair: Callable[[], str]) -> bool:
+def _seal_of(path: Path, repair: Callable[[], str]) -> Seal | None:
     try:
-        return read_seal(path) is not None
+        return read_seal(path)
     except ValueError as error:
         raise ValueError(f"{path} {error}. {keeping(repair())}") from error
 

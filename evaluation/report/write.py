@@ -153,16 +153,23 @@ def _counts(summary: Mapping[str, Any]) -> str:
     return ", ".join(f"{count} {name if count != 1 else name[:-1]}" for name, count in known if count is not None) + "."
 
 
-def write_report(run_dir: str | Path, *, genes: Sequence[str] = (), count: int = 2) -> Path:
+def write_report(
+    run_dir: str | Path,
+    *,
+    genes: Sequence[str] = (),
+    count: int = 2,
+    records: Sequence[FoldRecord] | None = None,
+) -> Path:
     """Write report.html from the files of a run (summary.json first of all); returns its path.
 
+    records: of the folds, where they are read already.
     genes, count: as in `fold_figures.write_figures`, a gene in the folds whose panel has it; figures that are on disk and up
     to date are taken as they are.
     Raises FileNotFoundError or ValueError when the run has no summary or no complete fold, ValueError for a gene of no panel.
     """
     run_dir = Path(run_dir)
     summary = read_summary(run_dir / "summary.json")
-    records, _ = read_run(run_dir)
+    records = records or read_run(run_dir)[0]
     check_genes(genes, {gene for record in records for gene in record.genes}, "the run predicts")
     description, verdict = str(summary["protocol_description"]), verdict_of(summary)
     sections = [

@@ -12,10 +12,10 @@ from evaluation.comparison.verdict import STRONGER, Circumstances, judge, ridge_
 from evaluation.fold_files import (
     FoldRecord,
     check_together,
-    find_folds,
     prediction_files,
     read_fold,
     read_histories,
+    read_run,
     scored_folds,
 )
 from evaluation.held_out import measure_held_out, write_held_out
@@ -38,16 +38,17 @@ def finish_run(run_dir: Path, with_report: bool = True, genes: Sequence[str] = (
 
     genes: drawn on every slide in report.html, beside the best and the worst. Returns the table for the terminal.
     """
-    held_out = measure_held_out(run_dir)
+    records, found_notes = read_run(run_dir)
+    held_out = measure_held_out(run_dir, records)
     write_held_out(run_dir, held_out)
     coverage = held_out.describe()
-    summary = summarise(run_dir, notes=[*_run_notes(run_dir), *([coverage] if coverage else [])])
+    notes = [*_run_notes(run_dir), *([coverage] if coverage else [])]
+    summary = summarise(run_dir, notes, (records, found_notes))
     summary = {"verdict": judge(summary, _circumstances(run_dir)), **summary}
     write_summary(run_dir, summary)
     if with_report:
-        write_report(run_dir, genes=genes)
-        folds, _ = find_folds(run_dir)
-        predictions = sorted((path for fold in folds for path in prediction_files(fold)), key=lambda p: p.name)
+        write_report(run_dir, genes=genes, records=records)
+        predictions = sorted((path for r in records for path in prediction_files(r.path)), key=lambda p: p.name)
         if predictions:
             write_explorer(run_dir / "explorer.html", predictions, title=f"Genes of {summary['run']}")
     return format_table(summary)

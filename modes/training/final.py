@@ -54,7 +54,7 @@ def open_cross_validation(run_dir: str | Path, config: Config) -> CrossValidatio
     folds, notes = read_run(path)
     for note in notes:
         say(f"{path}: {note}")
-    return CrossValidation(path, folds, read_held_out(path) or measure_held_out(path))
+    return CrossValidation(path, folds, read_held_out(path) or measure_held_out(path, folds))
 
 
 def with_chosen_epochs(config: Config, source: CrossValidation | None) -> Config:
