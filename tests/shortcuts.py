@@ -28,20 +28,22 @@ from models.patch_encoders import build
 from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, Tokens
 from utils.files import sha256
 from utils.text import parse_yaml
+from utils.untrusted import hdf5
 from utils.untrusted.tensors import load_tensors
 
-_read, _encode, _look_at = build.load_patch_encoder, build.encode, TissuePicture.of
+_read, _encode, _look_at, _probe = build.load_patch_encoder, build.encode, TissuePicture.of, hdf5.probe_hdf5
 _TOKENS: WeakKeyDictionary[TimmModel, dict[tuple, Tokens]] = WeakKeyDictionary()
 _SEEN: dict[Hashable, TissuePicture] = {}
 _TABLES: dict[Hashable, AnnData] = {}
+_PROBED: dict[Hashable, None] = {}
 _CHECKPOINTS: dict[Hashable, object] = {}
 
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
     """A figure is one pixel, the explorer its title and the picture in a prediction small; all are there. Encoders, tables,
-    checkpoints and configurations are read once as long as their files do not change, a batch of patches is encoded and the
-    tissue of an image found once.
+    checkpoints and configurations are read, and predictions walked through, once as long as their files do not change, a batch
+    of patches is encoded and the tissue of an image found once.
     """
     with pytest.MonkeyPatch.context() as patch:
         for module in ("report.style", "report.fold_figures", "report.write", "comparison.write"):
@@ -52,6 +54,7 @@ def shortcuts() -> Iterator[None]:
         for module in ("datasets.features.reader", "modes.checks.data", "preprocess.extraction.plan"):
             patch.setattr(f"{module}.load_slide", load_slide_once)
         patch.setattr("utils.checkpoint.load_tensors", load_tensors_once)
+        patch.setattr(hdf5, "probe_hdf5", probe_once)
         patch.setattr("utils.config.parse_yaml", lambda text: deepcopy(parse_yaml_once(text)))
         read_encoders_once(patch)
         patch.setattr(build, "encode", encode_once)
@@ -124,6 +127,11 @@ def load_tensors_once(path: str | Path, **how: Any) -> object:
     except OSError:
         return load_tensors(path, **how)
     return _own(once(_CHECKPOINTS, key, lambda: _own(load_tensors(path, **how)), 50))
+
+
+def probe_once(path: Path, *said: str) -> None:
+    """In the place of `probe_hdf5`, for what is opened with `opened_hdf5`: our predictions are read again and again."""
+    once(_PROBED, state_of(path), lambda: _probe(path, *said), 200)
 
 
 def _own(value: Any) -> Any:
