@@ -24,8 +24,12 @@ from datasets.images.slides import Slide
 from datasets.images.spots_on_tissue import TissuePicture
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
+from models.contract import ExpressionModel
 from models.patch_encoders import build
 from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, Tokens
+from modes.prediction.model import make_model
+from modes.training import memory
+from utils.config import Config
 from utils.files import sha256
 from utils.text import parse_yaml
 from utils.untrusted import hdf5
@@ -36,6 +40,7 @@ _TOKENS: WeakKeyDictionary[TimmModel, dict[tuple, Tokens]] = WeakKeyDictionary()
 _SEEN: dict[Hashable, TissuePicture] = {}
 _TABLES: dict[Hashable, AnnData] = {}
 _PROBED: dict[Hashable, None] = {}
+_SIZED: dict[Hashable, ExpressionModel] = {}
 _CHECKPOINTS: dict[Hashable, object] = {}
 
 
@@ -43,7 +48,7 @@ _CHECKPOINTS: dict[Hashable, object] = {}
 def shortcuts() -> Iterator[None]:
     """A figure is one pixel, the explorer its title and the picture in a prediction small; all are there. Encoders, tables,
     checkpoints and configurations are read, and predictions walked through, once as long as their files do not change, a batch
-    of patches is encoded and the tissue of an image found once.
+    of patches is encoded, the tissue of an image found, and the parameters of a model counted, once.
     """
     with pytest.MonkeyPatch.context() as patch:
         for module in ("report.style", "report.fold_figures", "report.write", "comparison.write"):
@@ -55,6 +60,7 @@ def shortcuts() -> Iterator[None]:
             patch.setattr(f"{module}.load_slide", load_slide_once)
         patch.setattr("utils.checkpoint.load_tensors", load_tensors_once)
         patch.setattr(hdf5, "probe_hdf5", probe_once)
+        patch.setattr(memory, "make_model", sized_once)
         patch.setattr("utils.config.parse_yaml", lambda text: deepcopy(parse_yaml_once(text)))
         read_encoders_once(patch)
         patch.setattr(build, "encode", encode_once)
@@ -132,6 +138,12 @@ def load_tensors_once(path: str | Path, **how: Any) -> object:
 def probe_once(path: Path, *said: str) -> None:
     """In the place of `probe_hdf5`, for what is opened with `opened_hdf5`: our predictions are read again and again."""
     once(_PROBED, state_of(path), lambda: _probe(path, *said), 200)
+
+
+def sized_once(config: Config, **sizes: int) -> ExpressionModel:
+    """In the place of `make_model`, for whoever only counts parameters."""
+    key = (repr(config.MODEL), config.DATA.num_neighbors, *sizes.items())
+    return once(_SIZED, key, lambda: make_model(config, **sizes), 50)
 
 
 def _own(value: Any) -> Any:
