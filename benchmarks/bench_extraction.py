@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so tha
 import argparse
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,9 @@ from datasets.images.plain_reader import open_picture
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
-from models.patch_encoders.build import PatchEncoder, build_patch_encoder
+from models.patch_encoders.build import PatchEncoder, build_patch_encoder, patch_encoder_spec
+from models.patch_encoders.spec import create_encoder
+from models.patch_encoders.weights import fold_batch_norms
 from preprocess.extraction.extract import extract_slides
 from preprocess.extraction.plan import ExtractionSettings, SlideWork
 from utils.cli import run
@@ -297,6 +300,29 @@ def slides_table(arguments: argparse.Namespace, folder: Path, encoder: BatchedPa
     ]
 
 
+def folding_table(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """The bare convolutional encoder, its batch normalisations as they are and folded, in turn."""
+    spec, patch_size = patch_encoder_spec("efficientnet-lite0"), 64 if arguments.quick else 224
+    usual = create_encoder(spec)
+    encoders = {
+        version: patch_encoder_for(arguments, PatchEncoder(spec, of, weights_sha256="", weights_path=None), device)
+        for version, of in (("as they are", usual), ("folded", fold_batch_norms(spec, usual)))
+    }
+    rounds = [
+        {version: bare_throughput(encoder, patch_size, 1) for version, encoder in encoders.items()}
+        for _ in range(1 if arguments.quick else 3 * ROUNDS)
+    ]
+    ratios = [found["folded"] / found["as they are"] for found in rounds]
+    return [
+        {
+            "batch normalisations of efficientnet-lite0": version,
+            "patches/s": statistics.median(found[version] for found in rounds),
+            "times": statistics.median(ratios) if version == "folded" else 1.0,
+        }
+        for version in encoders
+    ]
+
+
 def memory_table(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict[str, object]], bool]:
     """Rows (version, spots, peak memory) and whether both versions give the same features."""
     patch_size, dim, apart = (64, 16, False) if arguments.quick else (224, 1024, True)
@@ -370,6 +396,7 @@ def main(argv: list[str] | None = None) -> Path:
         tables = {"Several slides, decoded during the run": slides_table(arguments, folder, encoder)}
         memory, is_same = memory_table(arguments, folder)
         tables["Memory of neighbor extraction"] = memory
+    tables["Folded into the convolutions"] = folding_table(arguments, device)
     if on_cuda and name == "uni":
         ceiling = matmul_ceiling(device, torch.bfloat16)
         share = rows[1]["patches/s"] * VIT_L_GFLOP * GIGA / ceiling

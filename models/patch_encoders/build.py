@@ -19,6 +19,7 @@ from models.patch_encoders.weights import (
     WEIGHT_FOLDERS,
     environment_variable,
     find_weights,
+    fold_batch_norms,
     how_to_get,
     load_patch_encoder,
     state_sha256,
@@ -151,4 +152,5 @@ def random_patch_encoder(spec: PatchEncoderSpec, seed: int = RANDOM_SEED) -> Pat
         torch.manual_seed(seed)
         encoder = create_encoder(spec)
     identity = f"random-{seed}-{state_sha256(encoder.state_dict())}"
-    return PatchEncoder(spec, remove_unused_layers(spec, encoder), weights_sha256=identity, weights_path=None)
+    encoder = fold_batch_norms(spec, remove_unused_layers(spec, encoder))
+    return PatchEncoder(spec, encoder, weights_sha256=identity, weights_path=None)

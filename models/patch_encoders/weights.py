@@ -1,4 +1,4 @@
-"""Weight files of the frozen encoders: where they are looked for, how they are read, when they do not fit.
+"""Weight files of the frozen encoders: where they are looked for, how they are read, when they do not fit; what is folded.
 
 Files come from elsewhere and are untrusted: only tensors are read from them.
 """
@@ -10,15 +10,23 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeGuard
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, create_encoder, empty_encoder
+from models.patch_encoders.spec import (
+    SMALLEST_CONVOLUTION_INPUT,
+    PatchEncoderSpec,
+    TimmModel,
+    create_encoder,
+    empty_encoder,
+)
 from models.patch_encoders.table import PATCH_ENCODERS, TIMM_PREFIX, patch_encoder_spec
 from utils.files import reading
 from utils.text import ended
@@ -29,6 +37,7 @@ WEIGHT_FOLDERS = (Path(__file__).resolve().parents[2] / "weights", Path("weights
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 COMMON_VARIABLE = "GENE_DML_WEIGHTS"
 NAMES_SHOWN = 3
+_FOLDED_TOLERANCE = 1e-4  # of the largest feature; rounding alone makes some 1e-6
 _WRAPPERS, _OF_PARALLEL = {"state_dict", "model", "module"}, "module."
 
 
@@ -199,7 +208,7 @@ def _are_tensors(value: object) -> TypeGuard[dict[str, Tensor]]:
 
 
 def load_patch_encoder(spec: PatchEncoderSpec, path: Path) -> TimmModel:
-    """Build the full timm model of a row with the weights of a file: every key, every shape, float32.
+    """Build the full timm model of a row with the weights of a file: every key, every shape, float32; see `fold_batch_norms`.
 
     ValueError names the file, the first differing keys and the encoder that the file would fit.
     """
@@ -222,7 +231,62 @@ def load_patch_encoder(spec: PatchEncoderSpec, path: Path) -> TimmModel:
     if needs_constants:
         encoder = create_encoder(spec)
     encoder.load_state_dict(state, strict=True, assign=not needs_constants)
-    return encoder
+    return fold_batch_norms(spec, encoder)
+
+
+def fold_batch_norms(spec: PatchEncoderSpec, encoder: TimmModel) -> TimmModel:
+    """Fold each batch normalisation into the convolution whose output it takes, in double precision.
+
+    A frozen one scales and shifts each channel, which weights and bias of the convolution can do without another pass over its
+    output; what that is worth, `python benchmarks/bench_extraction.py` measures.
+    Returns a copy that gives the same features but for rounding; the encoder itself where nothing can be folded, or where the
+    copy gives others, because something else takes the output of such a convolution, too.
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
+        return encoder
+    folded, side = deepcopy(encoder), SMALLEST_CONVOLUTION_INPUT
+    size = (side, side) if spec.input_rule == "minimum" else spec.native_size
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        names = {module: name for name, module in folded.named_modules()}
+        for norm, convolution in _pairs(folded, images).items():
+            _fold(convolution, norm)
+            rest = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]  # timm's does these as well
+            folded.set_submodule(names[norm], nn.Sequential(*rest))
+        expected, found = encoder.forward_features(images), folded.forward_features(images)
+    is_same = (found - expected).abs().max() <= _FOLDED_TOLERANCE * expected.abs().max()
+    return folded if is_same else encoder
+
+
+def _pairs(encoder: TimmModel, images: Tensor) -> dict[nn.BatchNorm2d, nn.Conv2d]:
+    """Each normalisation with the convolution whose output it took; of those that run once."""
+    made: list[tuple[Tensor, nn.Conv2d]] = []
+    taken: list[tuple[nn.BatchNorm2d, nn.Conv2d]] = []
+
+    def note_made(module: nn.Module, _: object, output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        made.append((output, module))
+
+    def note_taken(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, nn.BatchNorm2d)
+        taken.extend((module, convolution) for output, convolution in made if output is inputs[0])
+
+    hooks = [m.register_forward_hook(note_made) for m in encoder.modules() if isinstance(m, nn.Conv2d)]
+    hooks += [m.register_forward_pre_hook(note_taken) for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]
+    encoder.forward_features(images)
+    for hook in hooks:
+        hook.remove()
+    times = [convolution for _, convolution in made]
+    return {norm: conv for norm, conv in taken if times.count(conv) == 1 and norm.running_mean is not None}
+
+
+def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    values = (convolution.weight, convolution.bias, norm.running_mean, norm.running_var)
+    weight, bias, mean, variance = (None if value is None else value.double() for value in values)
+    assert weight is not None and mean is not None and variance is not None, "a frozen normalisation has statistics"
+    scale, shift = (None if value is None else value.double() for value in (norm.weight, norm.bias))
+    folded = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
+    convolution.weight, convolution.bias = (nn.Parameter(value.float(), requires_grad=False) for value in folded)
 
 
 def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
