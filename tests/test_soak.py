@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.patch_encoders.build import build_patch_encoder
+from tests.shortcuts import read_encoders_once
 from tests.soak import trials
 from tests.soak.fuzz import Report, digest, fuzz
 from tests.soak.readers import READERS
@@ -29,7 +31,7 @@ def test_a_change_of_one_number_changes_the_digest():
     assert digest({"a": [1, 2.5]}) == digest({"a": [1.0, 2.5]}) != digest({"a": [1, 2.25]})
 
 
-def test_killed_and_stopped_programs_are_made_whole_by_the_same_command(tmp_path):
+def test_killed_and_stopped_programs_are_made_whole_by_the_same_command(tmp_path, monkeypatch):
     """Beside CUDA in a process that has done nothing with PyTorch before it is forked."""
     if torch.cuda.is_available():
         words = ["-m", "tests.soak", "--parts", "kills", "--kills", "0", "--in_a_row"]
@@ -38,6 +40,8 @@ def test_killed_and_stopped_programs_are_made_whole_by_the_same_command(tmp_path
         assert ended.returncode == 0, said + ended.stderr
     else:
         told: list[str] = []
+        read_encoders_once(monkeypatch)
+        build_patch_encoder("efficientnet-lite0")  # whoever is forked has it
         assert trials.kills(tmp_path, 0, 0, 0, told.append, in_a_row=True) == []
         said = "\n".join(told)
     assert said.count("1 trials at them, 0 chains, 0 findings") == len(trials.NAMES)

@@ -23,6 +23,7 @@ from datasets.images.slides import open_slide
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
+from models.patch_encoders import build
 from models.patch_encoders.build import build_patch_encoder
 from preprocess.extract_features_uni import main
 from preprocess.extraction import extract as extraction
@@ -34,7 +35,7 @@ from preprocess.extraction.writers import CacheWriters, locked
 from preprocess.simulate_demo import simulate
 from tests.caches import edited
 from tests.command_line import call_extract
-from tests.shortcuts import read_encoders_once
+from tests.shortcuts import encode_once, read_encoders_once
 from tests.team import run_team
 from utils.locks import temporary_prefix
 
@@ -45,6 +46,7 @@ SIZE = 64
 def _encoders():
     with pytest.MonkeyPatch.context() as patch:
         read_encoders_once(patch)
+        patch.setattr(build, "encode", encode_once)
         yield
 
 
