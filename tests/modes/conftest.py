@@ -53,6 +53,7 @@ def tiny_run(tiny_data, made_once) -> TinyRun:
 def _train_tiny_run(tiny_data: Path, folder: Path) -> None:
     from modes.train import TrainOptions, train
     from preprocess.extract_features_uni import main as extract
+    from tests.shortcuts import shortcuts
     from utils.config import load_config
 
     torch.set_num_threads(1)
@@ -71,7 +72,8 @@ def _train_tiny_run(tiny_data: Path, folder: Path) -> None:
         checkpoint_seconds=60.0,
         with_report=False,
     )
-    train(config, options)
+    with shortcuts():  # its predictions are copied and read by every other test
+        train(config, options)
 
 
 @pytest.fixture(scope="session")
