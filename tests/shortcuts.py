@@ -21,12 +21,13 @@ from xxhash import xxh3_128_digest
 
 from datasets.images import overlay
 from datasets.images.slides import Slide
-from datasets.images.spots_on_tissue import TissuePicture
+from datasets.images.spots_on_tissue import SpotsOnTissue, TissuePicture, check_spots_on_tissue
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
 from models.contract import ExpressionModel
 from models.patch_encoders import build
 from models.patch_encoders.spec import PatchEncoderSpec, TimmModel, Tokens
+from modes.checks import tissue
 from modes.prediction.model import make_model
 from modes.training import memory
 from utils.config import Config
@@ -38,6 +39,7 @@ from utils.untrusted.tensors import load_tensors
 _read, _encode, _look_at, _probe = build.load_patch_encoder, build.encode, TissuePicture.of, hdf5.probe_hdf5
 _TOKENS: WeakKeyDictionary[TimmModel, dict[tuple, Tokens]] = WeakKeyDictionary()
 _SEEN: dict[Hashable, TissuePicture] = {}
+_ON_TISSUE: dict[Hashable, tuple[TissuePicture, SpotsOnTissue]] = {}  # a picture that is held keeps its id
 _TABLES: dict[Hashable, AnnData] = {}
 _PROBED: dict[Hashable, None] = {}
 _SIZED: dict[Hashable, ExpressionModel] = {}
@@ -48,7 +50,7 @@ _CHECKPOINTS: dict[Hashable, object] = {}
 def shortcuts() -> Iterator[None]:
     """A figure is one pixel, the explorer its title and the picture in a prediction small; all are there. Encoders, tables,
     checkpoints and configurations are read, and predictions walked through, once as long as their files do not change, a batch
-    of patches is encoded, the tissue of an image found, and the parameters of a model counted, once.
+    of patches is encoded, the tissue of an image found and compared with spots, and the parameters of a model counted, once.
     """
     with pytest.MonkeyPatch.context() as patch:
         for module in ("report.style", "report.fold_figures", "report.write", "comparison.write"):
@@ -65,6 +67,8 @@ def shortcuts() -> Iterator[None]:
         read_encoders_once(patch)
         patch.setattr(build, "encode", encode_once)
         patch.setattr(TissuePicture, "of", look_once)
+        for module in (overlay, tissue):
+            patch.setattr(module, "check_spots_on_tissue", check_once)
         patch.setattr(overlay, "draw_overlay", one_colour)
         yield
 
@@ -116,6 +120,12 @@ def look_once(slide: Slide) -> TissuePicture:
     return once(_SEEN, state_of(slide.path), lambda: _look_at(slide), 20)
 
 
+def check_once(picture: TissuePicture, centers: np.ndarray, totals: np.ndarray | None) -> SpotsOnTissue:
+    """In the place of `check_spots_on_tissue`."""
+    key = (id(picture), centers.tobytes(), None if totals is None else totals.tobytes())
+    return once(_ON_TISSUE, key, lambda: (picture, check_spots_on_tissue(picture, centers, totals)), 100)[1]
+
+
 def load_slide_once(layout: Layout, slide: str, genes: Sequence[str] | None = None) -> AnnData:
     """In the place of `load_slide`; what is wrong with a slide is found again and again."""
     try:
@@ -155,10 +165,9 @@ def _own(value: Any) -> Any:
     return type(value)(map(_own, value)) if isinstance(value, list | tuple) else value
 
 
-def one_colour(picture: TissuePicture, centers: np.ndarray, _is_on_tissue: np.ndarray) -> Image.Image:
+def one_colour(_picture: TissuePicture, centers: np.ndarray, _is_on_tissue: np.ndarray) -> Image.Image:
     """In the place of `draw_overlay`; other spots give another colour."""
-    height, width, _ = picture.picture.shape
-    return Image.new("RGB", (width, height), tuple(int(v) % 256 for v in (*centers.sum(axis=0), len(centers))))
+    return Image.new("RGB", (16, 16), tuple(int(v) % 256 for v in (*centers.sum(axis=0), len(centers))))
 
 
 def one_pixel(_figure, path: Path) -> tuple[Path, Path]:
