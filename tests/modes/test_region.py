@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.images import overlay
+from datasets.images.overlay import draw_overlay
 from datasets.known_sets import get_spec
 from datasets.layout import Layout
 from datasets.tables.slide_table import load_slide
@@ -29,8 +31,9 @@ def slide(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["spots", "grid"])
-def test_only_the_region_is_predicted_and_goes_to_qupath(tiny_run, slide, tmp_path, given):
-    image, (width, _), region = slide
+def test_only_the_region_is_predicted_and_goes_to_qupath(tiny_run, slide, tmp_path, monkeypatch, given):
+    monkeypatch.setattr(overlay, "draw_overlay", draw_overlay)  # the true one
+    image, (width, height), region = slide
     gene = (tiny_run.path / "fold_0" / "genes.txt").read_text().split()[0]
     spots = ("--spots", image.parents[3] / "ST-spotfiles/X1_selection.tsv") if given else ()
     shared = (
@@ -51,7 +54,8 @@ def test_only_the_region_is_predicted_and_goes_to_qupath(tiny_run, slide, tmp_pa
     found = anndata.read_h5ad(tmp_path / "x.h5ad")
     assert found.n_obs > 0 and found.obsm["spatial"][:, 0].max() <= width / 2
     with Image.open(tmp_path / "x_tissue.png") as picture:
-        assert max(picture.size) > 100
+        assert picture.width / picture.height == pytest.approx(width / height, rel=0.01)
+        assert max(picture.size) > 100 and len(picture.getcolors()) > 50
     detections = json.loads((tmp_path / "x.geojson").read_text())["features"]
     assert len(detections) == found.n_obs
     for row in (0, found.n_obs - 1):
