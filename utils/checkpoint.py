@@ -163,8 +163,13 @@ def seed_runs(run_dir: str | Path) -> list[Path]:
 
 
 def check_seed_of(first: Path, other: Path, config: Config) -> None:
-    """Raise ValueError if `other`, trained with `config`, is no further seed of the run `first`: only the seed may differ."""
+    """Raise ValueError if `other`, trained with `config`, is no further seed of the run `first`: only the seed may differ.
+
+    Models on all patients may each have the number of epochs that the folds of their own seed chose.
+    """
     may_change = {*MAY_CHANGE, "GENERAL.seed", "GENERAL.exp_id"}
+    if (first / ALL_PATIENTS_FOLDER).is_dir():
+        may_change.add("EVALUATION.fixed_epochs")
     expected = config_of_run(first)
     changed = [] if expected is None else differences(expected, config, other.name, but_for=may_change)
     if changed:

@@ -80,6 +80,11 @@ def test_seeds_of_one_folder_differ_in_nothing_else(tmp_path):
     open_run(tmp_path / "run" / "seed_0", config, resume=False)
     for overrides in (["GENERAL.seed=1", "GENERAL.log_path=elsewhere"], []):
         check_run(tmp_path / "run" / "seed_1", load_config("demo/dml", overrides), resume=False)
+    longer = load_config("demo/dml", ["GENERAL.seed=1", "EVALUATION.fixed_epochs=9"])
+    with pytest.raises(ValueError, match=r"not only the seed differs\.\n  EVALUATION.fixed_epochs: .* None, seed_1 9"):
+        check_run(tmp_path / "run" / "seed_1", longer, resume=False)
+    (tmp_path / "run" / "seed_0" / "all_patients").mkdir()
+    check_run(tmp_path / "run" / "seed_1", longer, resume=False)
     other = load_config("demo/dml", ["GENERAL.seed=1", "MODEL.name=mean"])
     said = "seed_1 is no other seed of .*run/seed_0.*\n  MODEL.name: the run has 'gene_dml', seed_1 'mean'"
     with pytest.raises(ValueError, match=said):
