@@ -57,9 +57,8 @@ from datasets.images.plain_reader import open_picture
 from datasets.images.slides import open_slide
 from datasets.layout import Layout
 from datasets.spec import DatasetSpec
-from models.patch_encoders.build import PatchEncoder, build_patch_encoder, patch_encoder_spec
-from models.patch_encoders.spec import create_encoder
-from models.patch_encoders.weights import fold_batch_norms
+from models.patch_encoders.build import PatchEncoder, build_patch_encoder, folded_encoder, patch_encoder_spec
+from models.patch_encoders.spec import create_encoder, encode
 from preprocess.extraction.extract import extract_slides
 from preprocess.extraction.plan import ExtractionSettings, SlideWork
 from utils.cli import run
@@ -304,9 +303,15 @@ def folding_table(arguments: argparse.Namespace, device: torch.device) -> list[d
     """The bare convolutional encoder, its batch normalisations as they are and folded, in turn."""
     spec, patch_size = patch_encoder_spec("efficientnet-lite0"), 64 if arguments.quick else 224
     usual = create_encoder(spec)
+    given = PatchEncoder(spec, usual, weights_sha256="", weights_path=None).to(device)
     encoders = {
-        version: patch_encoder_for(arguments, PatchEncoder(spec, of, weights_sha256="", weights_path=None), device)
-        for version, of in (("as they are", usual), ("folded", fold_batch_norms(spec, usual)))
+        version: BatchedPatchEncoder(
+            lambda images, of=of: encode(spec, of, given.normalise(images)),
+            device,
+            batch_size=8 if arguments.quick else 32,
+            precision="float32",
+        )
+        for version, of in (("as they are", usual), ("folded", folded_encoder(spec, usual)))
     }
     rounds = [
         {version: bare_throughput(encoder, patch_size, 1) for version, encoder in encoders.items()}
@@ -396,7 +401,8 @@ def main(argv: list[str] | None = None) -> Path:
         tables = {"Several slides, decoded during the run": slides_table(arguments, folder, encoder)}
         memory, is_same = memory_table(arguments, folder)
         tables["Memory of neighbor extraction"] = memory
-    tables["Folded into the convolutions"] = folding_table(arguments, device)
+    if not on_cuda:
+        tables["Folded into the convolutions"] = folding_table(arguments, device)
     if on_cuda and name == "uni":
         ceiling = matmul_ceiling(device, torch.bfloat16)
         share = rows[1]["patches/s"] * VIT_L_GFLOP * GIGA / ceiling

@@ -31,7 +31,7 @@ from utils.cli import say
 from utils.files import check_writable
 from utils.parallel.team import ALONE
 from utils.text import check_genes
-from utils.trained_fold import NO_SCORE, TrainedFold
+from utils.trained_fold import FOLD_FOLDER, NO_SCORE, TrainedFold
 
 
 def test(
@@ -77,13 +77,14 @@ def test(
         check_writable(result_folder(checkpoint) / "predictions" / "slide.h5ad")
     run_dir = checkpoints[0].parent.parent
     has_summary = is_official and (run_dir / "config.yaml").is_file()
-    with held_folds([checkpoint.parent for checkpoint in checkpoints] if is_official else []):
+    folders = [checkpoint.parent for checkpoint in checkpoints] if is_official else []
+    with held_folds(folder for folder in folders if FOLD_FOLDER.fullmatch(folder.name)):
         if is_official:
             for checkpoint in checkpoints:
                 _mend_record(checkpoint)
         if has_summary:  # what cannot be summarised is refused before a fold is scored again
-            folders = fold_folders(run_dir).values()
-            check_together([f for f in folders if f / "best.pt" in checkpoints or (f / "result.json").is_file()])
+            in_run = fold_folders(run_dir).values()
+            check_together([f for f in in_run if f / "best.pt" in checkpoints or (f / "result.json").is_file()])
         for checkpoint in checkpoints:
             _test_checkpoint(checkpoint, fold, overrides, device, data_type)
     if has_summary:

@@ -18,8 +18,8 @@ from utils.untrusted.tensors import check_tensors, load_tensors
 SCHEMA = 1
 _ENDED: set[tuple[Path, int, int, int]] = set()  # checkpoints with the mark: whatever lists folds asks again
 WITHOUT_LAST = (  # the remedy for a last.pt that cannot be used
-    "Restore it; or move it elsewhere: a training that has ended does not need it, and one that has not begins this fold "
-    "again (--resume), to the same result."
+    "Restore it; or move it elsewhere: a training that has ended does not need it. If it had not, move best.pt elsewhere, too: "
+    "the same command (--resume) then begins this fold again, to the same result."
 )
 _CONTINUE = "Go on with it: the command of the training, with --resume."
 _BY_NAME = "To predict with it as it is, name the file:"
@@ -147,7 +147,7 @@ def seed_runs(run_dir: str | Path) -> list[Path]:
     were trained with different settings.
     """
     run_dir = Path(run_dir)
-    seeds = [path for path in run_dir.glob("seed_*") if path.is_dir() and path.name[5:].isdecimal()]
+    seeds = [path for path in run_dir.glob("seed_*") if path.is_dir() and is_of_seed(path)]
     seeds.sort(key=lambda path: int(path.name[5:]))
     own = [*fold_folders(run_dir).values(), *run_dir.glob(ALL_PATIENTS_FOLDER)] if seeds else []
     if own:
@@ -160,6 +160,11 @@ def seed_runs(run_dir: str | Path) -> list[Path]:
     for path, config in configs.items():
         check_seed_of(next(iter(configs)), path, config)
     return seeds or [run_dir]
+
+
+def is_of_seed(folder: Path) -> bool:
+    """Whether a folder has the name of one seed of a run, seed_<s>."""
+    return folder.name.startswith("seed_") and folder.name[5:].isdecimal()
 
 
 def check_seed_of(first: Path, other: Path, config: Config) -> None:

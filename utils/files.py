@@ -190,12 +190,17 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
             with writing(path):  # before the temporary file goes, with which the room comes back
                 os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
                 write(temporary)
-                with open(temporary, "rb+") as file:
-                    os.fsync(file.fileno())
+                flush(temporary)
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def flush(path: Path) -> None:
+    """Wait until a file is on the disk; raises OSError where that has no room for it, which a write need not find."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.checkpoint import check_seed_of, is_complete, seed_runs
+from utils.checkpoint import check_seed_of, is_complete, is_of_seed, seed_runs
 from utils.cli import say
 from utils.config import MAY_CHANGE, Config, differences, read_config, save_config
 from utils.files import check_writable, reading, set_aside, write_text
@@ -82,15 +82,15 @@ def check_run(folder: Path, config: Config, resume: bool, asked: Sequence[str] =
     """
     saved = folder / "config.yaml"
     check_writable(saved)
-    is_of_seed = folder.name.startswith("seed_") and (folder.parent / "config.yaml").exists()
-    if is_of_seed or seed_runs(folder) != [folder]:
+    is_in_run = is_of_seed(folder) and (folder.parent / "config.yaml").exists()
+    if is_in_run or seed_runs(folder) != [folder]:
         raise ValueError(
-            f"{folder.parent if is_of_seed else folder} holds {'a run' if is_of_seed else 'the runs of several seeds'}, so "
-            f"{'runs of several seeds' if is_of_seed else 'a run'} cannot lie in it, too: choose another --run_name, or move "
+            f"{folder.parent if is_in_run else folder} holds {'a run' if is_in_run else 'the runs of several seeds'}, so "
+            f"{'runs of several seeds' if is_in_run else 'a run'} cannot lie in it, too: choose another --run_name, or move "
             "the seeds into a folder of their own."
         )
     if not saved.exists():
-        if folder.name.startswith("seed_"):
+        if is_of_seed(folder):
             check_seed_of(seed_runs(folder.parent)[0], folder, config)
         if resume and _has_begun(folder):
             raise ValueError(

@@ -34,7 +34,7 @@ from datasets.features.sealed import (
     read_whole,
     write_sealed,
 )
-from utils.files import reading, write_atomically
+from utils.files import flush, reading, write_atomically
 from utils.text import checked_names, some
 from utils.untrusted.hdf5 import probe_hdf5
 
@@ -54,7 +54,8 @@ def write_cache(
     """Stream a cache to disk; the file appears only when it is complete.
 
     blocks: arrays (b, ...) of consecutive spots, N rows in all; only one is held at a time. Whatever they raise leaves
-        an older file as it was, and so does what `when_whole` raises, which is called when the file is about to appear.
+        an older file as it was, and so does what `when_whole` raises, which is called when the file is on the disk
+        and about to appear.
     """
     centers = np.asarray(centers, dtype=np.int64)
     assert centers.shape == (len(spot_ids), 2), f"{len(spot_ids)} spots, centres {centers.shape}"
@@ -71,6 +72,7 @@ def write_cache(
 
     def write(temporary: Path) -> None:
         write_sealed(temporary, payload, describe, blocks)
+        flush(temporary)
         when_whole()
 
     return write_atomically(path, write)

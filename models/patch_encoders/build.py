@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,12 @@ class PatchEncoder(nn.Module):
                 f"found {images.dtype} of shape {tuple(images.shape)}."
             )
         self.spec.check_size(*images.shape[-2:])
-        return encode(self.spec, self.encoder, self.normalise(images))
+        values = self.normalise(images)
+        device = values.device.type
+        # Where it pays, and the features stay the same but for rounding.
+        is_folded = device == "cpu" and values.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+        encoder = folded_encoder(self.spec, self.encoder) if is_folded else self.encoder
+        return encode(self.spec, encoder, values)
 
     def normalise(self, images: Tensor) -> Tensor:
         """(x / 255 - mean) / std in float32 on the device of the encoder, then in the precision of its weights."""
@@ -106,6 +112,18 @@ class PatchEncoder(nn.Module):
             values = _resize_and_crop(values, self.spec.native_size)
         values = values.div_(255).sub_(self.mean).div_(self.std).to(next(self.encoder.parameters()).dtype)
         return values.contiguous(memory_format=torch.channels_last) if self.spec.is_convolutional else values
+
+
+_FOLDED: WeakKeyDictionary[TimmModel, TimmModel] = WeakKeyDictionary()
+
+
+def folded_encoder(spec: PatchEncoderSpec, encoder: TimmModel) -> TimmModel:
+    """Give the encoder as it runs on a CPU in float32, made at the first call (`fold_batch_norms`)."""
+    if not spec.is_convolutional:
+        return encoder
+    if encoder not in _FOLDED:
+        _FOLDED[encoder] = fold_batch_norms(spec, encoder).to(memory_format=torch.channels_last)
+    return _FOLDED[encoder]
 
 
 def _resize_and_crop(values: Tensor, crop: tuple[int, int]) -> Tensor:
@@ -152,5 +170,4 @@ def random_patch_encoder(spec: PatchEncoderSpec, seed: int = RANDOM_SEED) -> Pat
         torch.manual_seed(seed)
         encoder = create_encoder(spec)
     identity = f"random-{seed}-{state_sha256(encoder.state_dict())}"
-    encoder = fold_batch_norms(spec, remove_unused_layers(spec, encoder))
-    return PatchEncoder(spec, encoder, weights_sha256=identity, weights_path=None)
+    return PatchEncoder(spec, remove_unused_layers(spec, encoder), weights_sha256=identity, weights_path=None)

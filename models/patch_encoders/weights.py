@@ -208,7 +208,7 @@ def _are_tensors(value: object) -> TypeGuard[dict[str, Tensor]]:
 
 
 def load_patch_encoder(spec: PatchEncoderSpec, path: Path) -> TimmModel:
-    """Build the full timm model of a row with the weights of a file: every key, every shape, float32; see `fold_batch_norms`.
+    """Build the full timm model of a row with the weights of a file: every key, every shape, float32.
 
     ValueError names the file, the first differing keys and the encoder that the file would fit.
     """
@@ -231,7 +231,7 @@ def load_patch_encoder(spec: PatchEncoderSpec, path: Path) -> TimmModel:
     if needs_constants:
         encoder = create_encoder(spec)
     encoder.load_state_dict(state, strict=True, assign=not needs_constants)
-    return fold_batch_norms(spec, encoder)
+    return encoder
 
 
 def fold_batch_norms(spec: PatchEncoderSpec, encoder: TimmModel) -> TimmModel:
@@ -239,8 +239,9 @@ def fold_batch_norms(spec: PatchEncoderSpec, encoder: TimmModel) -> TimmModel:
 
     A frozen one scales and shifts each channel, which weights and bias of the convolution can do without another pass over its
     output; what that is worth, `python benchmarks/bench_extraction.py` measures.
-    Returns a copy that gives the same features but for rounding; the encoder itself where nothing can be folded, or where the
-    copy gives others, because something else takes the output of such a convolution, too.
+    Returns a copy that gives the same features but for the rounding of float32 (in 16 bits the two differ by more); the encoder
+    itself where nothing can be folded, or where the copy gives others, because something else takes the output of such a
+    convolution, too.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
         return encoder

@@ -22,7 +22,7 @@ from utils.files import reading
 from utils.text import some
 from utils.trained_fold import ALL_PATIENTS_FOLDER, SplitRecord
 
-_WRITTEN_AGAIN = "Restore it; or move it elsewhere: the same command writes it again."
+_WRITTEN_AGAIN = "Restore it; or move it elsewhere: a fold that is trained on writes it again."
 
 
 @dataclass(frozen=True)

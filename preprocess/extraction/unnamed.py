@@ -9,9 +9,10 @@ from pathlib import Path
 from datasets.features.identity import CacheIdentity
 from preprocess.extraction.parts import is_made, numbers_of
 from preprocess.extraction.plan import SlideWork
+from preprocess.extraction.writers import locked_as_they_are
 from utils.cli import say
 from utils.files import publish
-from utils.locks import left_over
+from utils.locks import Held, left_over
 
 
 def name_what_is_whole(work: Iterable[SlideWork]) -> list[SlideWork]:
@@ -27,21 +28,31 @@ def name_what_is_whole(work: Iterable[SlideWork]) -> list[SlideWork]:
 
 
 def _is_named(item: SlideWork, unnamed: dict[Path, list[Path]]) -> bool:
-    found = {path: _whole(item, kind, unnamed[path.parent]) for kind, path in item.made.items()}
-    taken = {path: file for path, file in found.items() if file is not None}
-    if len(taken) < len(found):
+    of_kind = {kind: _of_cache(path, unnamed[path.parent]) for kind, path in item.made.items()}
+    if not all(of_kind.values()):
         return False
-    for path, file in taken.items():
-        with suppress(FileNotFoundError):  # another process has just done the same
-            publish(file, path)
-    say(f"{item.title}: {', '.join(item.paths)} had been written whole, and have their names now.")
-    return True
+    try:
+        # Who works at other slides may sweep the folder: what is gone then is made again, with all that the slide lacks.
+        with locked_as_they_are(item.made.values()), suppress(FileNotFoundError):
+            found = [(kind, _whole(item, kind, files)) for kind, files in of_kind.items()]
+            whole = {kind: file for kind, file in found if file is not None}
+            if len(whole) < len(found):
+                return False
+            for kind, file in whole.items():
+                publish(file, item.made[kind])
+            say(f"{item.title}: {', '.join(item.paths)} had been written whole, and have their names now.")
+            return True
+    except Held:  # by another process, which does the same
+        pass
+    return False
 
 
-def _whole(item: SlideWork, kind: str, unnamed: list[Path]) -> Path | None:
-    path, identity = item.made[kind], item.identities[kind]
-    own = [file for file in unnamed if file.name.startswith(f".{path.stem}.") and file.suffix == path.suffix]
-    return next((file for file in own if _is_whole(file, item, identity)), None)
+def _of_cache(path: Path, unnamed: list[Path]) -> list[Path]:
+    return [file for file in unnamed if file.name.startswith(f".{path.stem}.") and file.suffix == path.suffix]
+
+
+def _whole(item: SlideWork, kind: str, files: list[Path]) -> Path | None:
+    return next((file for file in files if _is_whole(file, item, item.identities[kind])), None)
 
 
 def _is_whole(file: Path, item: SlideWork, identity: CacheIdentity) -> bool:
@@ -51,6 +62,6 @@ def _is_whole(file: Path, item: SlideWork, identity: CacheIdentity) -> bool:
     try:
         for _ in numbers_of(file):
             pass
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return False
     return True

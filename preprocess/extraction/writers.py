@@ -25,7 +25,8 @@ class CacheWriters:
     """Caches that appear together once `wait` has returned; if the `with` block is left by an exception, none does.
 
     A cache that is made without the others is made in other batches, and its numbers differ in the last bits. So none appears
-    where a writer fails, and those that a killed process has not named any more, the next one does (`unnamed.py`).
+    where a writer fails, and those that a killed process has not named any more, the next start for that slide does, unless
+    somebody has swept the folder meanwhile (`unnamed.py`).
     The end of the block does not wait for the disk, so that the next slide can begin meanwhile. Their locks are held until
     then; ValueError where another process makes one of them.
     locks: of the caches, where they are held already (`locked`).
@@ -53,7 +54,7 @@ class CacheWriters:
             )
             for kind, path in paths.items()
         }
-        self._all_whole = threading.Barrier(len(paths))
+        self._not_whole, self._is_given_up, self._turn = len(paths), False, threading.Condition()
         self._is_aborted, self._may_begin = False, threading.Event()
         self._locks = locked(paths.values()) if locks is None else locks
         self._pool = ThreadPoolExecutor(len(paths), thread_name_prefix="cache-writer")
@@ -88,10 +89,18 @@ class CacheWriters:
                 yield block
 
     def _wait_for_the_others(self) -> None:
-        try:
-            self._all_whole.wait()
-        except threading.BrokenBarrierError as error:
-            raise _Aborted from error
+        """Until all caches are whole; from then on nothing keeps any of them from appearing."""
+        with self._turn:
+            self._not_whole -= 1
+            self._turn.notify_all()
+            self._turn.wait_for(lambda: self._not_whole == 0 or self._is_given_up)
+            if self._not_whole > 0:
+                raise _Aborted
+
+    def _give_up(self) -> None:
+        with self._turn:
+            self._is_given_up = True
+            self._turn.notify_all()
 
     def __enter__(self) -> CacheWriters:
         try:
@@ -111,7 +120,7 @@ class CacheWriters:
         try:
             work()
         except BaseException:
-            self._all_whole.abort()
+            self._give_up()
             raise
 
     def __exit__(self, kind_of_error, *_) -> None:
@@ -139,7 +148,7 @@ class CacheWriters:
     def _abort(self) -> None:
         self._is_aborted = True  # no effect on a writer that is done
         self._may_begin.set()
-        self._all_whole.abort()
+        self._give_up()
         with self._locks:
             self._pool.shutdown(wait=True)
 
@@ -167,10 +176,17 @@ def locked(caches: Iterable[Path]) -> ExitStack:
 
     Raises Held, a ValueError, where another process makes one of them.
     """
+    with locked_as_they_are(caches := list(caches)) as locks:
+        for path in caches:
+            sweep(path.parent, path.stem, is_locked=True)
+        return locks.pop_all()
+
+
+def locked_as_they_are(caches: Iterable[Path]) -> ExitStack:
+    """Take the locks of caches and remove nothing. Raises Held as `locked`."""
     with ExitStack() as locks:
         for path in caches:
             locks.enter_context(lock(*_lock_of(path)))
-            sweep(path.parent, path.stem, is_locked=True)
         return locks.pop_all()
 
 

@@ -27,7 +27,7 @@ from models.patch_encoders import build
 from models.patch_encoders.build import build_patch_encoder
 from preprocess.extract_features_uni import main
 from preprocess.extraction import extract as extraction
-from preprocess.extraction import parts
+from preprocess.extraction import parts, unnamed
 from preprocess.extraction.extract import extract
 from preprocess.extraction.pixels import choose_slides
 from preprocess.extraction.plan import ExtractionSettings
@@ -541,9 +541,11 @@ def test_locks_that_a_killed_process_has_left_of_complete_slides_go(data_dir):
     assert path.exists() and not left.exists()
 
 
-@pytest.mark.parametrize("damaged", [None, "target", "neighbor"])
-def test_caches_that_a_killed_process_has_written_whole_get_their_names(extracted, tmp_path, capsys, damaged):
-    """Or are all made again in one pass, where the numbers of one are not what was written."""
+@pytest.mark.parametrize("damaged", [None, "target", "neighbor", "swept"])
+def test_caches_that_a_killed_process_has_written_whole_get_their_names(
+    extracted, tmp_path, capsys, monkeypatch, damaged
+):
+    """Or are all made again in one pass, where the numbers of one are not what was written, or it goes at that moment."""
     data = shutil.copytree(extracted, tmp_path / "data")
     caches = {kind: _layout(data).cache_path(kind, "A1") for kind in ("target", "neighbor", "token")}
     written = {kind: cache.read_bytes() for kind, cache in caches.items()}
@@ -556,6 +558,15 @@ def test_caches_that_a_killed_process_has_written_whole_get_their_names(extracte
             cache.rename(cache.with_name(f"{temporary_prefix('A1')}0123abcd.h5")).write_bytes(content)
 
     run_team(1, leave_unnamed, tmp_path)
+    if damaged == "swept":
+        publish = unnamed.publish
+
+        def publish_and_sweep(file: Path, path: Path) -> None:
+            publish(file, path)
+            for left in caches["neighbor"].parent.glob(".A1.*.h5"):
+                left.unlink()
+
+        monkeypatch.setattr(unnamed, "publish", publish_and_sweep)
     assert [cache.exists() for cache in caches.values()] == [False, False, True]
     _run(data, "all", "--views", "2")
     said = "A1: target, neighbor had been written whole" if damaged is None else "A1: target, neighbor of "

@@ -86,6 +86,7 @@ def test_seeds_of_one_folder_differ_in_nothing_else(tmp_path):
     (tmp_path / "run" / "seed_0" / "all_patients").mkdir()
     check_run(tmp_path / "run" / "seed_1", longer, resume=False)
     other = load_config("demo/dml", ["GENERAL.seed=1", "MODEL.name=mean"])
+    check_run(tmp_path / "run" / "seed_1_mean", other, resume=False)
     said = "seed_1 is no other seed of .*run/seed_0.*\n  MODEL.name: the run has 'gene_dml', seed_1 'mean'"
     with pytest.raises(ValueError, match=said):
         check_run(tmp_path / "run" / "seed_1", other, resume=False)

@@ -18,6 +18,7 @@ from models.patch_encoders.build import (
     PATCH_ENCODERS,
     build_patch_encoder,
     find_weights,
+    folded_encoder,
     patch_encoder_spec,
     random_patch_encoder,
 )
@@ -129,7 +130,7 @@ def test_small_encoder_gives_the_published_tokens(name: str) -> None:
 def test_convolutional_map_is_flattened_row_by_row(lite0: patch_encoders.PatchEncoder, size: tuple[int, int]) -> None:
     images = images_of(2, 3, *size)
     with torch.no_grad():
-        feature_map = lite0.encoder.forward_features(lite0.normalise(images))
+        feature_map = folded_encoder(lite0.spec, lite0.encoder).forward_features(lite0.normalise(images))
     rows, columns = feature_map.shape[-2:]
     result = lite0(images)
     assert lite0.num_tokens(size) == rows * columns == result.tokens.shape[1]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.patch_encoders.build import patch_encoder_spec
+from models.patch_encoders import build
+from models.patch_encoders.build import folded_encoder, patch_encoder_spec, random_patch_encoder
 from models.patch_encoders.spec import create_encoder
 from models.patch_encoders.weights import fold_batch_norms
 
@@ -72,3 +73,19 @@ def test_what_would_give_other_features_is_left(way, is_folded):
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(folded.forward_features(images), encoder.forward_features(images))
+
+
+def test_only_float32_on_a_cpu_runs_folded(monkeypatch):
+    """In 16 bits the features would differ by percents, and nothing in a cache says which of the two it is of."""
+    encoder = random_patch_encoder(patch_encoder_spec("efficientnet-lite0"))
+    images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    ran = []
+    monkeypatch.setattr(
+        build, "folded_encoder", lambda spec, given: ran.append(spec.name) or folded_encoder(spec, given)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = encoder(images).tokens
+        assert torch.equal(half, build.encode(encoder.spec, encoder.encoder, encoder.normalise(images)).tokens)
+    assert ran == []
+    encoder(images)
+    assert ran == ["efficientnet-lite0"]

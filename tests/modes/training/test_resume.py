@@ -74,6 +74,8 @@ def test_what_cannot_be_read_of_an_unfinished_fold_can_be_moved_away(started, ti
         with pytest.raises(ValueError, match=rf"fold_1/{name}\b.* Restore it; or move it elsewhere: "):
             started.resume(0, 1)
     path.rename(started.path / name)
+    if name == "last.pt":
+        (started.path / "fold_1" / "best.pt").rename(started.path / "best.pt")
     started.resume(0, 1)
     for file in ("result.json", "metrics.jsonl", "split.json"):
         assert (started.path / "fold_1" / file).read_bytes() == (tiny_run.path / "fold_1" / file).read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from datasets.features import cache
 from datasets.features.encoding import EncodedSpots
 from preprocess.extraction.writers import CacheWriters
 from tests.caches import TOKENS_OF_UNI
@@ -35,12 +37,22 @@ def test_a_signal_while_the_writers_start_leaves_no_file_and_no_thread_that_wait
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_the_caches_of_a_slide_appear_together_or_not_at_all(tmp_path):
+@pytest.mark.parametrize("where", ["numbers", "disk"])
+def test_the_caches_of_a_slide_appear_together_or_not_at_all(tmp_path, monkeypatch, where):
+    """Also where a disk says only at the end that it has no room."""
     paths = {kind: tmp_path / kind / "A1.h5" for kind in ("target", "neighbor")}
     identities = {kind: replace(TOKENS_OF_UNI, kind=kind, dtype="float32") for kind in paths}
     spots = EncodedSpots(slice(0, 2), target=np.zeros((2, 4), "f4"), neighbor=np.zeros((2, 25, 4), "f4"))
-    spots.neighbor[1, 24, 3] = np.nan
-    with pytest.raises(ValueError, match=r"neighbor/A1.h5 is not written: its features .* not finite"):
+    if where == "numbers":
+        spots.neighbor[1, 24, 3] = np.nan
+
+    def flush_or_fail(path):
+        if where == "disk" and path.parent.name == "neighbor":
+            raise OSError(errno.EDQUOT, "")
+
+    monkeypatch.setattr(cache, "flush", flush_or_fail)
+    message = "is not written: its features .* not finite" if where == "numbers" else "cannot be written: the quota"
+    with pytest.raises((ValueError, OSError), match=rf"neighbor/A1.h5 {message}"):
         with CacheWriters(paths, identities, ["a", "b"], np.zeros((2, 2))) as writers:
             writers.put(spots)
         writers.wait()
