@@ -156,9 +156,9 @@ def seed_runs(run_dir: str | Path) -> list[Path]:
             f"({', '.join(path.name for path in seeds)}); expected one of the two. Move the seeds into a folder of their own, "
             f"or name what is meant: {seeds[0]}"
         )
-    configs = {path: config for path in seeds if (config := config_of_run(path)) is not None}
-    for path, config in configs.items():
-        check_seed_of(next(iter(configs)), path, config)
+    configs = [(path, config) for path in seeds if (config := config_of_run(path)) is not None]
+    for path, config in configs[1:]:
+        check_seed_of(*configs[0], path, config)
     return seeds or [run_dir]
 
 
@@ -167,17 +167,15 @@ def is_of_seed(folder: Path) -> bool:
     return folder.name.startswith("seed_") and folder.name[5:].isdecimal()
 
 
-def check_seed_of(first: Path, other: Path, config: Config) -> None:
-    """Raise ValueError if `other`, trained with `config`, is no further seed of the run `first`: only the seed may differ.
+def check_seed_of(first: Path, expected: Config, other: Path, config: Config) -> None:
+    """Raise ValueError if two runs, each with its configuration, are not two seeds of one: only the seed may differ.
 
     Models on all patients may each have the number of epochs that the folds of their own seed chose.
     """
     may_change = {*MAY_CHANGE, "GENERAL.seed", "GENERAL.exp_id"}
     if (first / ALL_PATIENTS_FOLDER).is_dir():
         may_change.add("EVALUATION.fixed_epochs")
-    expected = config_of_run(first)
-    changed = [] if expected is None else differences(expected, config, other.name, but_for=may_change)
-    if changed:
+    if changed := differences(expected, config, other.name, but_for=may_change):
         listed = "\n  ".join(changed)
         raise ValueError(
             f"{other} is no other seed of {first}: not only the seed differs.\n  {listed}\n"

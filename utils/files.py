@@ -171,10 +171,13 @@ def check_writable(path: str | Path, needed: int = 0) -> None:
             raise OSError(errno.ENOSPC, "")
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
+def write_atomically(
+    path: str | Path, write: Callable[[Path], object], when_whole: Callable[[], object] | None = None
+) -> Path:
     """Publish a file only when it is complete.
 
     write: gets a temporary path in the same folder (same suffix) and writes the whole file there.
+    when_whole: is called when the file is on the disk and about to appear; what it raises throws the file away.
     The file is flushed to the disk and renamed over `path`, so that a reader, also after a crash at any moment,
     sees the old file or the new one and never a part of it. What processes that have ended left half written in the folder
     is removed.
@@ -191,6 +194,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
                 os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
                 write(temporary)
                 flush(temporary)
+            if when_whole is not None:
+                when_whole()
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

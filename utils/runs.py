@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.checkpoint import check_seed_of, is_complete, is_of_seed, seed_runs
+from utils.checkpoint import check_seed_of, config_of_run, is_complete, is_of_seed, seed_runs
 from utils.cli import say
 from utils.config import MAY_CHANGE, Config, differences, read_config, save_config
 from utils.files import check_writable, reading, set_aside, write_text
@@ -90,8 +90,8 @@ def check_run(folder: Path, config: Config, resume: bool, asked: Sequence[str] =
             "the seeds into a folder of their own."
         )
     if not saved.exists():
-        if is_of_seed(folder):
-            check_seed_of(seed_runs(folder.parent)[0], folder, config)
+        if is_of_seed(folder) and (expected := config_of_run(first := seed_runs(folder.parent)[0])) is not None:
+            check_seed_of(first, expected, folder, config)
         if resume and _has_begun(folder):
             raise ValueError(
                 f"--resume: {folder} holds no config.yaml, so no run was started there, but other files. "

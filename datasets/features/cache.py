@@ -34,7 +34,7 @@ from datasets.features.sealed import (
     read_whole,
     write_sealed,
 )
-from utils.files import flush, reading, write_atomically
+from utils.files import reading, write_atomically
 from utils.text import checked_names, some
 from utils.untrusted.hdf5 import probe_hdf5
 
@@ -49,13 +49,13 @@ def write_cache(
     spot_ids: Sequence[str],
     centers: np.ndarray,
     blocks: Iterable[np.ndarray],
-    when_whole: Callable[[], object] = bool,
+    when_whole: Callable[[], object] | None = None,
 ) -> Path:
     """Stream a cache to disk; the file appears only when it is complete.
 
     blocks: arrays (b, ...) of consecutive spots, N rows in all; only one is held at a time. Whatever they raise leaves
-        an older file as it was, and so does what `when_whole` raises, which is called when the file is on the disk
-        and about to appear.
+        an older file as it was.
+    when_whole: as for `write_atomically`.
     """
     centers = np.asarray(centers, dtype=np.int64)
     assert centers.shape == (len(spot_ids), 2), f"{len(spot_ids)} spots, centres {centers.shape}"
@@ -69,13 +69,7 @@ def write_cache(
     payload = Payload(
         Path(path), DATASET_OF_KIND[identity.kind], identity.dtype, len(spot_ids), _block_axes(identity.kind)
     )
-
-    def write(temporary: Path) -> None:
-        write_sealed(temporary, payload, describe, blocks)
-        flush(temporary)
-        when_whole()
-
-    return write_atomically(path, write)
+    return write_atomically(path, lambda temporary: write_sealed(temporary, payload, describe, blocks), when_whole)
 
 
 def _block_axes(kind: str) -> int:

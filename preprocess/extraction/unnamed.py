@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,13 +15,12 @@ from utils.files import publish
 from utils.locks import Held, left_over
 
 
-def name_what_is_whole(work: Iterable[SlideWork]) -> list[SlideWork]:
+def name_what_is_whole(work: Sequence[SlideWork]) -> list[SlideWork]:
     """Give those caches their names that a process had written whole; returns the work that is left.
 
     The caches of a slide come out of one pass: a kind that is made alone is made in other batches, and differs from that of
     an undisturbed run in the last bits. So all that a slide lacks is taken, or nothing.
     """
-    work = list(work)
     folders = {path.parent for item in work for path in item.made.values()}
     unnamed = {folder: left_over(folder) for folder in folders}
     return [item for item in work if not _is_named(item, unnamed) or item.is_part]
@@ -31,19 +30,17 @@ def _is_named(item: SlideWork, unnamed: dict[Path, list[Path]]) -> bool:
     of_kind = {kind: _of_cache(path, unnamed[path.parent]) for kind, path in item.made.items()}
     if not all(of_kind.values()):
         return False
-    try:
-        # Who works at other slides may sweep the folder: what is gone then is made again, with all that the slide lacks.
-        with locked_as_they_are(item.made.values()), suppress(FileNotFoundError):
-            found = [(kind, _whole(item, kind, files)) for kind, files in of_kind.items()]
-            whole = {kind: file for kind, file in found if file is not None}
-            if len(whole) < len(found):
-                return False
-            for kind, file in whole.items():
-                publish(file, item.made[kind])
-            say(f"{item.title}: {', '.join(item.paths)} had been written whole, and have their names now.")
-            return True
-    except Held:  # by another process, which does the same
-        pass
+    # Another process may do the same, or work at other slides and sweep the folder: what is gone then is made again, with all
+    # that the slide lacks.
+    with suppress(Held, FileNotFoundError), locked_as_they_are(item.made.values()):
+        found = [(kind, _whole(item, kind, files)) for kind, files in of_kind.items()]
+        whole = {kind: file for kind, file in found if file is not None}
+        if len(whole) < len(found):
+            return False
+        for kind, file in whole.items():
+            publish(file, item.made[kind])
+        say(f"{item.title}: {', '.join(item.paths)} had been written whole, and have their names now.")
+        return True
     return False
 
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from datasets.features import cache
 from datasets.features.encoding import EncodedSpots
 from preprocess.extraction.writers import CacheWriters
 from tests.caches import TOKENS_OF_UNI
+from utils import files
 
 
 def test_a_signal_while_the_writers_start_leaves_no_file_and_no_thread_that_waits(tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_the_caches_of_a_slide_appear_together_or_not_at_all(tmp_path, monkeypat
         if where == "disk" and path.parent.name == "neighbor":
             raise OSError(errno.EDQUOT, "")
 
-    monkeypatch.setattr(cache, "flush", flush_or_fail)
+    monkeypatch.setattr(files, "flush", flush_or_fail)
     message = "is not written: its features .* not finite" if where == "numbers" else "cannot be written: the quota"
     with pytest.raises((ValueError, OSError), match=rf"neighbor/A1.h5 {message}"):
         with CacheWriters(paths, identities, ["a", "b"], np.zeros((2, 2))) as writers:
